@@ -1,0 +1,27 @@
+"""Pre-training of masked autoencoders at scale. The public names are imported when first used, so that this is quick."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scale_mae.checkpoint.export import load_encoder as load_encoder
+    from scale_mae.config import UserError as UserError
+    from scale_mae.config import load_config as load_config
+    from scale_mae.train import pretrain as pretrain
+
+__version__ = "0.1.0"
+_HOMES = {
+    "pretrain": "scale_mae.train",
+    "load_encoder": "scale_mae.checkpoint.export",
+    "load_config": "scale_mae.config",
+    "UserError": "scale_mae.config",
+}
+__all__ = ["UserError", "load_config", "load_encoder", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,3 @@
+"""Checkpoints: committed, read, exported."""
+
+import scale_mae.engine  # noqa: F401  (before deepspeed: it chooses the accelerator)

@@ -1,0 +1,1 @@
+"""What exists, what comes when, how it is decoded."""

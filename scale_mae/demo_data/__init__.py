@@ -1,0 +1,1 @@
+"""The shipped images (see make.py) and the script that made them."""

@@ -1,0 +1,146 @@
+"""DeepSpeed behind one small class: forward and backward of a micro-batch, an optimizer step, save, load."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from scale_mae.config import Config, ConfigError, UserError
+from scale_mae.engine.distributed import World
+from scale_mae.engine.optim import build_adamw
+from scale_mae.engine.recompute import apply_recompute
+from scale_mae.model.mae import MAE
+
+TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
+
+
+def engine_json(config: Config, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration: the sharding of ``engine.deepspeed``, the rest from Config."""
+    return config.deepspeed_json() | {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        # explicit, because leaving it out means clipping at 1.0 to DeepSpeed
+        "gradient_clipping": config.optim.clip_grad_norm or 0.0,
+        # The run stops on a non-finite loss and saves nothing after one, so the check DeepSpeed makes of bf16 gradients,
+        # which waits for the accelerator in every step, is left out.
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": 0},
+        "steps_per_print": None,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO.
+
+    Args:
+        model: on the host; moved to the device and sharded here.
+        config: precision, clipping, optimizer, sharding, recomputation.
+        world: the processes.
+
+    Raises:
+        ConfigError: a precision that the device lacks, or a DeepSpeed file that it refuses.
+    """
+
+    def __init__(self, model: MAE, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError(f"train.precision=fp16 is not supported by this {world.device.type}; use bf16 or fp32")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed would compile a shared-memory collective at every start on a CPU; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        blocks = [*model.blocks, *model.decoder_blocks]
+        apply_recompute(blocks, config.train.recompute, config.train.recompute_every)
+        if config.engine.compile:
+            for block in blocks:
+                block.compile()
+        self.model = model.to(world.device)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                    model=self.model,
+                    optimizer=build_adamw(self.model, config.optim),
+                    config=engine_json(config, world.size),
+                    dist_init_required=False,
+                )
+        except (ValueError, AssertionError) as error:  # pydantic's errors are ValueErrors
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"engine.deepspeed={config.engine.deepspeed} is refused by DeepSpeed: {reason}") from error
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return int(self._engine.zero_optimization_stage())
+
+    @property
+    def loss_scale(self) -> float:
+        """Present loss scale; 1 but for fp16."""
+        return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose fp16 gradients overflowed and were not applied."""
+        return int(self._engine.skipped_steps)
+
+    def forward_backward(self, images_B3HW: Tensor, noise_BL: Tensor) -> Tensor:
+        """Add the gradients of one micro-batch; its loss, a scalar on the device, not waited for."""
+        loss: Tensor = self._engine(images_B3HW, noise_BL).loss
+        self._engine.backward(loss)
+        return loss.detach()
+
+    def step(self, lr: float, *, want_norm: bool = False) -> float | None:
+        """After each micro-batch: DeepSpeed applies the update when the last one of the batch is in.
+
+        Args:
+            lr: learning rate of this update.
+            want_norm: return the global norm of the unclipped gradients (this waits for the accelerator); only with the
+                last micro-batch. None when an fp16 overflow left no norm.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # plain fp32 without ZeRO knows no norm of its own, and its gradients are gone after the step
+        own_norm = want_norm and self.stage == 0 and self.config.train.precision == "fp32"
+        norm: Any = None
+        if own_norm:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._engine.step()
+        if want_norm and not own_norm:
+            norm = self._engine.get_global_grad_norm()
+        return None if norm is None or float(norm) < 0 or float(norm) == float("inf") else float(norm)
+
+    def weights_are_finite(self) -> bool:
+        """Whether this process's weights hold no NaN and no infinity."""
+        shards = [getattr(p, "ds_tensor", p).detach() for p in self.model.parameters()]
+        return bool(torch.stack([s.isfinite().all() for s in shards]).all())
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write model, optimizer and ``state`` to ``folder`` in DeepSpeed's layout. All processes call it."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"scale_mae": state})
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from what :meth:`save` wrote; its ``state``. Hyper-parameters stay those of the Config.
+
+        Raises:
+            UserError: DeepSpeed cannot read it.
+        """
+        owned = [{k: group[k] for k in ("weight_decay", "betas", "eps")} for group in self._optimizer.param_groups]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                path, client = self._engine.load_checkpoint(str(folder), tag=TAG)
+        except Exception as error:  # DeepSpeed raises what its pickles raise
+            raise UserError(f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {error})") from error
+        if path is None:
+            raise UserError(f"{folder}: holds no DeepSpeed checkpoint")
+        for group, values in zip(self._optimizer.param_groups, owned, strict=True):
+            group.update(values)
+        state: dict[str, Any] = client["scale_mae"]
+        return state

@@ -1,0 +1,209 @@
+"""Processes: who am I, and how do we all agree. Ranks come from torchrun, from Slurm (``srun`` alone), or there is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scale_mae.config import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank: 0 to ``size - 1``.
+        size: number of processes.
+        local_rank: rank on this machine; also the number of its GPU.
+        device: where tensors live.
+        control: a group for flags and objects in host memory, apart from the training traffic.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        dist.barrier(group=self.control)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in rank order, on every process."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 and give its result, or its :class:`UserError`, to every process."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every process; if it raises a :class:`UserError` on any, every process raises the first one."""
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]  # no error, so it is action's result
+
+    def reduce(self, values: Tensor, op: str) -> list[float]:
+        """Sum or minimum of a small tensor over all processes, brought to the host (this waits for the accelerator)."""
+        dist.all_reduce(values, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[op])
+        reduced: list[float] = values.tolist()
+        return reduced
+
+
+class Vote(IntEnum):
+    """What a process has to say before a forward pass; the largest vote counts."""
+
+    GO_ON = 0
+    STOP = 1
+    FAILED = 2
+
+
+class Ballot:
+    """Agreement without waiting: a vote is cast while the accelerator computes and counted before the next forward pass.
+
+    Votes travel between hosts, so counting them never waits for the accelerator.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world, self._flag = world, torch.zeros(1, dtype=torch.uint8)
+        self._work: Any = None
+
+    def cast(self, vote: Vote) -> None:
+        """Start sending this process's vote."""
+        self._flag.fill_(int(vote))
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+
+    def count(self) -> Vote:
+        """The largest vote of all processes."""
+        self._work.wait()
+        return Vote(self._flag.item())
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the other processes; leave them at the end.
+
+    Raises:
+        UserError: rank variables that make no sense.
+    """
+    rank, size, local_rank = _ranks()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    backend = "nccl" if cuda else "gloo"
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, number of processes), from the environment, before any process group exists."""
+    rank, size, _ = _ranks()
+    return rank, size
+
+
+def _ranks() -> tuple[int, int, int]:
+    """(rank, size, local rank); under Slurm also sets the meeting point of the processes."""
+    env = os.environ
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
+            return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_STEP_ID", "").isdigit():  # srun
+            env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) * 31 % 20000 + int(env["SLURM_STEP_ID"]) % 31))
+            env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
+            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
+    return 0, 1, 0
+
+
+def _first_host(nodes: str) -> str:
+    """First host of a Slurm node list such as ``gpu[03-05,9],cpu1``."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"cannot expand SLURM_STEP_NODELIST={nodes} without scontrol; set MASTER_ADDR yourself") from None
+    return listed.stdout.split()[0]
+
+
+def _tasks_here(tasks_per_node: str, node: int) -> int:
+    """Tasks of one node from Slurm's run-length form ``4(x2),3``."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[node]
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT while it is open, so that a step can be finished and saved."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            self._before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""Activation recomputation: which activations are kept for the backward pass, and which are computed again.
+
+    none       keep all
+    full       keep each block's input, recompute the block
+    every_k    likewise for every k-th block, keep all of the others
+    selective  keep the outputs of matrix products and attention, recompute what is cheap (norms, activations)
+    offload    as full, with the block inputs in host memory (fairscale)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from fairscale.nn.checkpoint import checkpoint_wrapper
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from scale_mae.config import TrainConfig
+
+_aten = torch.ops.aten
+KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputed(block: nn.Module, **options: Any) -> None:
+    # The blocks draw no random numbers (MAE has no dropout), so no generator state needs keeping.
+    run: Callable[..., Any] = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+    block.forward = run  # in place, so that names of parameters stay
+
+
+def apply_recompute(blocks: list[nn.Module], policy: str, every: int = TrainConfig().recompute_every) -> None:
+    """Set the policy of transformer blocks, in place.
+
+    Args:
+        blocks: encoder and decoder blocks in order.
+        policy: see this module's text.
+        every: k of ``every_k``.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    if policy == "full":
+        for block in blocks:
+            _recomputed(block)
+    elif policy == "every_k":
+        for block in blocks[::every]:
+            _recomputed(block)
+    elif policy == "selective":
+        for block in blocks:
+            _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+    elif policy == "offload":
+        for block in blocks:
+            checkpoint_wrapper(block, offload_to_cpu=True)
+    elif policy != "none":
+        raise ValueError(f"unknown recompute policy {policy!r}")

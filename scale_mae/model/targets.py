@@ -1,0 +1,57 @@
+"""What the decoder predicts: pixels of a patch, plain or normalised by the patch's own mean and deviation.
+
+Shapes: B images, H x W pixels, L patches, P = 3 * patch_h * patch_w values of one patch (row, column, channel order).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+Target = Literal["norm_pixel", "pixel"]
+EPS = 1e-6  # added to a patch's variance, as in the reference
+
+
+def patchify(images_B3HW: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Cut images ``[B, 3, H, W]`` into patches ``[B, L, P]``."""
+    b, c, h, w = images_B3HW.shape
+    ph, pw = patch
+    x = images_B3HW.reshape(b, c, h // ph, ph, w // pw, pw)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // ph) * (w // pw), ph * pw * c)
+
+
+def unpatchify(patches_BLP: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Inverse of :func:`patchify`; ``grid`` is (rows, columns) of patches. Returns ``[B, 3, H, W]``."""
+    (ph, pw), (rows, columns) = patch, grid
+    b = patches_BLP.shape[0]
+    x = patches_BLP.reshape(b, rows, columns, ph, pw, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * ph, columns * pw)
+
+
+def patch_statistics(patches_BLP: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``sqrt(var + 1e-6)`` of each patch, ``[B, L, 1]``, with the unbiased variance, in fp32."""
+    patches = patches_BLP.float()
+    var, mean = patches.var(dim=-1, keepdim=True), patches.mean(dim=-1, keepdim=True)
+    return mean, (var + EPS).sqrt()
+
+
+def make_target(images_B3HW: Tensor, patch: tuple[int, int], target: Target) -> Tensor:
+    """The regression target ``[B, L, P]`` in fp32."""
+    patches = patchify(images_B3HW.float(), patch)
+    if target == "pixel":
+        return patches
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def prediction_to_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: tuple[int, int], target: Target) -> Tensor:
+    """Predicted patches ``[B, L, P]`` as (normalised-image) pixel values of patches, ``[B, L, P]``.
+
+    A normalised prediction has no brightness or contrast of its own: it is given those of the true patch, which the
+    model never saw. Pictures made this way must say so.
+    """
+    if target == "pixel":
+        return pred_BLP.float()
+    mean, deviation = patch_statistics(patchify(images_B3HW.float(), patch))
+    return pred_BLP.float() * deviation + mean

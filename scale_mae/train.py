@@ -1,0 +1,288 @@
+"""Pre-training from top to bottom: build everything in visible order, then the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_mae.checkpoint import store
+from scale_mae.checkpoint.export import model_from_config
+from scale_mae.config import Config, UserError, load_config
+from scale_mae.data.index import DataError, Index, scan
+from scale_mae.data.loader import Batch, Loader, Share, normalise
+from scale_mae.data.plan import SamplePlan
+from scale_mae.engine.deepspeed import Engine
+from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World, world
+from scale_mae.engine.optim import Schedule, parameter_names
+from scale_mae.metrics.meter import Meter
+from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
+
+
+class NonFiniteLoss(UserError):
+    """The loss, or a weight, became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of :func:`pretrain` ended.
+
+    Attributes:
+        run_dir: the run directory.
+        step: optimizer steps done.
+        finished: whether that is the end of the schedule; if not, a signal stopped it and the same call continues.
+    """
+
+    run_dir: Path
+    step: int
+    finished: bool
+
+
+def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
+    """Pre-train a masked autoencoder, or continue where the run directory's newest checkpoint stands.
+
+    Every process of a job calls this; rank and number of processes come from torchrun or Slurm.
+
+    Args:
+        recipe: a shipped name (``demo``, ``debug``, ``vit_base``, ``vit_large``, ``vit_huge``), a YAML file, or a Config.
+        overrides: sections with the keys to change, e.g. ``train={"global_batch": 256}``.
+
+    Raises:
+        UserError: anything that the caller can put right; one line.
+    """
+    config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
+    with world() as ranks, StopRequest() as stop:
+        return _Run(config, ranks).loop(stop)
+
+
+class _Run:
+    """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
+
+    def __init__(self, config: Config, ranks: World) -> None:
+        self.config, self.ranks = config, ranks
+        accumulation = config.accumulation(ranks.size)
+        config.deepspeed_json()  # a missing file is told before anything is built
+        self.dir = Path(config.run.dir)
+        notes: list[str] = []
+
+        # What there is: the run directory, its newest checkpoint, the images
+        checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, ranks.size, notes))
+        ranks.on_main(lambda: build_index(self.dir, config.data.source, notes))
+        index = Index.open(self.dir / "index")
+
+        # What comes when
+        self.schedule = make_schedule(config, len(index))
+        self.save_every = config.steps(config.checkpoint.every, len(index))
+        plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
+
+        # The model and its engine, at the step where the run stands
+        model = model_from_config(config)
+        self.names = parameter_names(model)
+        self.engine = Engine(model, config, ranks)
+        self.step = self.saved = 0
+        if checkpoint:
+            self.step = self.saved = ranks.together(lambda: int(self.engine.load(checkpoint)["step"]))
+            notes.append(f"resumed from {checkpoint}")
+
+        # Batches, measurements, and where they are told
+        pin_memory = ranks.device.type == "cuda"
+        share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
+        loader = Loader(index, plan, share, config.data, config.model.image_size, model.patches, pin_memory)
+        self.batches = loader.batches(self.step, self.schedule.total_steps)
+        self.meter = Meter(
+            config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps
+        )
+        self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
+        notes.append(
+            f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
+            f"{config.train.precision}, ZeRO-{self.engine.stage}: steps {self.step} to {self.schedule.total_steps} of "
+            f"{config.train.global_batch} images ({accumulation} x {config.train.micro_batch} a process), "
+            f"peak learning rate {config.peak_lr:.3g}; run directory {self.dir}"
+        )
+        for note in notes:
+            self.log.say(note)
+
+    def loop(self, stop: StopRequest) -> Result:
+        """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
+        total = self.schedule.total_steps
+        with self.log:
+            feed = _Feed(self.batches, self.ranks, stop, self.meter)
+            first_bad = torch.full((), math.inf, device=self.ranks.device)
+            verdict = Vote.GO_ON
+            try:
+                while self.step < total and verdict is Vote.GO_ON:
+                    verdict, first_bad = self._one_step(feed, first_bad)
+                    if self.step % self.save_every == 0:
+                        self._save(first_bad)
+            except DataError:
+                self._save(first_bad)  # the steps before the bad image are sound
+                raise
+            self._save(first_bad)
+            if stop.received or verdict is Vote.STOP:
+                self.log.say(f"stopped by {stop.received or 'a signal on another process'} after step {self.step}")
+        return Result(self.dir, self.step, self.step >= total)
+
+    def _one_step(self, feed: _Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
+        """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
+        step, config, ranks = self.step, self.config, self.ranks
+        lr = self.schedule.lr(step)
+        accumulation = config.accumulation(ranks.size)
+        logged = (step + 1) % config.log.every == 0 or step + 1 == self.schedule.total_steps
+        loss, norm, verdict = torch.zeros((), device=ranks.device), None, Vote.GO_ON
+        for micro_step in range(accumulation):
+            batch, vote = feed.take()
+            verdict = max(verdict, vote)
+            images = normalise(batch.images.to(ranks.device, non_blocking=True), config.data.mean, config.data.std)
+            noise = batch.noise.to(ranks.device, non_blocking=True)
+            loss += self.engine.forward_backward(images, noise) / accumulation
+            norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
+            feed.advance()
+        first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), math.inf, float(step + 1)))
+        self.step += 1
+        self.meter.stepped()
+        if logged:
+            self._check_finite(first_bad)
+            (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
+            self.log.metrics(
+                self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
+            )
+        return verdict, first_bad
+
+    def _check_finite(self, first_bad: torch.Tensor) -> None:
+        (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
+        if bad < math.inf:
+            raise NonFiniteLoss(self._non_finite(f"loss is not finite at step {int(bad)}"))
+
+    def _non_finite(self, what: str) -> str:
+        last = self.dir / store.FOLDER / store.checkpoint_name(self.saved) if self.saved else "none"
+        return (
+            f"{what}; stopped, nothing saved from it (last checkpoint: {last}); "
+            "lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16"
+        )
+
+    def _save(self, first_bad: torch.Tensor) -> None:
+        """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
+        if self.step == self.saved:
+            return
+        began = time.perf_counter()
+        self._check_finite(first_bad)
+        if not all(self.ranks.gather(self.engine.weights_are_finite())):
+            raise NonFiniteLoss(self._non_finite(f"weights are not finite after step {self.step}"))
+        state = {"step": self.step, "parameter_groups": self.names}
+        write = lambda folder: self.engine.save(folder, state)  # noqa: E731
+        path = store.save(self.dir, self.step, self.config, self.ranks, self.engine.stage, write)
+        self.saved = self.step
+        seconds = time.perf_counter() - began
+        self.meter.pause(seconds)
+        self.log.say(f"saved {path} in {seconds:.1f} s")
+
+
+class _Feed:
+    """Batches with agreement: a process that cannot load one, or was told to stop, tells all before the next forward pass.
+
+    The vote for the next batch is cast while the accelerator works on the present one.
+    """
+
+    def __init__(self, batches: Iterator[Batch], ranks: World, stop: StopRequest, meter: Meter) -> None:
+        self._batches, self._ranks, self._stop, self._meter = batches, ranks, stop, meter
+        self._ballot = Ballot(ranks)
+        self._batch: Batch | None = None
+        self._problem: DataError | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Fetch the next batch, if any is left, and cast the vote on it."""
+        began = time.perf_counter()
+        vote = Vote.STOP if self._stop.received else Vote.GO_ON
+        try:
+            self._batch = next(self._batches, None)
+        except DataError as problem:
+            self._problem, vote = problem, Vote.FAILED
+        self._meter.waited_for_data(time.perf_counter() - began)
+        self._ballot.cast(vote)
+
+    def take(self) -> tuple[Batch, Vote]:
+        """The fetched batch, and the largest vote of all processes.
+
+        Raises:
+            DataError: on every process, when any could not load its batch.
+        """
+        vote = self._ballot.count()
+        if vote is Vote.FAILED:
+            raise next(problem for problem in self._ranks.gather(self._problem) if problem)
+        assert self._batch is not None  # the loop asks for no more than the loader has
+        return self._batch, vote
+
+
+def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
+    """Make or check the run directory; the checkpoint to resume from, if there is one.
+
+    Raises:
+        UserError: not writable, the run of another config, damaged checkpoints, or another number of processes.
+    """
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        differences = load_config(saved).differences(config)
+        if differences:
+            more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+            raise UserError(
+                f"{run_dir} holds a run of another config ({differences[0]}{more}); choose another run.dir or the same values"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        staging = saved.with_suffix(".tmp")
+        staging.write_text(config.to_yaml())
+        staging.rename(saved)
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
+    checkpoint = store.newest_good(run_dir, notes.append)
+    if checkpoint:
+        written_by = store.read_manifest(checkpoint).world_size
+        if written_by != processes:
+            raise UserError(f"{checkpoint} was written by {written_by} processes and cannot be resumed by {processes}")
+    return checkpoint
+
+
+def build_index(run_dir: Path, source: str, notes: list[str]) -> None:
+    """Build the index beside the run, once; a resumed run keeps the one it began with, and so its sample order.
+
+    Raises:
+        DataError: see :func:`scan`.
+    """
+    folder = run_dir / "index"
+    if not folder.is_dir():
+        began = time.perf_counter()
+        index = scan(source)
+        index.save(folder)
+        notes.append(f"indexed {len(index)} images of {source} in {time.perf_counter() - began:.1f} s")
+
+
+def make_schedule(config: Config, dataset_size: int) -> Schedule:
+    """Learning-rate schedule in steps.
+
+    Raises:
+        UserError: a warm-up longer than the run.
+    """
+    total = config.steps(config.train.duration, dataset_size)
+    warmup = config.steps(config.optim.warmup, dataset_size)
+    if warmup > total:
+        raise UserError(
+            f"optim.warmup={config.optim.warmup} is {warmup} steps, more than train.duration={config.train.duration}, {total}"
+        )
+    return Schedule(config.peak_lr, config.optim.min_lr, warmup, total)
+
+
+def make_log(run_dir: Path, total_steps: int, first_step: int) -> Log:
+    """Console, ``log.txt`` and ``log.jsonl``."""
+    return Log(
+        [
+            ConsoleSink(total_steps, first_step),
+            TextSink(run_dir / "log.txt", total_steps),
+            JsonSink(run_dir / "log.jsonl"),
+        ]
+    )

@@ -372,8 +372,7 @@ def _one_line(error: ValidationError) -> str:
         if len(first["loc"]) == 1:
             return f"unknown section {where!r}{_did_you_mean(where, list(sections))}; sections: {', '.join(sections)}"
         annotation = sections[str(first["loc"][0])].annotation
-        assert annotation is not None and issubclass(annotation, Section)
-        keys = list(annotation.model_fields)
+        keys = list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
         return f"unknown key {where!r}{_did_you_mean(str(first['loc'][1]), keys)}; keys: {', '.join(keys)}"
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")

@@ -24,7 +24,7 @@ from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
 
 
-class NonFiniteLoss(UserError):
+class NonFiniteError(UserError):
     """The loss, or a weight, became NaN or infinite."""
 
 
@@ -94,9 +94,7 @@ class _Run:
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
         loader = Loader(index, plan, share, config.data, config.model.image_size, model.patches, pin_memory)
         self.batches = loader.batches(self.step, self.schedule.total_steps)
-        self.meter = Meter(
-            config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps
-        )
+        self.meter = Meter(config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps)
         self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
         notes.append(
             f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
@@ -148,15 +146,13 @@ class _Run:
         if logged:
             self._check_finite(first_bad)
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
-            self.log.metrics(
-                self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
-            )
+            self.log.metrics(self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps))
         return verdict, first_bad
 
     def _check_finite(self, first_bad: torch.Tensor) -> None:
         (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
         if bad < math.inf:
-            raise NonFiniteLoss(self._non_finite(f"loss is not finite at step {int(bad)}"))
+            raise NonFiniteError(self._non_finite(f"loss is not finite at step {int(bad)}"))
 
     def _non_finite(self, what: str) -> str:
         last = self.dir / store.FOLDER / store.checkpoint_name(self.saved) if self.saved else "none"
@@ -172,7 +168,7 @@ class _Run:
         began = time.perf_counter()
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
-            raise NonFiniteLoss(self._non_finite(f"weights are not finite after step {self.step}"))
+            raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
         state = {"step": self.step, "parameter_groups": self.names}
         write = lambda folder: self.engine.save(folder, state)  # noqa: E731
         path = store.save(self.dir, self.step, self.config, self.ranks, self.engine.stage, write)

@@ -214,6 +214,6 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if METADATA_KEY not in metadata:
                 raise UserError(f"{path}: not written by scale-mae convert (no {METADATA_KEY} metadata)")
-            return json.loads(metadata[METADATA_KEY]), {n: file.get_tensor(n) for n in file.keys()}
+            return json.loads(metadata[METADATA_KEY]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None

@@ -207,7 +207,9 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
         except CheckpointError as error:
             warn(f"passed over: {error}")
     if found:
-        raise CheckpointError(f"{run_dir}: all {len(found)} checkpoints are damaged; move {run_dir / FOLDER} away to start anew")
+        raise CheckpointError(
+            f"{run_dir}: all {len(found)} checkpoints are damaged; move {run_dir / FOLDER} away to start anew"
+        )
     return None
 
 

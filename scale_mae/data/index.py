@@ -29,9 +29,7 @@ from scale_mae.data.pillow import upright_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 DEMO = PACKAGE / "demo_data"
-ENTRY = np.dtype(
-    [("shard", "u4"), ("offset", "u8"), ("length", "u4"), ("width", "u4"), ("height", "u4"), ("label", "i4")]
-)
+ENTRY = np.dtype([("shard", "u4"), ("offset", "u8"), ("length", "u4"), ("width", "u4"), ("height", "u4"), ("label", "i4")])
 NO_LABEL = -1
 
 

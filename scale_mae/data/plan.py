@@ -73,7 +73,7 @@ class SamplePlan:
         u = self._uniforms(_CROP, positions, 2 * _TRIES + 3)
         boxes = random_resized_crops(u[:, :-1], widths, heights, scale, ratio)
         flips = u[:, -1] < flip
-        return [Crop(*map(int, box), flip=bool(f)) for box, f in zip(boxes, flips, strict=True)]
+        return [Crop(top, left, h, w, mirror) for (top, left, h, w), mirror in zip(boxes.tolist(), flips.tolist(), strict=True)]
 
     def mask_noise(self, positions: Ints, patches: int) -> NDArray[np.float32]:
         """A uniform number for each patch of each image, ``[n, patches]``: fresh at every position of the run."""
@@ -85,7 +85,8 @@ class SamplePlan:
         generator = np.random.Philox(key=[self.seed, stream])
         generator.advance(int(positions[0]) * blocks)
         raw = generator.random_raw(len(positions) * blocks * 4).reshape(len(positions), -1)[:, :count]
-        return (raw >> np.uint64(11)) * 2.0**-53
+        uniforms: Floats = (raw >> np.uint64(11)) * 2.0**-53
+        return uniforms
 
     def _permute(self, places: Ints, epoch: int) -> Ints:
         """A keyed permutation of ``range(dataset_size)`` evaluated at ``places``: a Feistel network over the next even
@@ -111,7 +112,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele et al. 2014): every input bit changes every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def random_resized_crops(

@@ -116,7 +116,7 @@ class Ballot:
     def count(self) -> Vote:
         """The largest vote of all processes."""
         self._work.wait()
-        return Vote(self._flag.item())
+        return Vote(int(self._flag.item()))
 
 
 @contextmanager
@@ -137,7 +137,8 @@ def world() -> Iterator[World]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "nccl" if cuda else "gloo"
     if size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's list of exports
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
@@ -171,7 +172,7 @@ def _ranks() -> tuple[int, int, int]:
 def _first_host(nodes: str) -> str:
     """First host of a Slurm node list such as ``gpu[03-05,9],cpu1``."""
     if "[" not in nodes:
-        return nodes.split(",")[0]
+        return nodes.split(",", maxsplit=1)[0]
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,10 +1,10 @@
 """Activation recomputation: which activations are kept for the backward pass, and which are computed again.
 
-    none       keep all
-    full       keep each block's input, recompute the block
-    every_k    likewise for every k-th block, keep all of the others
-    selective  keep the outputs of matrix products and attention, recompute what is cheap (norms, activations)
-    offload    as full, with the block inputs in host memory (fairscale)
+none       keep all
+full       keep each block's input, recompute the block
+every_k    likewise for every k-th block, keep all of the others
+selective  keep the outputs of matrix products and attention, recompute what is cheap (norms, activations)
+offload    as full, with the block inputs in host memory (fairscale)
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def features(encoder: VisionTransformer, index: Index) -> Tensor:
 
     def load(sample: int) -> Tensor:
         entry = index.entries[sample]
-        return torch.from_numpy(decode_sample(index, sample, central_square(int(entry["width"]), int(entry["height"])), size))
+        crop = central_square(int(entry["width"]), int(entry["height"]))
+        return torch.tensor(decode_sample(index, sample, crop, size))
 
     found = []
     with ThreadPoolExecutor(available_cores()) as pool:
@@ -55,7 +56,7 @@ def vote(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
     ``exp(similarity / 0.07)``; ``labels`` ``[N]``. Returns ``[Q]``."""
     classes = int(labels.max()) + 1
     predicted = []
-    for part in queries.split(1024):
+    for part in torch.split(queries, 1024):
         similarity, neighbours = (part @ train.T).topk(k, dim=1)
         votes = torch.zeros(len(part), classes)
         votes.scatter_add_(1, labels[neighbours], (similarity / TEMPERATURE).exp())

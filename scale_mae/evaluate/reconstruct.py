@@ -21,9 +21,7 @@ GREY = 0.5  # of a hidden patch
 
 
 @torch.inference_mode()
-def reconstruct(
-    model: MAE, images_B3HW: Tensor, noise_BL: Tensor, mask_ratio: float
-) -> tuple[Tensor, Tensor]:
+def reconstruct(model: MAE, images_B3HW: Tensor, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Fill in the hidden patches.
 
     Args:

@@ -73,8 +73,7 @@ class MAE(nn.Module):
 
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         block: Any = partial(Block, qkv_bias=True, norm_layer=norm)
-        # timm annotates patch_size as int and takes a pair all the same
-        self.patch_embed = PatchEmbed(image_size, patch, 3, size.width)  # type: ignore[arg-type]
+        self.patch_embed = PatchEmbed(image_size, patch, 3, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.blocks = nn.ModuleList(block(size.width, size.heads, size.mlp_ratio) for _ in range(size.depth))
         self.norm = norm(size.width)
@@ -123,7 +122,7 @@ class MAE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MAE:
         # Casting the module to bf16 would round the position tables; they are a function of the grid, so remake them.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, width in (("pos_embed", self.size.width), ("decoder_pos_embed", self.decoder_embed.out_features)):
             table: Tensor = getattr(self, name)
             if table.dtype != torch.float32:

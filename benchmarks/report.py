@@ -1,0 +1,84 @@
+"""What the benchmarks share: facts about the machine, a readable table, a result file; and the tables of result files.
+
+python benchmarks/report.py benchmarks/results/*.json     print the tables of these files as Markdown
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "deepspeed", "timm", "transformers", "fairscale")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def save(path: Path | None, *, device: torch.device, title: str, table: list[dict[str, str]], **content: Any) -> None:
+    """Print the table and, where a path is given, write everything: what ran, where, with what, and each sample."""
+    print(f"\n{title}\n{as_text(table)}", flush=True)
+    if path is None:
+        return
+    facts = {
+        "title": title,
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(device),
+        "versions": versions(),
+        "load_average_at_end": [round(load, 2) for load in os.getloadavg()],
+        "table": table,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | content, indent=1) + "\n")
+
+
+def as_text(table: list[dict[str, str]]) -> str:
+    """Rows as aligned columns."""
+    rows = [list(table[0]), *(list(row.values()) for row in table)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def as_markdown(table: list[dict[str, str]]) -> str:
+    """Rows as a Markdown table."""
+    rows = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        result = json.loads(Path(name).read_text())
+        print(f"`{Path(name).name}`: {result['title']}.\n\n{as_markdown(result['table'])}\n")

@@ -1,0 +1,190 @@
+"""A Slurm cluster on this machine for tests: munged, slurmctld and slurmds, with everything they write in one folder.
+
+    with SlurmCluster(folder) as cluster:
+        subprocess.run(["srun", "--nodes=2", "hostname"], env=cluster.env)
+
+The nodes are named ``127.0.0.1``, ``127.0.0.2``, ..., which Slurm lists as ``127.0.0.[1-2]``: a name with brackets, as on
+large clusters, whose members every machine can reach.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/linear
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=5
+FirstJobId={first_job}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={name} Port={port} CPUs={cpus}\n"
+LAUNCHER_VARIABLES = ("SLURM_", "SRUN_", "SBATCH_", "MASTER_", "TORCHELASTIC_")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+class SlurmError(RuntimeError):
+    """The cluster did not come up; the text ends with what its daemons last wrote."""
+
+
+class SlurmCluster:
+    """Nodes of one Slurm cluster, all on this machine; entering waits until they are idle, leaving stops jobs and daemons.
+
+    Args:
+        folder: for configuration, key, socket, state and logs. Its path must be short (a socket's has 107 characters).
+        nodes: how many.
+        cpus: of each node, as Slurm counts them; more than the machine has is fine.
+        timeout: seconds for all nodes to become idle.
+
+    Attributes:
+        env: environment in which ``srun``, ``scancel`` and the others talk to this cluster, free of any launcher's ranks.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2, timeout: float = 60) -> None:
+        self.folder, self.cpus, self.timeout = folder.resolve(), cpus, timeout
+        self.nodes = [f"127.0.0.{1 + n}" for n in range(nodes)]
+        self.env = _without_launcher(dict(os.environ)) | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> SlurmCluster:
+        with ExitStack() as on_failure:
+            on_failure.callback(self._stop)
+            self._configure()
+            self._start("munged", *self._munge_options())
+            self._wait("munged", (self.folder / "munge.socket").exists)
+            self._start("slurmctld", "-D")
+            for node in self.nodes:
+                self._start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
+            self._wait("nodes", lambda: self._node_states() == ["idle"] * len(self.nodes))
+            on_failure.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._cancel_jobs()
+        finally:
+            self._stop()
+
+    def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a command in the cluster's environment; its output is captured."""
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def steps(self) -> list[str]:
+        """Running job steps, as ``job.step``."""
+        return self.run("squeue", "--steps", "--noheader", "--format=%i").stdout.split()
+
+    def logs(self, lines: int = 15) -> str:
+        """The last lines of every daemon's log."""
+        tails = []
+        for name in self._daemons:
+            text = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
+            tails.append("\n".join([f"--- {name}", *text[-lines:]]))
+        return "\n".join(tails)
+
+    def _configure(self) -> None:
+        (self.folder / "state").mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        host, ports = socket.gethostname().split(".")[0], _free_ports(1 + len(self.nodes))
+        # training derives its meeting port from the job's number: two clusters at a time should not count alike, and
+        # below 400 the port is below those that the kernel lends to clients
+        first_job = random.randrange(1, 380)
+        text = CONF.format(host=host, ports=ports, user=getpass.getuser(), folder=self.folder, first_job=first_job)
+        for name, port in zip(self.nodes, ports[1:], strict=True):
+            text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
+        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "cgroup.conf").touch()
+
+    def _munge_options(self) -> list[str]:
+        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "seed-file": "munged.seed"}
+        # force: the folder may be closed to others, which munged does not expect
+        return ["--foreground", "--force", *(f"--{option}={self.folder / name}" for option, name in files.items())]
+
+    def _start(self, program: str, *options: str, name: str | None = None) -> None:
+        path = shutil.which(program, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin")))
+        if path is None:
+            raise SlurmError(f"{program} is not installed")
+        name = name or program
+        with open(self.folder / f"{name}.log", "wb") as log:
+            # A session of its own: Ctrl-C reaches pytest only, which then stops the daemons in order. setpriv: a killed
+            # pytest takes them with it.
+            self._daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig=TERM", path, *options],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _node_states(self) -> list[str]:
+        with suppress(subprocess.TimeoutExpired):
+            return self.run("sinfo", "--Node", "--noheader", "--format=%T", timeout=10).stdout.split()
+        return []
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not ready():
+            dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                why = f"{', '.join(dead)} ended" if dead else f"not ready in {self.timeout:.0f} s: {self._node_states()}"
+                raise SlurmError(f"{what}: {why}\n{self.logs()}")
+            time.sleep(0.2)
+
+    def _cancel_jobs(self) -> None:
+        """End every job while there are daemons to do it; one that ignores SIGTERM is killed after KillWait."""
+        with suppress(subprocess.TimeoutExpired):
+            self.run("scancel", f"--user={getpass.getuser()}", timeout=10)
+            deadline = time.monotonic() + 20
+            while self.run("squeue", "--noheader", timeout=10).stdout.strip() and time.monotonic() < deadline:
+                time.sleep(0.2)
+
+    def _stop(self) -> None:
+        for daemon in reversed(self._daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def _without_launcher(env: dict[str, str]) -> dict[str, str]:
+    return {name: v for name, v in env.items() if not name.startswith(LAUNCHER_VARIABLES) and name not in RANK_VARIABLES}
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]

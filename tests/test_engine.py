@@ -1,0 +1,243 @@
+"""DeepSpeed at every stage against plain PyTorch; precisions; offload; what waits for the device."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankError, run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scale_mae.config import Config, ConfigError, OptimConfig, load_config
+from scale_mae.engine.optim import Schedule, build_adamw, decays, parameter_names
+from scale_mae.model.mae import build_mae
+
+STEPS, BATCH = 10, 8
+SCHEDULE = Schedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEPS)
+
+
+def small_mae():
+    return build_mae("nano", image_size=(16, 16), patch=(4, 4), decoder_width=32, decoder_depth=1, decoder_heads=2, seed=0)
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 3, 16, 16, generator=generator), torch.rand(BATCH, 16, generator=generator)
+
+
+def make_config(stage="zero2", precision="fp32", micro_batch=BATCH, clip=None, recompute="none"):
+    return Config.model_validate(
+        {
+            "train": {"global_batch": BATCH, "micro_batch": micro_batch, "precision": precision, "recompute": recompute},
+            "engine": {"deepspeed": stage},
+            "optim": {"clip_grad_norm": clip},
+        }
+    )
+
+
+def plain_trace(clip=None):
+    """Losses and gradient norms of ordinary PyTorch AdamW."""
+    model = small_mae()
+    optimizer = build_adamw(model, OptimConfig(), fused=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = model(*batch(step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).item())
+        for group in optimizer.param_groups:
+            group["lr"] = SCHEDULE.lr(step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def engine_trace(engine, ranks, config, steps=STEPS):
+    """The same through the engine, on this rank's part of each batch."""
+    accumulation = config.accumulation(ranks.size)
+    losses, norms = [], []
+    for step in range(steps):
+        images, noise = batch(step)
+        total = torch.zeros(())
+        for micro_step in range(accumulation):
+            first = (micro_step * ranks.size + ranks.rank) * config.train.micro_batch
+            part = slice(first, first + config.train.micro_batch)
+            total += engine.forward_backward(images[part], noise[part]) / accumulation
+            norm = engine.step(SCHEDULE.lr(step), want_norm=micro_step + 1 == accumulation)
+        (loss,) = ranks.reduce(total[None] / ranks.size, "sum")
+        losses.append(loss)
+        norms.append(norm)
+    return losses, norms
+
+
+def traces(settings):
+    """A rank of the tests below: one engine after another."""
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        configs = [make_config(**s) for s in settings]
+        return [engine_trace(Engine(small_mae(), config, ranks), ranks, config) for config in configs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_every_stage_accumulation_and_rank_count_gives_plain_pytorchs_losses(ranks, clip):
+    settings = [
+        {"stage": f"zero{stage}", "micro_batch": BATCH // (ranks * accumulation), "clip": clip}
+        for stage, accumulation in itertools.product(range(4), (1, 4))
+    ]
+    losses, norms = plain_trace(clip)
+    assert max(norms) > 0.5  # so that clipping does something
+    for setting, got in zip(settings, run_ranks(ranks, traces, settings)[0], strict=True):
+        np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=str(setting))
+        np.testing.assert_allclose(got[1], norms, rtol=1e-3, err_msg=str(setting))
+
+
+def test_offload_to_host_memory_gives_the_same_losses():
+    settings = [{"stage": s, "micro_batch": 2} for s in ("zero2_offload", "zero3_offload")]
+    losses, _ = plain_trace()
+    for setting, got in zip(settings, run_ranks(2, traces, settings)[0], strict=True):
+        np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=str(setting))
+
+
+def test_bf16_follows_fp32_within_two_percent():
+    settings = [{"stage": f"zero{s}", "precision": "bf16", "micro_batch": 2} for s in range(4)]
+    losses, _ = plain_trace()
+    for setting, got in zip(settings, run_ranks(2, traces, settings)[0], strict=True):
+        np.testing.assert_allclose(got[0], losses, rtol=2e-2, err_msg=str(setting))
+
+
+def fp16_run(stage):
+    """fp16 on a CPU: slow and refused by DeepSpeed, but PyTorch computes it, which is enough to see the loss scale work."""
+    from deepspeed.accelerator import get_accelerator
+
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    get_accelerator().is_fp16_supported = lambda: True
+    with world() as ranks:
+        config = make_config(stage, "fp16", micro_batch=2)
+        engine = Engine(small_mae(), config, ranks)
+        before = engine.loss_scale
+        losses, _ = engine_trace(engine, ranks, config)
+        skipped_by_then = engine.skipped_steps
+        # a loss beyond fp16's range makes the gradients overflow: the step is skipped and the scale lowered
+        images, noise = batch(0)
+        for _ in range(3):
+            engine.forward_backward(images[:2] * 1e18, noise[:2])
+            engine.step(1e-3)
+            engine.forward_backward(images[:2], noise[:2])
+            norm = engine.step(1e-3, want_norm=True)
+        return losses, skipped_by_then, before, engine.loss_scale, engine.skipped_steps, norm, engine.weights_are_finite()
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_fp16_scales_its_loss_dynamically(stage):
+    losses, skipped_by_then, before, after, skipped, norm, finite = run_ranks(2, fp16_run, stage)[0]
+    # without ZeRO the very first gradients overflow at a scale of 2**16; the trace is then a step behind
+    np.testing.assert_allclose(losses, plain_trace()[0], rtol=1e-1 if skipped_by_then else 1e-2)
+    assert skipped_by_then <= 2
+    assert before == 2**16
+    assert after < before
+    assert skipped > skipped_by_then
+    assert norm is None
+    assert finite
+
+
+def refused_fp16():
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        Engine(small_mae(), make_config(precision="fp16"), ranks)
+
+
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor computes fp16")
+def test_a_precision_the_device_lacks_is_one_clear_error():
+    with pytest.raises(RankError, match=r"train\.precision=fp16 is not supported by this cpu") as caught:
+        run_ranks(1, refused_fp16)
+    assert caught.value.kinds == ["ConfigError"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return op(*args, **(kwargs or {}))
+
+
+def count_waits(setting):
+    """Reads by the host in a step that is not logged, and in one that is."""
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        config = make_config(**setting)
+        engine = Engine(small_mae(), config, ranks)
+        counts = []
+        for step, logged in enumerate((False, False, False, True)):
+            with Waits() as waits:
+                images, noise = batch(step)
+                engine.forward_backward(images, noise)
+                engine.step(1e-3, want_norm=logged)
+            counts.append(waits.count)
+        return counts[2:]
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_the_host_never_waits_between_log_steps_in_bf16(stage):
+    quiet, logged = run_ranks(1, count_waits, {"stage": stage, "precision": "bf16"})[0]
+    assert quiet == 0
+    assert logged > 0
+
+
+def test_weight_decay_groups_follow_the_reference():
+    model = small_mae()
+    without, with_decay = parameter_names(model)
+    assert sorted(without + with_decay) == sorted(name for name, _ in model.named_parameters())
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(with_decay)
+    assert {"norm.weight", "norm.bias", "blocks.0.attn.qkv.bias", "patch_embed.proj.bias"} <= set(without)
+    assert decays("head.weight", torch.nn.Parameter(torch.zeros(2, 2)))
+    assert not decays("head.bias", torch.nn.Parameter(torch.zeros(2, 2)))
+
+
+def test_learning_rate_equals_the_reference():
+    import json
+
+    from conftest import GOLDEN
+
+    for case in json.loads((GOLDEN / "recipe.json").read_text())["schedule"]:
+        per_epoch = 100
+        schedule = Schedule(case["lr"], case["min_lr"], case["warmup_epochs"] * per_epoch, case["epochs"] * per_epoch)
+        steps = [case["epochs"] * per_epoch * i // case["points"] for i in range(case["points"])]
+        np.testing.assert_allclose([schedule.lr(s) for s in steps], case["lr_at"], rtol=1e-12)
+        assert schedule.lr(0) == 0
+
+
+def test_deepspeed_keys_that_config_owns_are_refused(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
+    with pytest.raises(ConfigError, match=r"sets gradient_clipping, which optim\.clip_grad_norm decides"):
+        load_config("debug", [f"engine.deepspeed={path}"]).deepspeed_json()
+
+
+def bad_json(path):
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        Engine(small_mae(), make_config(stage=path), ranks)
+
+
+def test_a_deepspeed_file_that_deepspeed_refuses_is_one_clear_error(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 7}}')
+    with pytest.raises(RankError, match=r"own\.json is refused by DeepSpeed") as caught:
+        run_ranks(1, bad_json, str(path))
+    assert caught.value.kinds == ["ConfigError"]

@@ -1,0 +1,160 @@
+"""``srun`` alone launches a run: real Slurm daemons, two nodes, two ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+from slurm_cluster import SlurmCluster
+
+from scale_mae.checkpoint.store import checkpoints, read_manifest
+from scale_mae.config import UserError
+from scale_mae.engine.distributed import _first_host, _tasks_here
+
+TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
+ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
+PATIENCE = 150  # seconds
+service = pytest.mark.service("slurm-wlm", "munge")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.env["OMP_NUM_THREADS"] = "1"  # ranks share the cores of one machine here
+        yield cluster
+
+
+@pytest.fixture
+def on_cluster(cluster, monkeypatch):
+    """This process is a client of the cluster."""
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    return cluster
+
+
+@contextmanager
+def started(command, cluster, output):
+    """The running process of a command; whatever happens, it does not outlive the block, nor does an srun's job."""
+    with open(output, "w") as file, subprocess.Popen(command, env=cluster.env, stdout=file, stderr=file) as process:
+        try:
+            yield process
+        except subprocess.TimeoutExpired as error:
+            pytest.fail(f"{error}\n{output.read_text()}\n{cluster.logs()}")
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def log_records(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+@service
+@pytest.mark.slow
+def test_srun_trains_as_one_process_does(cluster, tmp_path):
+    alone, both, output = tmp_path / "alone", tmp_path / "both", tmp_path / "output.txt"
+    with started([*ON_TWO_NODES, *TRAIN, f"run.dir={both}"], cluster, output) as srun:
+        single = cluster.run(*TRAIN, f"run.dir={alone}", timeout=PATIENCE)
+        assert single.returncode == 0, single.stderr
+        assert srun.wait(PATIENCE) == 0, output.read_text() + cluster.logs()
+
+    records = log_records(both)
+    assert [r["step"] for r in records] == list(range(1, 11))
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log_records(alone)], rel=1e-5)
+    assert [read_manifest(c).world_size for c in checkpoints(both)] == [2, 2]
+    assert [read_manifest(c).world_size for c in checkpoints(alone)] == [1, 1]
+
+
+@service
+@pytest.mark.slow
+def test_scancel_saves_once_and_the_same_command_resumes(cluster, tmp_path):
+    run_dir = tmp_path / "run"
+    first = stop_after_some_steps(cluster, run_dir)
+    (checkpoint,) = checkpoints(run_dir)
+    assert checkpoint.name == f"step-{first:08d}"
+    assert read_manifest(checkpoint).world_size == 2
+    text = (run_dir / "log.txt").read_text()
+    assert text.count("stopped by") == text.count(f"after step {first}\n") == 1
+    assert "resumed" not in text
+
+    second = stop_after_some_steps(cluster, run_dir)
+    text = (run_dir / "log.txt").read_text()
+    assert f"resumed from {checkpoint}\n" in text
+    assert f"after step {second}\n" in text
+    assert [read_manifest(c).step for c in checkpoints(run_dir)] == [first, second]
+    assert [r["step"] for r in log_records(run_dir)] == list(range(1, second + 1))  # none lost, none twice
+
+
+def stop_after_some_steps(cluster, run_dir):
+    """Train on both nodes, SIGTERM the job step after a few optimizer steps; the step at which it ended."""
+    log, output = run_dir / "log.jsonl", run_dir.with_name("srun.txt")
+    enough = 5 + (len(log_records(run_dir)) if log.exists() else 0)
+    command = [*ON_TWO_NODES, *TRAIN, f"run.dir={run_dir}", "train.duration=2000 steps", "checkpoint.every=2000 steps"]
+    with started(command, cluster, output) as srun:
+        deadline = time.monotonic() + PATIENCE
+        while not log.exists() or log.read_text().count("\n") < enough:
+            trouble = "srun ended" if srun.poll() is not None else "too slow" if time.monotonic() > deadline else None
+            assert not trouble, f"{trouble}: {output.read_text()}\n{cluster.logs()}"
+            time.sleep(0.1)
+        (step,) = cluster.steps()
+        cancelled = cluster.run("scancel", "--signal=TERM", step)
+        assert cancelled.returncode == 0, cancelled.stderr
+        assert srun.wait(PATIENCE) == 0, output.read_text() + cluster.logs()
+    last = log_records(run_dir)[-1]["step"]
+    assert last < 2000, "the run ended before the signal came"
+    return last
+
+
+@service
+def test_config_error_is_told_once_and_fails_the_job(cluster, tmp_path):
+    done = cluster.run(*ON_TWO_NODES, *TRAIN, f"run.dir={tmp_path}/run", "train.learning_rate=1", timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    ours = [line for line in done.stderr.splitlines() if not line.startswith("srun:")]
+    assert len(ours) == 1, done.stderr
+    assert ours[0].startswith("scale-mae: error: unknown key 'train.learning_rate'")
+    assert not (tmp_path / "run").exists()
+
+
+@service
+def test_tasks_here_counts_what_slurm_started(cluster):
+    show = "echo $SLURM_NODEID $SLURM_STEP_TASKS_PER_NODE"
+    done = cluster.run("srun", "--nodes=2", "--ntasks=3", "--overcommit", "sh", "-c", show)
+    tasks = Counter(tuple(line.split()) for line in done.stdout.splitlines())
+    assert sum(tasks.values()) == 3, done.stderr
+    for (node, tasks_per_node), count in tasks.items():
+        assert _tasks_here(tasks_per_node, int(node)) == count
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "counts"),
+    [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,1", [2, 1]), ("1(x12)", [1] * 12), ("3,4(x2)", [3, 4, 4])],
+)
+def test_tasks_here(tasks_per_node, counts):
+    assert [_tasks_here(tasks_per_node, node) for node in range(len(counts))] == counts
+
+
+@pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])
+def test_first_host_of_a_plain_list(nodes, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # needs no program
+    assert _first_host(nodes) == "gpu03"
+
+
+@service
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[03-05,9],cpu1", "gpu03"), ("cpu1,gpu[03-05]", "cpu1"), ("rack[2-3]node[07-08]", "rack2node07")]
+)
+def test_first_host_of_a_list_with_brackets(nodes, first, on_cluster):
+    assert _first_host(nodes) == first
+
+
+def test_first_host_without_scontrol_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\] .* set MASTER_ADDR"):
+        _first_host("gpu[1-2]")

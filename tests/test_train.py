@@ -1,0 +1,290 @@
+"""Whole runs on real ranks: resume, signals, bad numbers, bad input."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankError, collect, run_ranks, start_ranks
+from test_data import make_folders
+
+from scale_mae.config import load_config
+from scale_mae.metrics.sinks import Log
+
+
+def make_config(run_dir, **overrides):
+    return load_config("debug", {"run.dir": str(run_dir), "checkpoint.every": "4 steps", **overrides})
+
+
+def train(config):
+    from scale_mae import pretrain
+
+    torch.set_num_threads(1)
+    return pretrain(config)
+
+
+def train_until(config, step):
+    """Stop this rank alone, from inside, once ``step`` has been logged."""
+    original = Log.metrics
+
+    def metrics(self, values):
+        original(self, values)
+        if values["step"] >= step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Log.metrics = metrics  # each rank is a process of its own
+    return train(config)
+
+
+def log(run_dir, *keys):
+    """Values of ``log.jsonl`` by step; the last line of a step counts."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: tuple(line[key] for key in keys) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Losses, learning rates and norms of a run of two ranks that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = run_ranks(2, train, make_config(folder))[0]
+    assert result.finished
+    assert result.step == 10
+    return folder, log(folder, "loss", "lr", "grad_norm")
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_interrupted_twice_in_one_epoch_equals_undisturbed_bit_for_bit(undisturbed, tmp_path, ranks):
+    folder, expected = undisturbed
+    config = make_config(tmp_path)
+    for step in (3, 6):
+        # only rank 0 logs, so only rank 0 gets the signal; all ranks must stop
+        results = run_ranks(ranks, train_until, config, step)
+        assert [r.finished for r in results] == [False] * ranks
+        assert len({r.step for r in results}) == 1
+        assert step <= results[0].step <= step + 2
+        assert (tmp_path / "checkpoints" / f"step-{results[0].step:08d}" / "manifest.json").exists()
+    assert run_ranks(ranks, train, config)[0].finished
+    assert log(tmp_path, "loss", "lr", "grad_norm") == expected
+    assert set(expected) == set(range(1, 11))
+    assert weights(tmp_path, 10).keys() == weights(folder, 10).keys()
+    for name, tensor in weights(folder, 10).items():
+        assert torch.equal(weights(tmp_path, 10)[name], tensor), name
+
+
+def weights(run_dir, step):
+    from scale_mae.checkpoint.zero_reader import ZeroReader
+
+    return dict(ZeroReader(Path(run_dir) / "checkpoints" / f"step-{step:08d}" / "deepspeed"))
+
+
+@pytest.mark.parametrize(("stage", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero3", "fp32"), ("zero3", "bf16")])
+def test_resume_is_exact_at_other_stages_and_precisions(tmp_path, stage, precision):
+    setting = {"engine.deepspeed": stage, "train.precision": precision}
+    straight, resumed = make_config(tmp_path / "a", **setting), make_config(tmp_path / "b", **setting)
+    run_ranks(2, train, straight)
+    run_ranks(2, train_until, resumed, 5)
+    run_ranks(2, train, resumed)
+    assert log(tmp_path / "b", "loss", "lr") == log(tmp_path / "a", "loss", "lr")
+
+
+def test_ranks_and_accumulation_do_not_change_the_run(undisturbed, tmp_path):
+    _, expected = undisturbed
+    run_ranks(1, train, make_config(tmp_path, **{"train.micro_batch": 16}))
+    for step, (loss, lr, _) in log(tmp_path, "loss", "lr", "grad_norm").items():
+        assert loss == pytest.approx(expected[step][0], rel=1e-5)
+        assert lr == expected[step][1]
+
+
+def test_a_log_line_has_what_the_documents_promise(undisturbed):
+    folder, _ = undisturbed
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["epoch"] == pytest.approx(line["step"] * 16 / 10_000)
+        assert line["images"] == line["step"] * 16
+        assert line["images_per_s"] == pytest.approx(16 / line["step_time_s"])
+        assert 0 <= line["data_wait_s"] <= line["step_time_s"] * 1.5
+        assert line["tflops_per_process"] > 0
+        assert line["memory_gib"] > 0
+        assert line["loss_scale"] == 1
+    assert (folder / "log.txt").read_text().count("\n") >= 13
+    assert "saved" in (folder / "log.txt").read_text()
+
+
+def test_a_finished_run_started_again_does_nothing(undisturbed):
+    folder, _ = undisturbed
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert run_ranks(2, train, make_config(folder))[0].finished
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_signal_on_any_rank_stops_all_after_one_save(tmp_path, number, target):
+    config = make_config(tmp_path, **{"train.duration": "100000 steps", "checkpoint.every": "100000 steps"})
+    processes, pipes = start_ranks(2, train, config)
+    deadline = time.monotonic() + 120
+    while len(log(tmp_path, "loss") if (tmp_path / "log.jsonl").exists() else ()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(processes[target].pid, number)
+    results = collect(processes, pipes, timeout=60)
+    assert [r.finished for r in results] == [False, False]
+    saved = [p.name for p in (tmp_path / "checkpoints").glob("step-*")]
+    assert saved == [f"step-{results[0].step:08d}"]
+    assert [p.exitcode for p in processes] == [0, 0]
+
+
+def train_with_nan(config, step):
+    """The second rank's loss becomes NaN in one step."""
+    from scale_mae.engine.deepspeed import Engine
+
+    original, calls = Engine.forward_backward, []
+
+    def forward_backward(self, images, noise):
+        calls.append(1)
+        loss = original(self, images, noise)
+        return loss * float("nan") if len(calls) == step and self.world.rank == 1 else loss
+
+    Engine.forward_backward = forward_backward
+    return train(config)
+
+
+@pytest.mark.parametrize("log_every", [1, 20])
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing(tmp_path, log_every):
+    config = make_config(tmp_path, **{"log.every": log_every, "train.micro_batch": 8})
+    with pytest.raises(RankError, match=r"loss is not finite at step 6; .*last checkpoint: .*step-00000004") as caught:
+        run_ranks(2, train_with_nan, config, 6)
+    assert caught.value.kinds == ["NonFiniteError"] * 2
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000004"
+
+
+def train_with_bad_weights(config):
+    """A weight becomes infinite in the last step before a save, which no loss has seen yet."""
+    from scale_mae.engine.deepspeed import Engine
+
+    original, steps = Engine.step, []
+
+    def step(self, lr, *, want_norm=False):
+        norm = original(self, lr, want_norm=want_norm)
+        steps.append(1)
+        if len(steps) == 4 and self.world.rank == 1:
+            self.model.cls_token.data[..., 0] = float("inf")
+        return norm
+
+    Engine.step = step
+    return train(config)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(RankError, match="weights are not finite after step 4") as caught:
+        run_ranks(2, train_with_bad_weights, make_config(tmp_path, **{"train.micro_batch": 8}))
+    assert caught.value.kinds == ["NonFiniteError"] * 2
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_an_undecodable_image_stops_all_ranks_and_loses_nothing(tmp_path):
+    data = make_folders(tmp_path / "data", per_class=20)
+    path = data / "class1" / "7.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300] + bytes(len(whole) - 300))
+    config = make_config(
+        tmp_path / "run", **{"data.source": str(data), "train.micro_batch": 2, "train.global_batch": 4, "data.prefetch": 1,
+                             "train.duration": "40 steps", "checkpoint.every": "40 steps"}
+    )  # fmt: skip
+    with pytest.raises(RankError, match=r"class1/7\.jpg: cannot be decoded") as caught:
+        run_ranks(2, train, config)
+    assert caught.value.kinds == ["DataError"] * 2
+    done = max(log(tmp_path / "run", "loss"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == [f"step-{done:08d}"]
+    path.write_bytes(whole)
+    assert run_ranks(2, train, config)[0].finished
+    assert sorted(log(tmp_path / "run", "loss")) == list(range(1, 41))
+
+
+def test_class_folders_train_with_accumulation(tmp_path):
+    data = make_folders(tmp_path / "data", per_class=5)
+    result = run_ranks(2, train, make_config(tmp_path / "run", **{"data.source": str(data), "train.micro_batch": 2}))[0]
+    assert result.finished
+
+
+def test_the_newest_good_checkpoint_is_used_when_a_newer_one_is_damaged(undisturbed, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    newest = folder / "checkpoints" / "step-00000010" / "deepspeed"
+    victim = next(newest.glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (folder / "log.jsonl").unlink()
+    assert run_ranks(2, train, make_config(folder))[0].finished
+    assert log(folder, "loss", "lr", "grad_norm") == {s: v for s, v in undisturbed[1].items() if s > 8}
+    text = (folder / "log.txt").read_text()
+    assert "passed over" in text
+    assert "resumed from" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"train.global_batch": 32}, r"holds a run of another config \(train\.global_batch: 16 -> 32\)"),
+        ({"model.mask_ratio": 0.5, "run.seed": 3}, "another config .* and 1 more"),
+    ],
+)
+def test_a_run_directory_of_another_config_is_refused_by_all_ranks(undisturbed, spoil, message):
+    with pytest.raises(RankError, match=message) as caught:
+        run_ranks(2, train, make_config(undisturbed[0], **spoil))
+    assert caught.value.kinds == ["UserError"] * 2
+
+
+def test_what_does_not_change_the_computation_may_change(undisturbed):
+    free = {"log.every": 7, "checkpoint.keep": 9, "checkpoint.every": "3 steps", "data.threads": 1, "data.prefetch": 2}
+    assert run_ranks(2, train, make_config(undisturbed[0], **free))[0].finished
+
+
+def test_another_number_of_processes_is_refused(undisturbed):
+    with pytest.raises(RankError, match="was written by 2 processes and cannot be resumed by 1"):
+        run_ranks(1, train, make_config(undisturbed[0]))
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(RankError, match=r"global_batch=16 is not divisible by train\.micro_batch=4 x 3 processes = 12"):
+        run_ranks(3, train, make_config(tmp_path))
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RankError, match=r"run\.dir=.*cannot be written") as caught:
+        run_ranks(2, train, make_config(tmp_path / "file" / "run"))
+    assert caught.value.kinds == ["UserError"] * 2
+
+
+def test_compiled_blocks_compute_the_same(undisturbed, tmp_path):
+    run_ranks(2, train, make_config(tmp_path, **{"engine.compile": True}), timeout=600)
+    for step, (loss,) in log(tmp_path, "loss").items():
+        assert loss == pytest.approx(undisturbed[1][step][0], rel=1e-4)
+
+
+def count_waits_of_a_run(config):
+    """Reads of a tensor's value by the host during a run, by our own loop and by what it calls."""
+    from test_engine import Waits
+
+    with Waits() as waits:
+        train(config)
+    return waits.count
+
+
+def test_the_loop_reads_no_tensor_between_log_steps(tmp_path):
+    def run(steps):
+        setting = {"train.precision": "bf16", "log.every": 1000, "train.duration": f"{steps} steps", "train.micro_batch": 16}
+        return run_ranks(
+            1, count_waits_of_a_run, make_config(tmp_path / str(steps), **setting, **{"checkpoint.every": "1000 steps"})
+        )[0]
+
+    ballot = 1  # the vote, a byte in host memory, is read once a micro-batch
+    assert run(30) - run(10) == 20 * ballot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 from scale_mae.config import UserError, json_schema, load_config, recipes
@@ -86,6 +87,8 @@ def _complain(error: UserError) -> None:
         rank = 0
     if rank == 0:
         print(f"scale-mae: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # a launcher that ends the job with its first failed process must not silence rank 0
 
 
 def pretrain(args: argparse.Namespace) -> int:

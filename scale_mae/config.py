@@ -37,7 +37,7 @@ def _pair(value: Any) -> Any:
 Side = Annotated[int, Field(gt=0)]
 Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_type=int | tuple[int, int])]
 DURATION = r"^\d+(\.\d+)?(e\d+)? (steps|epochs|images)$"
-Duration = Annotated[str, Field(pattern=DURATION)]
+Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
 
 
 class Section(BaseModel):

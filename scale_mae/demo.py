@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         raise UserError(f"{folder} is not empty and not an earlier demonstration; name another folder")
     config = load_config("demo")
     total = config.steps(config.train.duration, len(scan(config.data.source)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--standalone"]
     pretrain = [*launcher, "-m", "scale_mae", "pretrain", "demo", f"run.dir={folder}"]
     program = [sys.executable, "-m", "scale_mae"]
 

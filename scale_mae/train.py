@@ -18,7 +18,7 @@ from scale_mae.data.index import DataError, Index, scan
 from scale_mae.data.loader import Batch, Loader, Share, normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World, world
+from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World, rank_and_size, world
 from scale_mae.engine.optim import Schedule, parameter_names
 from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
@@ -56,6 +56,8 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
         UserError: anything that the caller can put right; one line.
     """
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
+    config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
+    config.deepspeed_json()
     with world() as ranks, StopRequest() as stop:
         return _Run(config, ranks).loop(stop)
 
@@ -66,7 +68,6 @@ class _Run:
     def __init__(self, config: Config, ranks: World) -> None:
         self.config, self.ranks = config, ranks
         accumulation = config.accumulation(ranks.size)
-        config.deepspeed_json()  # a missing file is told before anything is built
         self.dir = Path(config.run.dir)
         notes: list[str] = []
 

@@ -122,7 +122,9 @@ class SlurmCluster:
         for name, port in zip(self.nodes, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "cgroup.conf").touch()
+        # Nothing here uses control groups. Of Slurm's plugins for them, v1 leaves the machine alone until something does;
+        # the one that would be detected may want to be root or systemd's child.
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _munge_options(self) -> list[str]:
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "seed-file": "munged.seed"}

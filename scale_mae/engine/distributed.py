@@ -127,9 +127,12 @@ def world() -> Iterator[World]:
         UserError: rank variables that make no sense.
     """
     rank, size, local_rank = _ranks()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
+    gpu = local_rank if local_rank < torch.cuda.device_count() else 0
+    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
+    # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(gpu if cuda else local_rank)}
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -160,8 +163,12 @@ def _ranks() -> tuple[int, int, int]:
         if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
             return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
         if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_STEP_ID", "").isdigit():  # srun
+            if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
+                return 0, 1, 0  # several single runs may share one job step, an interactive shell for instance
             env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) * 31 % 20000 + int(env["SLURM_STEP_ID"]) % 31))
+            # below the range from which the kernel hands out ports
+            port = 20000 + int(env["SLURM_JOB_ID"]) * 31 % 12000 + int(env["SLURM_STEP_ID"]) % 31
+            env.setdefault("MASTER_PORT", str(port))
             env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
             return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except (KeyError, ValueError) as error:

@@ -1,0 +1,94 @@
+"""Rules of the code base that a reader may rely on."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "scale_mae"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """Modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def importers(prefix):
+    return {name_of(p) for p in MODULES if any(m == prefix or m.startswith(prefix + ".") for m in imports(p))}
+
+
+def test_config_imports_none_of_ours():
+    assert not [m for m in imports(PACKAGE / "config.py") if m.startswith("scale_mae")]
+
+
+@pytest.mark.parametrize("part", ["model", "data"])
+def test_model_and_data_know_nothing_of_engine_metrics_or_checkpoints(part):
+    for path in (PACKAGE / part).glob("*.py"):
+        for module in imports(path):
+            assert not module.startswith(("scale_mae.engine", "scale_mae.metrics", "scale_mae.checkpoint", "scale_mae.train"))
+
+
+def test_only_engine_and_checkpoint_import_deepspeed():
+    assert all(name.startswith(("scale_mae.engine", "scale_mae.checkpoint")) for name in importers("deepspeed"))
+
+
+def test_only_data_dali_imports_dali():
+    assert importers("nvidia.dali") <= {"scale_mae.data.dali"}
+
+
+def test_only_the_top_imports_train_and_cli():
+    assert importers("scale_mae.train") <= {"scale_mae", "scale_mae.cli"}
+    assert importers("scale_mae.cli") <= {"scale_mae.__main__"}
+
+
+def test_importing_the_package_and_asking_for_help_import_no_torch():
+    program = "import sys, scale_mae, scale_mae.cli; scale_mae.cli.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_public_names_have_docstrings():
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        members = [n for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body]
+        for node in [*tree.body, *members]:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_files_and_functions_stay_short():
+    for path in MODULES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= (450 if path.name == "config.py" else 300), f"{path}: {lines} lines"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60, f"{path}: {node.name}"
+
+
+def test_constraints_pin_names_and_versions_only():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"(#.*|[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+( ; .*)?)", line), line
+
+
+def test_no_file_names_a_machine_or_a_download_address():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in listed:
+        if name.endswith((".safetensors", ".gz", ".png")) or name == "tests/test_architecture.py":
+            continue
+        text = (ROOT / name).read_text()
+        assert not re.search(r"index-url|find-links|/work/|/root/", text), name

@@ -1,0 +1,298 @@
+"""Checkpoints: committed whole, verified, read at every stage and precision, converted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train import make_config, train
+
+from scale_mae import UserError, load_encoder
+from scale_mae.checkpoint import store
+from scale_mae.checkpoint.export import convert_to_timm, describe, load_mae, read_export
+from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
+from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.config import load_config
+from scale_mae.model.mae import build_mae
+from scale_mae.model.positions import sincos_table
+
+LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
+
+
+def train_and_tell(configs):
+    """Several short runs in one set of ranks; the live fp32 weights of each, as DeepSpeed itself gathers them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import StopRequest, world
+    from scale_mae.train import _Run
+
+    torch.set_num_threads(1)
+    told = []
+    with world() as ranks, StopRequest() as stop:
+        for config in configs:
+            run = _Run(config, ranks)
+            run.loop(stop)
+            assert isinstance(run.engine, Engine)
+            sharded = run.engine.stage > 0
+            masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)
+            assert masters is None or sharded or config.train.precision != "fp32"
+            live = {}
+            for name, p in run.engine.model.named_parameters():
+                value = safe_get_full_fp32_param(p) if sharded else p.detach()
+                live[name] = value.float().numpy().copy()
+            told.append(live)
+    return told
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A two-step run of two ranks in every layout: (stage, precision) -> (run directory, live weights)."""
+    folder = tmp_path_factory.mktemp("layouts")
+    setting = {"train.duration": "3 steps", "optim.warmup": "1 steps", "optim.base_lr": 0.1}
+    configs = [make_config(folder / f"{s}-{p}", **setting, **{"engine.deepspeed": s, "train.precision": p}) for s, p in LAYOUTS]
+    live = run_ranks(2, train_and_tell, configs)[0]
+    return {layout: (Path(c.run.dir), weights) for layout, c, weights in zip(LAYOUTS, configs, live, strict=True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reader_gives_every_weight_of_the_live_model(runs, layout):
+    run_dir, live = runs[layout]
+    reader = ZeroReader(locate(run_dir, print) / "deepspeed")
+    assert reader.stage == int(layout[0][-1])
+    assert set(reader) == set(live) | {"pos_embed", "decoder_pos_embed"}
+    assert torch.equal(reader["pos_embed"], sincos_table(96, (4, 4)))
+    for name, expected in live.items():
+        got = reader[name]
+        assert got.dtype == torch.float32
+        if layout == ("zero0", "bf16"):  # the live weights there are bf16; the reader finds the fp32 masters
+            assert torch.equal(got.bfloat16().float(), torch.from_numpy(expected)), name
+        else:
+            assert torch.equal(got, torch.from_numpy(expected)), name
+    if layout[1] == "bf16":
+        assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live)
+
+
+def test_reader_agrees_with_deepspeeds_own_conversion(runs):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for layout in (("zero2", "bf16"), ("zero3", "bf16")):
+        checkpoint = locate(runs[layout][0], print)
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        ours = ZeroReader(checkpoint / "deepspeed")
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor.detach()), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tmp_path):
+    run_dir, live = runs[layout]
+    out = convert_to_timm(run_dir, tmp_path / "encoder.safetensors")
+    facts, weights = read_export(out)
+    model = timm.create_model(facts["timm_name"], **facts["timm_kwargs"])
+    model.load_state_dict(weights, strict=True)
+    mae = build_mae("nano", image_size=(32, 32), patch=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
+    reader = ZeroReader(locate(run_dir, print) / "deepspeed")
+    state = {name: torch.from_numpy(value) for name, value in live.items()}
+    if layout == ("zero0", "bf16"):
+        state = {name: reader[name] for name in live}
+    mae.load_state_dict(state | {n: reader[n] for n in ("pos_embed", "decoder_pos_embed")})
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        expected = mae.eval().features(images)
+        torch.testing.assert_close(model.eval().forward_features(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(load_encoder(out).forward_features(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(load_encoder(run_dir).forward_features(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, dtype, expected):
+    run_dir, _ = runs["zero2", "fp32"]
+    out = convert_to_timm(run_dir, tmp_path / "e.safetensors", dtype)
+    assert {t.dtype for t in load_file(out).values()} == {expected}
+    with safe_open(out, "pt") as file:
+        facts = json.loads(file.metadata()["scale_mae"])
+    assert facts["norm_pixel"] is True
+    assert facts["mean"] == [0.286] * 3
+    assert facts["std"] == [0.353] * 3
+    assert facts["layer_norm_eps"] == 1e-6
+    assert facts["image_size"] == [32, 32]
+    assert facts["patch_size"] == [8, 8]
+    assert facts["step"] == 3
+    assert facts["dtype"] == dtype
+    assert facts["config_digest"] == store.read_config(locate(run_dir, print)).digest()
+    assert load_encoder(out).pretrained_cfg["mean"] == (0.286,) * 3
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_published_sizes_load_by_timms_plain_name(size):
+    """``timm.create_model(name)`` without any argument has the very keys and shapes of an export."""
+    config = load_config(f"vit_{size}")
+    facts = describe(config, 0)
+    with torch.device("meta"):
+        ours = build_mae(size, image_size=config.model.image_size).state_dict()
+        theirs = timm.create_model(facts["timm_name"]).state_dict()
+    ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
+    assert ours == {n: t.shape for n, t in theirs.items()}
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny", "small", "giant", "2b"])
+def test_other_sizes_load_by_name_and_arguments(size):
+    config = load_config("vit_base", {"model.size": size})
+    facts = describe(config, 0)
+    with torch.device("meta"):
+        ours = build_mae(size, image_size=(224, 224)).state_dict()
+        theirs = timm.create_model(facts["timm_name"], **facts["timm_kwargs"]).state_dict()
+    ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
+    assert ours == {n: t.shape for n, t in theirs.items()}
+
+
+def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path, monkeypatch):
+    from scale_mae.checkpoint import export
+
+    def spoiled(path, warn=print):
+        encoder = load_encoder(path)
+        encoder.norm.weight.data *= 1.01
+        return encoder
+
+    monkeypatch.setattr(export, "load_encoder", spoiled)
+    with pytest.raises(UserError, match="not written; its features differ"):
+        convert_to_timm(runs["zero2", "fp32"][0], tmp_path / "e.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- store
+
+
+@pytest.fixture
+def run_dir(runs, tmp_path):
+    """A copy of a run with two checkpoints, to be damaged."""
+    source, _ = runs["zero2", "fp32"]
+    shutil.copytree(source, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(9))
+    return tmp_path / "run"
+
+
+def spoil_cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def spoil_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [spoil_cut, spoil_bit, Path.unlink, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize("victim", ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config.yaml"])
+def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victim):
+    newest = run_dir / "checkpoints" / checkpoint_name(9)
+    verify(newest)
+    path = sorted(newest.glob(victim))[0]
+    spoil(path)
+    with pytest.raises(CheckpointError, match=path.name):
+        verify(newest)
+    warnings = []
+    assert newest_good(run_dir, warnings.append).name == checkpoint_name(3)
+    assert path.name in warnings[0]
+    with pytest.raises(CheckpointError, match=path.name):
+        locate(newest, print)
+    assert load_mae(locate(run_dir, print))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}'])
+def test_a_damaged_manifest_is_found(run_dir, content):
+    manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    with pytest.raises(CheckpointError, match="manifest.json"):
+        verify(manifest.parent)
+
+
+def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
+    for checkpoint in store.checkpoints(run_dir):
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        newest_good(run_dir, print)
+    assert newest_good(tmp_path / "new", print) is None
+    with pytest.raises(CheckpointError, match="no such run directory or checkpoint"):
+        locate(tmp_path / "new", print)
+
+
+def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):
+    config = make_config(tmp_path, **{"checkpoint.every": "2 steps", "checkpoint.keep": 2})
+    run_ranks(2, train, config)
+    assert [p.name for p in store.checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+    manifest = verify(tmp_path / "checkpoints" / checkpoint_name(10))
+    assert (manifest.step, manifest.world_size, manifest.zero_stage) == (10, 2, 2)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_files_that_run_code_when_read_are_not_run(runs, tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    checkpoint = shutil.copytree(locate(runs["zero2", "fp32"][0], print), tmp_path / "c")
+    victim = next((checkpoint / "deepspeed").glob("*model_states.pt"))
+    torch.save({"module": Evil()}, victim, pickle_module=pickle)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ZeroReader(checkpoint / "deepspeed")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_part_is_named(run_dir):
+    folder = locate(run_dir, print) / "deepspeed"
+    next(folder.glob("*rank_1*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match="1 of 2"):
+        ZeroReader(folder)
+
+
+# ---------------------------------------------------------------- the largest model of the paper
+
+
+def train_huge(config):
+    """Two steps of ViT-H/14; the peak memory of this rank in GiB."""
+    from scale_mae import pretrain
+    from scale_mae.metrics.meter import peak_memory
+
+    torch.set_num_threads(1)
+    result = pretrain(config)
+    return result.step, peak_memory() / 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
+    setting = {
+        "model": {"size": "huge", "image_size": 224, "patch_size": 14, "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16},
+        "train": {"duration": "2 steps", "global_batch": 2, "micro_batch": 1, "precision": "bf16", "recompute": "full"},
+        "optim": {"warmup": "0 steps"},
+        "engine": {"deepspeed": "zero3"},
+        "checkpoint": {"every": "2 steps"},
+    }  # fmt: skip
+    config = load_config("debug", {"run.dir": str(tmp_path / "run"), **setting})
+    results = run_ranks(2, train_huge, config, timeout=1500)
+    assert [step for step, _ in results] == [2, 2]
+    print(f"peak memory of each rank: {[f'{gib:.1f} GiB' for _, gib in results]}")
+    assert max(gib for _, gib in results) < 12
+    out = convert_to_timm(tmp_path / "run", tmp_path / "huge.safetensors")
+    encoder = timm.create_model("vit_huge_patch14_224.mae")
+    encoder.load_state_dict(load_file(out), strict=True)
+    assert sum(p.numel() for p in encoder.parameters()) == 630_764_800
+    assert not torch.equal(encoder.blocks[31].mlp.fc2.weight, build_first_block_weight())
+    shutil.rmtree(tmp_path / "run")
+
+
+def build_first_block_weight():
+    """The last encoder weight before training, to see that the two steps changed it."""
+    model = build_mae("huge", image_size=(224, 224), seed=0)
+    return model.blocks[31].mlp.fc2.weight

@@ -1,0 +1,238 @@
+"""The console command as a user calls it; the config behind it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from scale_mae.cli import COMMANDS, main
+from scale_mae.config import SHIPPED, Config, ConfigError, json_schema, load_config, recipes
+
+
+def call(*words, cwd=None, **env):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | env
+    command = [sys.executable, "-m", "scale_mae", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, made by the command itself in an empty folder."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = call("pretrain", "debug", "train.micro_batch=16", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "runs" / "debug"
+
+
+def test_pretrain_leaves_what_the_contract_names(run):
+    assert (run / "config.yaml").exists()
+    assert len((run / "log.jsonl").read_text().splitlines()) == 10
+    assert (run / "checkpoints" / "step-00000010").is_dir()
+    assert load_config(run / "config.yaml").train.micro_batch == 16
+
+
+def test_convert_reconstruct_and_knn_through_the_command_line(run, tmp_path, capsys):
+    from test_data import jpeg, make_folders
+
+    assert main(["convert", str(run), "--to", "timm", "--out", str(tmp_path / "e.safetensors"), "--dtype", "bf16"]) == 0
+    (tmp_path / "a.jpg").write_bytes(jpeg(64, 64))
+    out = tmp_path / "grid.png"
+    assert main(["reconstruct", str(run), str(tmp_path / "a.jpg"), "--out", str(out), "--mask-ratio", "0.75", "0.5"]) == 0
+    assert out.exists()
+    folders = str(make_folders(tmp_path / "data"))
+    capsys.readouterr()
+    encoder = str(tmp_path / "e.safetensors")
+    assert main(["knn", encoder, "--train", folders, "--val", folders, "--k", "1", "--untrained"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["trained", "untrained"]
+    assert "100.00% (12 images, k=1)" in lines[0]
+    one_checkpoint = run / "checkpoints" / "step-00000005"
+    assert main(["convert", str(one_checkpoint), "--to", "timm", "--out", str(tmp_path / "5.safetensors")]) == 0
+
+
+@pytest.mark.parametrize("words", [[], *([c] for c in COMMANDS)])
+def test_help_says_what_a_word_stands_for(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "RECIPE is a shipped name (debug, demo, vit_base, vit_huge, vit_large)" in text
+
+
+def test_dry_run_prints_a_config_that_loads_to_the_same(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "vit_base", "--dry-run", "train.global_batch=2048", "run.seed=3"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(text)
+    again = load_config(tmp_path / "again.yaml")
+    assert again == load_config("vit_base", ["train.global_batch=2048", "run.seed=3"])
+    assert "accumulation 8, peak learning rate 0.0012" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["again.yaml"]
+
+
+BAD = [
+    (["pretrain", "dmo"], "recipe 'dmo' not found (did you mean demo?)"),
+    (["pretrain", "debug", "train.globl_batch=3"], "unknown key 'train.globl_batch' (did you mean global_batch?)"),
+    (["pretrain", "debug", "trian.seed=3"], "unknown section 'trian' (did you mean train?)"),
+    (["pretrain", "debug", "train.micro_batch=many"], "train.micro_batch='many': input should be a valid integer"),
+    (["pretrain", "debug", "train.micro_batch=7"], "train.global_batch=16 is not divisible by train.micro_batch=7"),
+    (["pretrain", "debug", "train.micro_batch=7", "--dry-run"], "train.global_batch=16 is not divisible"),
+    (["pretrain", "debug", "model.image_size=33"], "model.image_size=[33, 33] is not divisible by model.patch_size=[8, 8]"),
+    (["pretrain", "debug", "model.mask_ratio=0.99"], "model.mask_ratio=0.99 keeps all or none of the 16 patches"),
+    (["pretrain", "debug", "model.decoder_heads=5"], "model.decoder_width=64 is not divisible by model.decoder_heads=5"),
+    (["pretrain", "debug", "train.duration=10"], "a duration is a number and a unit"),
+    (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, more than train.duration=10 steps"),
+    (["pretrain", "debug", "engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file; shipped are zero0"),
+    (["pretrain", "debug", "data.source=absent"], "absent: no such folder"),
+    (["pretrain", "debug", "data.source=."], "no images found"),
+    (["pretrain", "debug", "nonsense"], "override 'nonsense' is not section.key=value"),
+    (["convert", "absent", "--to", "timm", "--out", "x"], "absent: no such run directory or checkpoint"),
+    (["reconstruct", "absent", "a.jpg", "--out", "x.png"], "absent: no such run directory or checkpoint"),
+    (["knn", "absent", "--train", "demo:train", "--val", "demo:val"], "absent: not a readable safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_bad_input_is_one_line_and_a_code(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("scale-mae: error: ")
+    assert message in lines[0]
+
+
+def test_bad_input_through_torchrun_is_one_line_of_ours(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, "-m", "scale_mae", "pretrain", "debug", "train.micro_batch=3"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    assert result.returncode != 0
+    assert result.stderr.count("scale-mae: error:") == 1
+    assert "Traceback" not in result.stderr.split("scale-mae: error:")[1].split("\n")[0]
+
+
+def test_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for checkpoint in (copy / "checkpoints").glob("step-*"):
+        next((checkpoint / "deepspeed").glob("*model_states.pt")).write_bytes(b"")
+    assert main(["convert", str(copy), "--to", "timm", "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "all 2 checkpoints are damaged" in error.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_doctor_finds_this_machine_fit(tmp_path):
+    result = call("doctor", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    for word in ("torch ", "deepspeed 0", "nvidia-dali", "nvidia.dali can be imported", "of disk", "of memory", "no problems"):
+        assert word in result.stdout
+
+
+def test_doctor_says_what_to_do(monkeypatch, capsys):
+    from collections import namedtuple
+
+    from scale_mae import doctor
+
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(2**30, 0, 5 * 2**20))
+    assert doctor.examine() == 1
+    text = capsys.readouterr().out
+    assert "PROBLEM  0.0 GiB of disk in this folder free: a ViT-H checkpoint takes 8 GiB; set run.dir elsewhere" in text
+
+
+# ---------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_its_header_says_what_it_costs(name):
+    config = load_config(name)
+    config.deepspeed_json()
+    assert config.accumulation(1) >= 1
+    header = (SHIPPED / "recipes" / f"{name}.yaml").read_text().split("\nmodel")[0]
+    for word in ("command", "hardware", "hours", "result"):
+        assert f"#   {word}" in header
+    jsonschema.validate(yaml.safe_load((SHIPPED / "recipes" / f"{name}.yaml").read_text()), json_schema())
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda p: p.stem)
+def test_every_deepspeed_file_is_accepted_by_deepspeed(path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from scale_mae.engine.deepspeed import engine_json
+
+    config = load_config("debug", {"engine.deepspeed": path.stem})
+    parsed = DeepSpeedConfig(engine_json(config, 1))
+    assert parsed.zero_optimization_stage == int(path.stem[4])
+    assert parsed.gradient_clipping == 0.0
+
+
+def test_recipes_are_the_papers():
+    for name, size, batch in (("vit_base", "base", 256), ("vit_large", "large", 128), ("vit_huge", "huge", 64)):
+        config = load_config(name)
+        assert (config.model.size, config.train.micro_batch) == (size, batch)
+        assert config.peak_lr == pytest.approx(2.4e-3)
+        assert config.optim.betas == (0.9, 0.95)
+        assert config.optim.weight_decay == 0.05
+        assert config.optim.clip_grad_norm is None
+        assert config.steps(config.optim.warmup, 1_281_167) == round(40 * 1_281_167 / 4096)
+        assert config.model.target == "norm_pixel"
+
+
+def test_every_field_is_documented():
+    for section, info in Config.model_fields.items():
+        assert info.description, section
+        for name, field in info.annotation.model_fields.items():
+            assert field.description, f"{section}.{name}"
+            assert len(field.description) > 10
+
+
+def test_schema_knows_every_key_and_refuses_others():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate({"model": {"image_size": 224, "patch_size": [16, 8]}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": {"img_size": 224}}, schema)
+
+
+def test_config_round_trips_and_its_digest_follows_every_field(tmp_path):
+    config = load_config("demo", {"model": {"image_size": [32, 64]}, "optim": {"clip_grad_norm": 1.5}})
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "c.yaml") == config
+    assert load_config("demo").digest() != config.digest()
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [("10 steps", 10), ("2 epochs", 20), ("1.5 epochs", 15), ("1e3 images", 10), ("0 steps", 0), ("1 images", 1)],
+)
+def test_durations_become_steps(duration, steps):
+    config = load_config("debug", {"train.global_batch": 100, "train.micro_batch": 100})
+    assert config.steps(duration, 1000) == steps
+
+
+def test_python_overrides_are_checked_like_the_command_line():
+    assert load_config("debug", {"train": {"micro_batch": 2}}).train.micro_batch == 2
+    with pytest.raises(ConfigError, match="did you mean micro_batch"):
+        load_config("debug", {"train": {"micro_bach": 2}})
+    with pytest.raises(ConfigError, match="key 'train' is not section.key"):
+        load_config("debug", {"train": 3})
+
+
+def test_slots_for_overrides_may_follow_options(capsys):
+    assert main(["pretrain", "debug", "--dry-run", "run.seed=5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["run"]["seed"] == 5
+    with pytest.raises(SystemExit):
+        main(["pretrain", "debug", "--dry", "--nonsense"])
+
+
+def test_schema_command(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()

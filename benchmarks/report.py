@@ -45,9 +45,10 @@ def save(path: Path | None, *, device: torch.device, title: str, table: list[dic
     print(f"\n{title}\n{as_text(table)}", flush=True)
     if path is None:
         return
+    threads = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS",) if name in os.environ]
     facts = {
         "title": title,
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([*threads, "python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(device),
         "versions": versions(),

@@ -74,14 +74,13 @@ def compare(options: argparse.Namespace, ranks: Any) -> None:
             "transformers": plain(peer_of(model).to(ranks.device, dtype), lambda m, i, n: m(pixel_values=i, noise=n).loss),
             "ours, ZeRO-1": engine_step(make_engine(model, ranks, size=size, batch=batch, precision=precision)),
         }
-        peak = matmul_rate(dtype, ranks.device)
         losses = {name: step(images, noise).item() for name, step in steps.items()}  # of the same weights; also the warm-up
         times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
         for round_ in range(options.rounds):
             for name in list(steps)[:: -1 if round_ % 2 else 1]:
                 times[name].append(timed(partial(steps[name], images, noise), ranks.device))
             print(precision, {name: round(values[-1]["wall_s"], 2) for name, values in times.items()}, flush=True)
-        samples[precision] = {"first_loss": losses, "matmul_flops_per_s": peak, "train_flops_per_image": flops, "times": times}
+        samples[precision] = {"first_loss": losses, "train_flops_per_image": flops, "times": times}
         for name, values in times.items():
             seconds = median(value["wall_s"] for value in values)
             table.append(
@@ -91,7 +90,6 @@ def compare(options: argparse.Namespace, ranks: Any) -> None:
                     "median s": f"{seconds:.3f}",
                     "images/s": f"{batch / seconds:.2f}",
                     "TFLOP/s": f"{flops * batch / seconds / 1e12:.3f}",
-                    "of matmul speed": f"{flops * batch / seconds / peak:.0%}",
                     "time / ours: median (min-max)": paired_ratio(values, times["ours"], "wall_s"),
                     "by CPU time": paired_ratio(values, times["ours"], "cpu_s"),
                     "first loss": f"{losses[name]:.6f}",

@@ -141,7 +141,7 @@ def test_doctor_says_what_to_do(monkeypatch, capsys):
 
     from scale_mae import doctor
 
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(2**30, 0, 5 * 2**20))
     assert doctor.examine() == 1
     text = capsys.readouterr().out

@@ -131,13 +131,17 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 def knn(args: argparse.Namespace) -> int:
     """``scale-mae knn``."""
+    import torch
+
     from scale_mae.checkpoint.export import load_encoder, untrained_encoder
     from scale_mae.evaluate.knn import knn_accuracy
 
     encoders = {"trained": load_encoder(args.encoder, _warn)}
     if args.untrained:
         encoders["untrained"] = untrained_encoder(args.encoder, _warn)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, encoder in encoders.items():
+        encoder.to(device)
         result = knn_accuracy(encoder, args.train, args.val, args.k)
         print(f"{name}: k-NN top-1 {result.top1:.2%} ({result.images} images, k={result.k})", flush=True)
     return 0

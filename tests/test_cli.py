@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -61,6 +62,26 @@ def test_help_says_what_a_word_stands_for(words, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "RECIPE is a shipped name (debug, demo, vit_base, vit_huge, vit_large)" in text
+
+
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):
+    import pty
+
+    main_end, terminal = pty.openpty()
+    command = [sys.executable, "-m", "scale_mae", "pretrain", "debug", "train.micro_batch=16"]
+    with subprocess.Popen(command, stderr=terminal, stdout=terminal, cwd=tmp_path, env=os.environ | {"COLUMNS": "180"}) as run:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(main_end, 4096)
+            except OSError:  # how Linux tells the end
+                break
+    os.close(main_end)
+    assert run.returncode == 0
+    assert re.search(rb"step 10/10 .* images/s .* left", shown)
+    assert b"100%" in shown
+    assert "step 10/10" in (tmp_path / "runs" / "debug" / "log.txt").read_text()
 
 
 def test_dry_run_prints_a_config_that_loads_to_the_same(capsys, tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_an_undecodable_image_stops_all_ranks_and_loses_nothing(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:300] + bytes(len(whole) - 300))
     config = make_config(
-        tmp_path / "run", **{"data.source": str(data), "train.micro_batch": 2, "train.global_batch": 4, "data.prefetch": 1,
+        tmp_path / "run", **{"data.source": str(data), "train.micro_batch": 2, "train.global_batch": 8, "data.prefetch": 1,
                              "train.duration": "40 steps", "checkpoint.every": "40 steps"}
     )  # fmt: skip
     with pytest.raises(RankError, match=r"class1/7\.jpg: cannot be decoded") as caught:

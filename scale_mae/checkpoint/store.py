@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from scale_mae import __version__
 from scale_mae.config import Config, UserError, load_config
 from scale_mae.engine.distributed import World
 
@@ -142,7 +143,8 @@ def _sha256(path: Path) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {p: version(p) for p in ("torch", "deepspeed", "timm", "scale-mae")}
+    ours = {"python": platform.python_version(), "scale-mae": __version__}
+    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

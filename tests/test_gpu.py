@@ -1,0 +1,83 @@
+"""What only a GPU shows. Left out where there is none."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import SCHEDULE, STEPS, batch, make_config, plain_trace, small_mae
+from test_train import log, train, train_until
+from test_train import make_config as make_run
+
+from scale_mae.engine.recompute import apply_recompute
+from scale_mae.model.mae import build_mae
+
+pytestmark = pytest.mark.gpu
+
+
+def gpu_losses(setting):
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        engine = Engine(small_mae(), make_config(**setting), ranks)
+        losses = []
+        for step in range(STEPS):
+            images, noise = (t.to(ranks.device) for t in batch(step))
+            losses.append(engine.forward_backward(images, noise).item())
+            engine.step(SCHEDULE.lr(step), want_norm=True)
+        return losses
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2), ("fp16", 1e-1)])
+def test_losses_follow_plain_pytorch_on_the_host(stage, precision, tolerance):
+    losses = run_ranks(1, gpu_losses, {"stage": stage, "precision": precision})[0]
+    np.testing.assert_allclose(losses, plain_trace()[0], rtol=tolerance)
+
+
+def step_without_waiting(stage):
+    """A step that is not logged, with every wait for the GPU turned into an error."""
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        engine = Engine(small_mae(), make_config(stage, "bf16"), ranks)
+        batches = [[t.to(ranks.device) for t in batch(step)] for step in range(4)]
+        for step, (images, noise) in enumerate(batches):
+            if step == 3:
+                torch.cuda.set_sync_debug_mode("error")
+            engine.forward_backward(images, noise)
+            engine.step(1e-3)
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_no_wait_for_the_gpu_between_log_steps(stage):
+    run_ranks(1, step_without_waiting, stage)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_stops_and_resumes(tmp_path, precision):
+    config = make_run(tmp_path, **{"train.precision": precision, "engine.compile": precision == "bf16"})
+    assert not run_ranks(1, train_until, config, 4)[0].finished
+    assert run_ranks(1, train, config)[0].finished
+    assert sorted(log(tmp_path, "loss")) == list(range(1, 11))
+
+
+def peak(policy):
+    model = build_mae("small", image_size=(224, 224), seed=0).cuda().bfloat16()
+    apply_recompute([*model.blocks, *model.decoder_blocks], policy)
+    images, noise = torch.randn(32, 3, 224, 224, device="cuda"), torch.rand(32, 196, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    model(images, noise).loss.backward()
+    return torch.cuda.max_memory_allocated(), {n: p.grad.float() for n, p in model.named_parameters()}
+
+
+def test_recomputation_saves_memory_and_keeps_gradients():
+    results = {policy: peak(policy) for policy in ("none", "every_k", "selective", "full", "offload")}
+    memory = {policy: bytes_ for policy, (bytes_, _) in results.items()}
+    assert memory["offload"] <= memory["full"] < memory["every_k"] < memory["none"]
+    assert memory["full"] < memory["selective"] < memory["none"]
+    for policy, (_, gradients) in results.items():
+        for name, expected in results["none"][1].items():
+            assert (gradients[name] - expected).norm() <= 0.02 * expected.norm() + 1e-6, (policy, name)

@@ -40,9 +40,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(path: Path | None, *, device: torch.device, title: str, table: list[dict[str, str]], **content: Any) -> None:
+def save(
+    path: Path | None, *, device: torch.device, title: str, table: list[dict[str, str]], show: bool = True, **content: Any
+) -> None:
     """Print the table and, where a path is given, write everything: what ran, where, with what, and each sample."""
-    print(f"\n{title}\n{as_text(table)}", flush=True)
+    if show:
+        print(f"\n{title}\n{as_text(table)}", flush=True)
     if path is None:
         return
     threads = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS",) if name in os.environ]

@@ -222,7 +222,10 @@ def sweep(options: argparse.Namespace, ranks: Any) -> None:
                 table.append(_sweep_row(case, model.flops().train, peak, measured))
                 title = f"Largest micro-batch and speed, bf16, ZeRO-1, one process, {IMAGE} pixels, {name}"
                 facts = {"peak_flops_per_s": peak, "matmul_flops_per_s": measured}
-                report.save(options.out, device=device, title=title, table=table, **facts, samples=cases)
+                print(report.as_text(table[-1:]), flush=True)
+                last = len(cases) == len(options.sizes) * len(options.modes) * len(options.policies)
+                # after each case, so that a run cut short leaves what it has measured
+                report.save(options.out, device=device, title=title, table=table, show=last, **facts, samples=cases)
 
 
 def _sweep_row(case: dict[str, Any], flops: int, peak: float | None, measured: float) -> dict[str, str]:

@@ -214,6 +214,12 @@ class Config(Section):
     log: LogConfig = LogConfig()
     """How often to look."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.engine.compile and self.train.recompute == "offload":
+            raise ValueError("engine.compile=True does nothing for train.recompute=offload; use recompute=full or no compile")
+        return self
+
     @property
     def peak_lr(self) -> float:
         """Learning rate at the end of the warm-up: the linear scaling rule of Goyal et al. 2017."""

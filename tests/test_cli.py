@@ -105,6 +105,7 @@ BAD = [
     (["pretrain", "debug", "model.image_size=33"], "model.image_size=[33, 33] is not divisible by model.patch_size=[8, 8]"),
     (["pretrain", "debug", "model.mask_ratio=0.99"], "model.mask_ratio=0.99 keeps all or none of the 16 patches"),
     (["pretrain", "debug", "model.decoder_heads=5"], "model.decoder_width=64 is not divisible by model.decoder_heads=5"),
+    (["pretrain", "debug", "engine.compile=true", "train.recompute=offload"], "engine.compile=True does nothing for"),
     (["pretrain", "debug", "train.duration=10"], "a duration is a number and a unit"),
     (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, more than train.duration=10 steps"),
     (["pretrain", "debug", "engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file; shipped are zero0"),

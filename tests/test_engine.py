@@ -101,11 +101,11 @@ def test_offload_to_host_memory_gives_the_same_losses():
         np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=str(setting))
 
 
-def test_bf16_follows_fp32_within_two_percent():
+def test_bf16_follows_fp32_within_half_a_percent():
     settings = [{"stage": f"zero{s}", "precision": "bf16", "micro_batch": 2} for s in range(4)]
     losses, _ = plain_trace()
     for setting, got in zip(settings, run_ranks(2, traces, settings)[0], strict=True):
-        np.testing.assert_allclose(got[0], losses, rtol=2e-2, err_msg=str(setting))
+        np.testing.assert_allclose(got[0], losses, rtol=5e-3, err_msg=str(setting))
 
 
 def fp16_run(stage):
@@ -135,9 +135,8 @@ def fp16_run(stage):
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
 def test_fp16_scales_its_loss_dynamically(stage):
     losses, skipped_by_then, before, after, skipped, norm, finite = run_ranks(2, fp16_run, stage)[0]
-    # without ZeRO the very first gradients overflow at a scale of 2**16; the trace is then a step behind
-    np.testing.assert_allclose(losses, plain_trace()[0], rtol=1e-1 if skipped_by_then else 1e-2)
-    assert skipped_by_then <= 2
+    np.testing.assert_allclose(losses, plain_trace()[0], rtol=5e-3)
+    assert skipped_by_then == 0
     assert before == 2**16
     assert after < before
     assert skipped > skipped_by_then

@@ -75,6 +75,15 @@ class Engine:
             reason = " ".join(str(error).split())
             raise ConfigError(f"engine.deepspeed={config.engine.deepspeed} is refused by DeepSpeed: {reason}") from error
 
+        # Without ZeRO, bf16 and fp16 go through a wrapper of DeepSpeed that needs two corrections (both tested against
+        # plain PyTorch). It makes a trial step on zero gradients and leaves AdamW counting it, which spoils the bias
+        # correction of the first real steps. And its step divides fp16 gradients by a loss scale that nothing multiplied
+        # the loss by.
+        unsharded = self.stage == 0 and config.train.precision != "fp32"
+        if unsharded:
+            self._optimizer.optimizer.state.clear()
+        self._scales_loss = unsharded and config.train.precision == "fp16"
+
     @property
     def stage(self) -> int:
         """ZeRO stage."""
@@ -93,7 +102,7 @@ class Engine:
     def forward_backward(self, images_B3HW: Tensor, noise_BL: Tensor) -> Tensor:
         """Add the gradients of one micro-batch; its loss, a scalar on the device, not waited for."""
         loss: Tensor = self._engine(images_B3HW, noise_BL).loss
-        self._engine.backward(loss)
+        self._engine.backward(loss * self.loss_scale if self._scales_loss else loss)
         return loss.detach()
 
     def step(self, lr: float, *, want_norm: bool = False) -> float | None:
@@ -109,12 +118,13 @@ class Engine:
         # plain fp32 without ZeRO knows no norm of its own, and its gradients are gone after the step
         own_norm = want_norm and self.stage == 0 and self.config.train.precision == "fp32"
         norm: Any = None
+        scale = self.loss_scale if self._scales_loss else 1.0
         if own_norm:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._engine.step()
         if want_norm and not own_norm:
             norm = self._engine.get_global_grad_norm()
-        return None if norm is None or float(norm) < 0 or float(norm) == float("inf") else float(norm)
+        return float(norm) / scale if norm is not None and 0 <= float(norm) < float("inf") else None
 
     def weights_are_finite(self) -> bool:
         """Whether this process's weights hold no NaN and no infinity."""

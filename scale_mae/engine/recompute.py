@@ -9,13 +9,13 @@ offload    as full, with the block inputs in host memory (fairscale)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scale_mae.config import TrainConfig
@@ -37,9 +37,13 @@ def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 def _recomputed(block: nn.Module, **options: Any) -> None:
+    # A function of this file, not a partial of torch's: torch.compile passes over frames of torch and would compile nothing.
     # The blocks draw no random numbers (MAE has no dropout), so no generator state needs keeping.
-    run: Callable[..., Any] = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
-    block.forward = run  # in place, so that names of parameters stay
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(type(self).forward, self, x, use_reentrant=False, preserve_rng_state=False, **options)
+        return out
+
+    block.forward = MethodType(forward, block)  # in place: names of parameters stay
 
 
 def apply_recompute(blocks: list[nn.Module], policy: str, every: int = TrainConfig().recompute_every) -> None:

@@ -263,9 +263,12 @@ def make_schedule(config: Config, dataset_size: int) -> Schedule:
     """Learning-rate schedule in steps.
 
     Raises:
-        UserError: a warm-up longer than the run.
+        UserError: a length of zero, or a warm-up longer than the run.
     """
     total = config.steps(config.train.duration, dataset_size)
+    for key, steps in (("train.duration", total), ("checkpoint.every", config.steps(config.checkpoint.every, dataset_size))):
+        if steps < 1:
+            raise UserError(f"{key} is no step at all; give at least '1 steps'")
     warmup = config.steps(config.optim.warmup, dataset_size)
     if warmup > total:
         raise UserError(

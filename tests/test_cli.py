@@ -108,6 +108,7 @@ BAD = [
     (["pretrain", "debug", "engine.compile=true", "train.recompute=offload"], "engine.compile=True does nothing for"),
     (["pretrain", "debug", "train.duration=10"], "a duration is a number and a unit"),
     (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, more than train.duration=10 steps"),
+    (["pretrain", "debug", "checkpoint.every=0 steps"], "checkpoint.every is no step at all"),
     (["pretrain", "debug", "engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file; shipped are zero0"),
     (["pretrain", "debug", "data.source=absent"], "absent: no such folder"),
     (["pretrain", "debug", "data.source=."], "no images found"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -119,15 +120,22 @@ def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, 
 
 def normalise(images_BHW3: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """uint8 ``[B, H, W, 3]`` to normalised fp32 ``[B, 3, H, W]``, on the tensor's device."""
-    x = images_BHW3.permute(0, 3, 1, 2).float() / 255
-    shape = (1, 3, 1, 1)
-    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+    mean_1311, std_1311 = _statistics(mean, std, images_BHW3.device)
+    return (images_BHW3.permute(0, 3, 1, 2).float() / 255 - mean_1311) / std_1311
 
 
 def denormalise(images_B3HW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """Inverse of :func:`normalise` up to rounding: values in [0, 1], clipped, ``[B, 3, H, W]``."""
-    shape = (1, 3, 1, 1)
-    return (images_B3HW * images_B3HW.new_tensor(std).view(shape) + images_B3HW.new_tensor(mean).view(shape)).clamp(0, 1)
+    mean_1311, std_1311 = _statistics(mean, std, images_B3HW.device)
+    return (images_B3HW * std_1311 + mean_1311).clamp(0, 1)
+
+
+@functools.lru_cache
+def _statistics(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # made once, because copying them to a GPU waits for it
+    return torch.tensor(mean, device=device).view(1, 3, 1, 1), torch.tensor(std, device=device).view(1, 3, 1, 1)
 
 
 def available_cores() -> int:

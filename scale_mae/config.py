@@ -36,7 +36,8 @@ def _pair(value: Any) -> Any:
 
 Side = Annotated[int, Field(gt=0)]
 Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_type=int | tuple[int, int])]
-DURATION = r"^\d+(\.\d+)?(e\d+)? (steps|epochs|images)$"
+DURATION = r"^\d+(\.\d+)?(e\d{1,2})? (steps|epochs|images)$"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
 
 
@@ -51,7 +52,7 @@ class RunConfig(Section):
 
     dir: str = "runs/{recipe}"
     """Run directory; ``{recipe}`` is the recipe's name. The same command in the same directory resumes."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, sample order, crops, flips and masks."""
 
 
@@ -143,7 +144,7 @@ class OptimConfig(Section):
     """Length of the linear warm-up."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of all parameters but biases and one-dimensional ones."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
@@ -254,6 +255,8 @@ class Config(Section):
             raise ConfigError(f"engine.deepspeed={name}: no such file; shipped are {', '.join(shipped)}") from None
         except ValueError as error:
             raise ConfigError(f"engine.deepspeed={name}: not a JSON file ({error})") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"engine.deepspeed={name}: not a JSON object but {type(content).__name__}")
         owned = {
             "train_batch_size": "train.global_batch",
             "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -318,7 +321,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     path = SHIPPED / "recipes" / f"{name}.yaml" if name in recipes() else Path(name)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         hint = _did_you_mean(name, recipes())
         raise ConfigError(f"recipe {name!r} not found{hint}; shipped: {', '.join(recipes())}; or give a YAML file") from None
     except yaml.YAMLError as error:
@@ -327,7 +330,8 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
     for key, value in _override_items(overrides):
         section, _, field = key.partition(".")
-        if not isinstance(tree.setdefault(section, {}), dict):
+        tree[section] = tree.get(section) or {}  # an empty section reads as None
+        if not isinstance(tree[section], dict):
             raise ConfigError(f"{path}: {section}: must be a mapping of keys")
         tree[section][field] = value
     try:

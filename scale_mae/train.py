@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,10 +56,12 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     Raises:
         UserError: anything that the caller can put right; one line.
     """
+    if isinstance(recipe, Config) and overrides:
+        raise UserError("overrides go with a recipe's name or file, not with a Config; use load_config(recipe, overrides)")
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
     config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
-    with world() as ranks, StopRequest() as stop:
+    with StopRequest() as stop, world() as ranks:
         return _Run(config, ranks).loop(stop)
 
 
@@ -74,7 +77,7 @@ class _Run:
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, ranks.size, notes))
         ranks.on_main(lambda: build_index(self.dir, config.data.source, notes))
-        index = Index.open(self.dir / "index")
+        index = ranks.together(lambda: Index.open(self.dir / "index"))
 
         # What comes when
         self.schedule = make_schedule(config, len(index))
@@ -223,18 +226,21 @@ def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list
         UserError: not writable, the run of another config, damaged checkpoints, or another number of processes.
     """
     saved = run_dir / "config.yaml"
-    if saved.exists():
-        differences = load_config(saved).differences(config)
-        if differences:
+    try:
+        differences = load_config(saved).differences(config) if saved.exists() else []
+        if not store.checkpoints(run_dir) and differences:
+            shutil.rmtree(run_dir / "index", ignore_errors=True)  # a run that never began binds to nothing
+        elif differences:
             more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
             raise UserError(
                 f"{run_dir} holds a run of another config ({differences[0]}{more}); choose another run.dir or the same values"
             )
-    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         staging = saved.with_suffix(".tmp")
         staging.write_text(config.to_yaml())
         staging.rename(saved)
+        for name in ("log.txt", "log.jsonl"):
+            (run_dir / name).open("a").close()
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
     checkpoint = store.newest_good(run_dir, notes.append)

@@ -5,6 +5,7 @@ import io
 import math
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,19 @@ def test_tar_shards(tmp_path, packed):
         assert [index.read(i) for i in range(6)] == images
 
 
+def test_odd_file_names_are_read_as_they_are(tmp_path):
+    folder = make_folders(tmp_path / "data", classes=1) / "class0"
+    (folder / "a\nb.jpg").write_bytes(jpeg(seed=77))
+    (folder / "\udcff.jpg").write_bytes(jpeg(seed=78))
+    index = scan(str(tmp_path / "data"))
+    index.save(tmp_path / "index")
+    again = Index.open(tmp_path / "index")
+    assert {again.read(i) for i in range(6)} == {p.read_bytes() for p in folder.iterdir()}
+    (tmp_path / "index" / "entries.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="damaged"):
+        Index.open(tmp_path / "index")
+
+
 def test_saved_index_is_mapped_back_whole(tmp_path):
     index = scan(str(make_folders(tmp_path / "data")))
     index.save(tmp_path / "run" / "index")
@@ -128,7 +142,18 @@ def test_sources_that_cannot_be_used(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:700])
     make_folders(tmp_path / "bad")
     (tmp_path / "bad" / "class1" / "0.jpg").write_bytes(b"no image")
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 5000)[:-9] + b"123456789")
+    make_tar(tmp_path / "label.tar", [("1.jpg", jpeg()), ("1.cls", b"\xff\xfe")])
+    (tmp_path / "link" / "c").mkdir(parents=True)
+    (tmp_path / "link" / "c" / "1.jpg").symlink_to(tmp_path / "gone")
+    make_folders(tmp_path / "bomb")
+    header = bytearray(b"".join([b"\x89PNG\r\n\x1a\n", b"\0\0\0\rIHDR", (40000).to_bytes(4, "big") * 2, b"\x08\x02\0\0\0"]))
+    (tmp_path / "bomb" / "class0" / "0.jpg").write_bytes(bytes(header) + zlib.crc32(header[12:]).to_bytes(4, "big") + bytes(64))
     for source, message in (
+        (tmp_path / "x.tar.gz", "not a whole tar file"),
+        (tmp_path / "label.tar", "not a whole tar file"),
+        (tmp_path / "link", "cannot be read"),
+        (tmp_path / "bomb", "class0/0.jpg: not a readable image"),
         (tmp_path / "absent", "no such folder"),
         (tmp_path / "empty", "no images found"),
         (tmp_path / "s-{0..3}.tar", "no such shard"),

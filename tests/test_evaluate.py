@@ -56,6 +56,8 @@ def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
     one, two = make_folders(tmp_path / "one", classes=2), make_folders(tmp_path / "two", classes=3)
     with pytest.raises(DataError, match="fewer than k=20"):
         knn_accuracy(encoder[0], str(one), str(one))
+    with pytest.raises(DataError, match="--k 0"):
+        knn_accuracy(encoder[0], str(one), str(one), k=0)
     with pytest.raises(DataError, match="classes differ"):
         knn_accuracy(encoder[0], str(one), str(two), k=1)
 
@@ -111,7 +113,7 @@ def test_pictures_that_cannot_be_drawn(tmp_path):
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")
     for paths, out, ratios, message in (
         ([a, b], tmp_path / "o.png", [0.75], "b.jpg: cannot be read as an image"),
-        ([a], tmp_path / "no" / "o.png", [0.75], "cannot be written"),
+        ([a], tmp_path / "a.jpg" / "o.png", [0.75], "cannot be written"),
         ([a], tmp_path / "o.png", [1.0], "--mask-ratio: mask ratio 1.0 keeps 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -205,6 +205,48 @@ def test_an_undecodable_image_stops_all_ranks_and_loses_nothing(tmp_path):
     assert sorted(log(tmp_path / "run", "loss")) == list(range(1, 41))
 
 
+def train_on_a_full_disk(config, rank):
+    """The second save fails on one rank."""
+    real, saves = torch.save, []
+
+    def full(state, path, *args, **kwargs):
+        if os.environ["RANK"] == str(rank) and "step-00000008" in str(path):
+            saves.append(path)
+            raise OSError(28, "No space left on device")
+        return real(state, path, *args, **kwargs)
+
+    torch.save = full
+    return train(config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_on_one_rank_ends_all_and_keeps_the_one_before(tmp_path, rank):
+    with pytest.raises(RankError, match=r"step-00000008: not written \(.*No space left") as caught:
+        run_ranks(2, train_on_a_full_disk, make_config(tmp_path), rank, timeout=60)
+    assert caught.value.kinds == ["CheckpointError"] * 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000004"]
+    assert run_ranks(2, train, make_config(tmp_path))[0].finished
+
+
+def train_twice(one, two):
+    return train(one).step, train(two).step, {"RANK", "WORLD_SIZE"} & os.environ.keys()
+
+
+def test_a_process_can_train_twice(tmp_path):
+    one, two = make_config(tmp_path / "1"), make_config(tmp_path / "2")
+    assert run_ranks(1, train_twice, one, two, timeout=60)[0][:2] == (10, 10)
+    assert log(tmp_path / "1", "loss") == log(tmp_path / "2", "loss")
+
+
+def test_a_run_that_never_began_does_not_bind_its_directory(tmp_path):
+    with pytest.raises(RankError, match="no such folder"):
+        run_ranks(1, train, make_config(tmp_path, **{"data.source": str(tmp_path / "typo")}))
+    data = make_folders(tmp_path / "data", per_class=5)
+    assert run_ranks(1, train, make_config(tmp_path, **{"data.source": str(data)}))[0].finished
+    with pytest.raises(RankError, match="another config"):
+        run_ranks(1, train, make_config(tmp_path))
+
+
 def test_class_folders_train_with_accumulation(tmp_path):
     data = make_folders(tmp_path / "data", per_class=5)
     result = run_ranks(2, train, make_config(tmp_path / "run", **{"data.source": str(data), "train.micro_batch": 2}))[0]

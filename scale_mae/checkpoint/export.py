@@ -146,9 +146,12 @@ def convert_to_timm(source: str | Path, out: str | Path, dtype: str = "fp32", wa
         save_file(weights, staging, metadata={"format": "pt", METADATA_KEY: json.dumps(facts)})
         del weights
         _check_features(live, load_encoder(staging), dtype, out)
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
         os.replace(staging, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
     finally:
         staging.unlink(missing_ok=True)
     return out

@@ -85,7 +85,8 @@ def save(run_dir: Path, step: int, config: Config, world: World, zero_stage: int
     staging = final.with_name(f".{final.name}.tmp")
 
     def prepare() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
+        for left_over in final.parent.glob(f".{PREFIX}*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
         staging.mkdir(parents=True)
         (staging / "config.yaml").write_text(config.to_yaml())
 
@@ -102,16 +103,34 @@ def save(run_dir: Path, step: int, config: Config, world: World, zero_stage: int
         _flush(pointer)
         pointer.rename(final.with_name("latest"))
         _flush(final.parent)
-        for old in checkpoints(run_dir)[: -config.checkpoint.keep]:
+        # a newer one can only be one that was found damaged; it does not count among those kept
+        for old in [c for c in checkpoints(run_dir) if c.name <= final.name][: -config.checkpoint.keep]:
             shutil.rmtree(old)
 
+    try:
+        _write(world, final, staging, prepare, write, commit)
+    except CheckpointError:
+        if world.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(
+    world: World,
+    final: Path,
+    staging: Path,
+    prepare: Callable[[], None],
+    write: Callable[[Path], None],
+    commit: Callable[[dict[str, dict[str, Any]]], None],
+) -> None:
+    """The steps of :func:`save`, each agreed on by all processes before the next."""
     world.on_main(lambda: _failing_as_checkpoint(prepare, final))
     world.together(lambda: _failing_as_checkpoint(lambda: write(staging), final))
     mine = sorted(p for p in staging.rglob("*") if p.is_file())[world.rank :: world.size]
     sums = world.together(lambda: _failing_as_checkpoint(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
     files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
     world.on_main(lambda: _failing_as_checkpoint(lambda: commit(files), final))
-    return final
 
 
 def _failing_as_checkpoint(action: Callable[[], Any], final: Path) -> Any:
@@ -154,9 +173,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
         CheckpointError: there is none, or it is not one.
     """
     try:
-        return Manifest(**json.loads((checkpoint / MANIFEST).read_text()))
+        manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text()))
+        if not isinstance(manifest.files, dict):
+            raise TypeError
+        return manifest
     except OSError:
-        raise CheckpointError(f"{checkpoint}: not a checkpoint (no {MANIFEST})") from None
+        raise CheckpointError(f"{checkpoint}: not a checkpoint (no readable {MANIFEST})") from None
     except (ValueError, TypeError):
         raise CheckpointError(f"{checkpoint / MANIFEST}: damaged") from None
 
@@ -186,7 +208,11 @@ def verify(checkpoint: Path) -> Manifest:
             raise CheckpointError(f"{path}: missing from the checkpoint")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, {facts['bytes']} were written)")
-        if _sha256(path) != facts["sha256"]:
+        try:
+            same = _sha256(path) == facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if not same:
             raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
     return manifest
 

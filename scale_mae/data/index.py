@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,14 +63,15 @@ class Index:
         """
         entry = self.entries[sample]
         path, offset, length = self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"])
-        if path.endswith(".gz"):
-            return _unpacked(path)[offset : offset + length]
         try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(length)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); the data changed since it was indexed") from None
+            if path.endswith("gz"):
+                data = _unpacked(path)[offset : offset + length]
+            else:
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    data = file.read(length)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read ({error}); the data changed since it was indexed") from None
         if len(data) != length:
             raise DataError(f"{path}: ends before image {sample}; the data changed since it was indexed")
         return data
@@ -81,20 +83,33 @@ class Index:
         return f"{path}@{entry['offset']}" if entry["offset"] else path
 
     def save(self, folder: Path) -> None:
-        """Write the index to ``folder``; whole or not at all."""
+        """Write the index to ``folder``; whole or not at all.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         staging = folder.with_name(folder.name + ".tmp")
-        staging.mkdir(parents=True, exist_ok=True)
-        np.save(staging / "entries.npy", self.entries)
-        (staging / "shards.txt").write_text("\n".join(self.shards))
-        (staging / "classes.json").write_text(json.dumps(list(self.classes)))
-        staging.rename(folder)
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            np.save(staging / "entries.npy", self.entries)
+            (staging / "names.json").write_text(json.dumps({"shards": list(self.shards), "classes": list(self.classes)}))
+            staging.rename(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: the index cannot be written ({error})") from None
 
     @classmethod
     def open(cls, folder: Path) -> Index:
-        """Memory-map an index that :meth:`save` wrote."""
-        entries = np.load(folder / "entries.npy", mmap_mode="r")
-        shards = (folder / "shards.txt").read_text().split("\n")
-        return cls(entries, shards, json.loads((folder / "classes.json").read_text()))
+        """Memory-map an index that :meth:`save` wrote.
+
+        Raises:
+            DataError: missing or damaged.
+        """
+        try:
+            entries = np.load(folder / "entries.npy", mmap_mode="r")
+            names = json.loads((folder / "names.json").read_text())
+            return cls(entries, names["shards"], names["classes"])
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: damaged ({error}); delete this folder and it is built anew") from None
 
 
 class _Found(NamedTuple):
@@ -112,7 +127,10 @@ def scan(source: str, threads: int = 8) -> Index:
     Raises:
         DataError: nothing there, a damaged shard, a mixture of label kinds, or images whose header cannot be read.
     """
-    shards, found = _scan_shards(source) if _is_shards(source) else _scan_folders(Path(source))
+    try:
+        shards, found = _scan_shards(source) if _is_shards(source) else _scan_folders(Path(source))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error})") from None
     if not found:
         raise DataError(f"{source}: no images found; expected class folders root/class/*.jpg or tar shards of key.jpg, key.cls")
     classes, labels = _labels(source, [f.label for f in found])
@@ -133,7 +151,7 @@ def scan(source: str, threads: int = 8) -> Index:
 def _header(index: Index, sample: int) -> tuple[int, int] | None:
     try:
         return upright_size(index.read(sample))
-    except (OSError, ValueError, SyntaxError):
+    except OSError:
         return None
 
 
@@ -175,7 +193,7 @@ def _scan_shards(source: str) -> tuple[list[str], list[_Found]]:
             with _open_tar(path) as tar:
                 for _, members in itertools.groupby((m for m in tar if m.isfile()), key=_key):
                     found.extend(_sample(tar, list(members), number))
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a whole tar file ({error}); copy it again or remove it") from None
     return shards, found
 
@@ -230,7 +248,7 @@ def _images_below(folder: Path) -> Iterable[str]:
 def _labels(source: str, labels: Sequence[str | None]) -> tuple[list[str], list[int]]:
     """Class names and the number of each image's class: numbers as they stand, names in alphabetical order."""
     given = {label for label in labels if label is not None}
-    if all(re.fullmatch(r"\d+", label) for label in given) and _is_shards(source):
+    if all(re.fullmatch(r"\d{1,9}", label) for label in given) and _is_shards(source):
         return [], [NO_LABEL if label is None else int(label) for label in labels]
     classes = sorted(given)
     number = {name: i for i, name in enumerate(classes)}

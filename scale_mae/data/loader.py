@@ -114,7 +114,7 @@ def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, 
     data = index.read(sample)
     try:
         return decode(data, crop, image_size)
-    except (OSError, ValueError, SyntaxError) as error:
+    except OSError as error:
         raise DataError(f"{index.where(sample)}: cannot be decoded ({error}); remove it from the data") from None
 
 

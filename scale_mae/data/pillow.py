@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXIF_ORIENTATION = 0x0112
 Image.MAX_IMAGE_PIXELS = 200_000_000  # a decompression bomb becomes an error, a very large photo does not
@@ -23,6 +25,17 @@ class Crop(NamedTuple):
     flip: bool
 
 
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise OSError("not an image of a known kind") from None
+    except Exception as error:  # damaged files make Pillow's plugins raise whatever their parsers raise
+        raise OSError(str(error) or type(error).__name__) from error
+
+
 def central_square(width: int, height: int) -> Crop:
     """The largest centred square: what evaluation and pictures look at."""
     side = min(width, height)
@@ -35,7 +48,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
     Raises:
         OSError: not an image.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with _opened(data) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (width, height)
 
@@ -54,7 +67,7 @@ def decode(data: bytes, crop: Crop, size: tuple[int, int]) -> NDArray[np.uint8]:
     Raises:
         OSError: not an image, or a damaged one.
     """
-    with Image.open(io.BytesIO(data)) as opened:
+    with _opened(data) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     top, left, height, width, flip = crop
     image = image.crop((left, top, left + width, top + height))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import deepspeed.ops
@@ -71,8 +73,8 @@ class Engine:
                     config=engine_json(config, world.size),
                     dist_init_required=False,
                 )
-        except (ValueError, AssertionError) as error:  # pydantic's errors are ValueErrors
-            reason = " ".join(str(error).split())
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            reason = " ".join(str(error).split("For further information")[0].split())
             raise ConfigError(f"engine.deepspeed={config.engine.deepspeed} is refused by DeepSpeed: {reason}") from error
 
         # Without ZeRO, bf16 and fp16 go through a wrapper of DeepSpeed that needs two corrections (both tested against
@@ -132,8 +134,32 @@ class Engine:
         return bool(torch.stack([s.isfinite().all() for s in shards]).all())
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write model, optimizer and ``state`` to ``folder`` in DeepSpeed's layout. All processes call it."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"scale_mae": state})
+        """Write model, optimizer and ``state`` to ``folder`` in DeepSpeed's layout. All processes call it.
+
+        Raises:
+            OSError: this process could not write; raised after all have passed DeepSpeed's barriers.
+        """
+        problems: list[Exception] = []
+
+        def kept(write: Callable[..., Any]) -> Callable[..., Any]:
+            def attempt(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return write(*args, **kwargs)
+                except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+                    problems.append(error)
+
+            return attempt
+
+        # An error on one process must not leave the others waiting in DeepSpeed's barriers: keep it until the end.
+        with (
+            patch.object(self._engine.checkpoint_engine, "save", kept(self._engine.checkpoint_engine.save)),
+            patch.object(self._engine, "_copy_recovery_script", kept(self._engine._copy_recovery_script)),
+        ):
+            self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"scale_mae": state}, save_latest=False)
+        if problems:
+            raise OSError(*getattr(problems[0], "args", ())) from problems[0]
+        if self.world.is_main:
+            (folder / "latest").write_text(TAG)  # for DeepSpeed's own tools
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from what :meth:`save` wrote; its ``state``. Hyper-parameters stay those of the Config.

@@ -131,6 +131,7 @@ def world() -> Iterator[World]:
     # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
     gpu = local_rank if local_rank < torch.cuda.device_count() else 0
     device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
+    left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
     # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(gpu if cuda else local_rank)}
     if cuda:
@@ -147,7 +148,12 @@ def world() -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
-        dist.destroy_process_group()
+        from deepspeed import comm  # slow to import, and whoever only asks for the rank does not need it
+
+        # torch's own function would leave DeepSpeed with groups that are gone
+        (comm if comm.is_initialized() else dist).destroy_process_group()
+        for name in left:
+            os.environ.pop(name, None)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -215,3 +221,5 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in getattr(self, "_before", {}).items():
             signal.signal(number, handler)
+        if self.received == "SIGTERM":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not spoil the exit code of a clean stop

@@ -76,6 +76,8 @@ def knn_accuracy(encoder: VisionTransformer, train: str, val: str, k: int = 20) 
     Raises:
         DataError: a source is missing, unlabelled or too small.
     """
+    if k < 1:
+        raise DataError(f"--k {k}: at least one neighbour has to vote")
     known, asked = (_labelled(source) for source in (train, val))
     if len(known) < k:
         raise DataError(f"{train}: holds {len(known)} images, fewer than k={k}")

@@ -88,7 +88,7 @@ def _load(path: str, size: tuple[int, int]) -> Tensor:
     try:
         data = Path(path).read_bytes()
         return torch.from_numpy(decode(data, central_square(*upright_size(data)), size).copy())
-    except (OSError, ValueError, SyntaxError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
@@ -108,7 +108,8 @@ def _plot(rows: Sequence[tuple[str, Sequence[Tensor]]], title: str, out: Path) -
         axis.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=9)
     try:
-        figure.savefig(out, dpi=120)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=120, format="png")
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from None
     finally:

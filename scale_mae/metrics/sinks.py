@@ -116,7 +116,10 @@ class JsonSink:
     """One JSON object a log step, appended to a file. After a crash some steps can appear twice; the later line counts."""
 
     def __init__(self, path: Path) -> None:
+        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
         self._file = open(path, "a", buffering=1)
+        if not whole:
+            self._file.write("\n")  # a process killed while writing left half a line
 
     def say(self, message: str) -> None:
         """Messages are not metrics."""

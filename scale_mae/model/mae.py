@@ -103,7 +103,7 @@ class MAE(nn.Module):
         )
 
     def _kept(self, mask_ratio: float) -> int:
-        keep = kept_patches(self.patches, mask_ratio)
+        keep = kept_patches(self.patches, mask_ratio) if 0 < mask_ratio < 1 else 0
         if not 0 < keep < self.patches:
             raise ValueError(f"mask ratio {mask_ratio} keeps {keep} of {self.patches} patches; it must keep some, not all")
         return keep

@@ -91,6 +91,7 @@ def save(run_dir: Path, step: int, config: Config, world: World, zero_stage: int
         (staging / "config.yaml").write_text(config.to_yaml())
 
     def commit(files: dict[str, dict[str, Any]]) -> None:
+        """Manifest, names, and only then the deletion of what is no longer kept."""
         manifest = Manifest(step, world.size, zero_stage, config.digest(), _versions(), files)
         (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
         _flush(staging / MANIFEST)

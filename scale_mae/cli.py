@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 
 from scale_mae.config import UserError, json_schema, load_config, recipes
+from scale_mae.progress import Bar
 
 EPILOG = """\
 A RECIPE is a shipped name ({recipes}) or the path of a YAML file.
 A CHECKPOINT is a run directory (its newest good checkpoint) or one checkpoint in it.
-A SOURCE is class folders (root/class/image), a folder or {{00..99}} list of tar shards, demo:train or demo:val.
+A SOURCE of images is an index, class folders (root/class/image), a folder or {{00..99}} list of tar shards, a .txt or .csv
+list, a .json with annotations, demo:train, demo:val, or a data set as it is handed out: NAME:SPLIT:ROOT with NAME one of
+imagenet1k, imagenet21k, inat2017, inat2018, inat2019, places205, places365, coco.
 Several processes: torchrun --nproc-per-node N -m scale_mae pretrain RECIPE; under Slurm, srun alone.
 """
 
@@ -37,6 +40,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+
+    sub = add("index", "Find and check all images of a source, once, for any number of runs. Interrupted, it goes on.")
+    sub.add_argument("source", metavar="SOURCE")
+    sub.add_argument("--out", required=True, metavar="FILE.index")
+    sub.add_argument("--workers", type=_count, metavar="N", help="processes (default: the cores)")
+    sub.add_argument("--no-verify", action="store_true", help="read the headers only; much faster, finds less damage")
+
+    sub = add("pack", "Re-encode a source into small, clean, shuffled tar shards with their index. Interrupted, it goes on.")
+    sub.add_argument("source", metavar="SOURCE")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--short-side", type=int, default=256, metavar="PIXELS", help="scaled down to (default: %(default)s)")
+    sub.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: %(default)s)")
+    sub.add_argument("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    sub.add_argument("--workers", type=_count, metavar="N", help="processes (default: the cores)")
 
     sub = add("convert", "Write a checkpoint's encoder as inference weights.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -75,6 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _complain(error)
         return 2
+    except KeyboardInterrupt:
+        print("scale-mae: interrupted", file=sys.stderr)
+        return 130
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
+    return number
 
 
 def _complain(error: UserError) -> None:
@@ -106,6 +134,37 @@ def pretrain(args: argparse.Namespace) -> int:
     from scale_mae.train import pretrain as run
 
     run(config)
+    return 0
+
+
+def index(args: argparse.Namespace) -> int:
+    """``scale-mae index``."""
+    from scale_mae.data.build import build
+    from scale_mae.data.index import SUFFIX
+
+    if not args.out.endswith(SUFFIX):
+        raise UserError(f"--out {args.out}: the name of an index ends in {SUFFIX}")
+    with Bar("images") as bar:
+        built = build(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
+    for problem in built.problems:
+        _warn(problem)
+    if causes := built.causes():
+        listed = ", ".join(f"{number} {cause}" for cause, number in causes.items())
+        _warn(f"quarantined, never trained on: {listed}; named in {args.out}.quarantined.txt")
+    print(f"{args.out}: {len(built)} images, {len(built.classes)} named classes, digest {built.digest}")
+    return 0
+
+
+def pack(args: argparse.Namespace) -> int:
+    """``scale-mae pack``."""
+    from scale_mae.data.pack import pack
+
+    options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
+    with Bar("images") as bar:
+        packed = pack(args.source, args.out, **options, progress=bar.move)
+    for line in packed.left_out:
+        _warn(f"left out {line}")
+    print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards; data.source={args.out}")
     return 0
 
 
@@ -166,6 +225,8 @@ def _warn(message: str) -> None:
 
 COMMANDS = {
     "pretrain": pretrain,
+    "index": index,
+    "pack": pack,
     "convert": convert,
     "reconstruct": reconstruct,
     "knn": knn,

@@ -37,6 +37,7 @@ def _pair(value: Any) -> Any:
 Side = Annotated[int, Field(gt=0)]
 Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_type=int | tuple[int, int])]
 DURATION = r"^\d+(\.\d+)?(e\d{1,2})? (steps|epochs|images)$"
+NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
 
@@ -104,21 +105,32 @@ class DataConfig(Section):
     """Images and how they are cut."""
 
     source: str = "demo:train"
-    """Class folders (root/class/image), a folder or {00..99} brace list of tar shards, or the shipped demo:train, demo:val."""
+    """An index (scale-mae index), or what one is made of: class folders (root/class/image), a folder or {00..99} brace list
+    of tar shards, a list, annotations, a named layout such as imagenet1k:train:/data/imagenet, or the shipped demo:train."""
+    decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra={"free": True})
+    """What decodes: they give the same images within 8 of 255. Empty or auto: DALI on the GPU if there is one, else on the
+    CPU, else Pillow."""
+    augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_jitter"] = "random_crop"
+    """Nothing but a centre crop; a crop of 7/8 of the short side; one of random size and shape; that with colour jitter."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Least and largest share of the image's area that a random crop takes."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Least and largest width-to-height ratio of a random crop."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
+    jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
+    """Strength of brightness, contrast and saturation jitter, for augmentation=random_crop_jitter only."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means (red, green, blue) subtracted from images in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations (red, green, blue) that images are divided by."""
     threads: int | None = Field(None, gt=0, json_schema_extra={"free": True})
     """Decoding threads of each process. Empty: this machine's cores shared among its processes."""
-    prefetch: int = Field(4, gt=0, json_schema_extra={"free": True})
-    """Micro-batches decoded ahead of the step that needs them."""
+    prefetch: int | None = Field(None, gt=0, json_schema_extra={"free": True})
+    """Micro-batches decoded ahead of the step that needs them. Empty: enough to keep all threads busy, within an eighth of
+    the memory."""
+    max_failures: float = Field(0.001, ge=0, le=1, json_schema_extra={"free": True})
+    """Share of the last 100,000 images that may be unreadable (each is replaced by another) before the run stops."""
 
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from scale_mae.data.loader import available_cores
+from scale_mae.resources import available_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "nvidia-dali-cuda130", "safetensors", "prometheus-client")
 DEEPSPEED_FLOOR = (0, 19, 4)  # before it, ZeRO-1 with fp32 accumulation lost the last micro-batch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ import torch
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.export import model_from_config
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.data.index import DataError, Index, scan
-from scale_mae.data.loader import Batch, Loader, Share, normalise
+from scale_mae.data import decoders
+from scale_mae.data.failures import Failure, Tally
+from scale_mae.data.index import Index
+from scale_mae.data.loader import Batch, Loader, Share, decoding_threads
+from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
+from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World, rank_and_size, world
 from scale_mae.engine.optim import Schedule, parameter_names
 from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
+from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
 
 class NonFiniteError(UserError):
@@ -76,8 +82,9 @@ class _Run:
 
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, ranks.size, notes))
-        ranks.on_main(lambda: build_index(self.dir, config.data.source, notes))
-        index = ranks.together(lambda: Index.open(self.dir / "index"))
+        path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes))
+        index = ranks.together(lambda: Index.open(path))
+        self.digest = index.digest
 
         # What comes when
         self.schedule = make_schedule(config, len(index))
@@ -90,20 +97,30 @@ class _Run:
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = 0
         if checkpoint:
-            self.step = self.saved = ranks.together(lambda: int(self.engine.load(checkpoint)["step"]))
+            state = ranks.together(lambda: self.engine.load(checkpoint))
+            check_same_data(state["data"], index, checkpoint)
+            self.step = self.saved = int(state["step"])
             notes.append(f"resumed from {checkpoint}")
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
-        loader = Loader(index, plan, share, config.data, config.model.image_size, model.patches, pin_memory)
+        chosen, why = ranks.on_main(lambda: decoders.choose(config.data.decoder, ranks.device))
+        image_size, threads = config.model.image_size, decoding_threads(config.data)
+        make_decoder = functools.partial(decoders.make, chosen, image_size, share.micro_batch, threads, ranks.device)
+        self.decoder = ranks.together(make_decoder)
+        warn = functools.partial(_warn, ranks.rank)
+        loader = Loader(index, plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
         self.batches = loader.batches(self.step, self.schedule.total_steps)
+        self.failures: list[Failure] = []
+        self.tally = Tally(config.data.max_failures)
         self.meter = Meter(config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps)
         self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
         notes.append(
             f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
-            f"{config.train.precision}, ZeRO-{self.engine.stage}: steps {self.step} to {self.schedule.total_steps} of "
-            f"{config.train.global_batch} images ({accumulation} x {config.train.micro_batch} a process), "
+            f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
+            f"steps {self.step} to {self.schedule.total_steps} of {config.train.global_batch} images "
+            f"({accumulation} x {config.train.micro_batch} a process), "
             f"peak learning rate {config.peak_lr:.3g}; run directory {self.dir}"
         )
         for note in notes:
@@ -139,8 +156,10 @@ class _Run:
         for micro_step in range(accumulation):
             batch, vote = feed.take()
             verdict = max(verdict, vote)
-            images = normalise(batch.images.to(ranks.device, non_blocking=True), config.data.mean, config.data.std)
-            noise = batch.noise.to(ranks.device, non_blocking=True)
+            images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise))
+            jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
+            images = normalise(images, config.data.mean, config.data.std, jitter)
+            self.failures += batch.failures
             loss += self.engine.forward_backward(images, noise) / accumulation
             norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
             feed.advance()
@@ -150,8 +169,23 @@ class _Run:
         if logged:
             self._check_finite(first_bad)
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
-            self.log.metrics(self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps))
+            metrics = self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
+            self.log.metrics(metrics | self._tell_failures())
         return verdict, first_bad
+
+    def _tell_failures(self) -> dict[str, int | float | None]:
+        """Name the images of all processes that had to be replaced, and stop when they are too many."""
+        found = self.ranks.gather((self.failures, self.decoder.fallbacks))
+        self.failures = []
+        failures = [failure for failures, _ in found for failure in failures]
+        for failure in failures:
+            self.log.say(str(failure))
+        self.tally.add(self.step * self.config.train.global_batch, failures)
+        return {
+            "decode_failures": self.tally.causes.total(),
+            **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.causes.items()},
+            "decoder_fallbacks": sum(fallbacks for _, fallbacks in found),
+        }
 
     def _check_finite(self, first_bad: torch.Tensor) -> None:
         (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
@@ -173,7 +207,7 @@ class _Run:
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
-        state = {"step": self.step, "parameter_groups": self.names}
+        state = {"step": self.step, "parameter_groups": self.names, "data": self.digest}
         write = lambda folder: self.engine.save(folder, state)  # noqa: E731
         path = store.save(self.dir, self.step, self.config, self.ranks, self.engine.stage, write)
         self.saved = self.step
@@ -219,52 +253,6 @@ class _Feed:
         return self._batch, vote
 
 
-def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
-    """Make or check the run directory; the checkpoint to resume from, if there is one.
-
-    Raises:
-        UserError: not writable, the run of another config, damaged checkpoints, or another number of processes.
-    """
-    saved = run_dir / "config.yaml"
-    try:
-        differences = load_config(saved).differences(config) if saved.exists() else []
-        if not store.checkpoints(run_dir) and differences:
-            shutil.rmtree(run_dir / "index", ignore_errors=True)  # a run that never began binds to nothing
-        elif differences:
-            more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-            raise UserError(
-                f"{run_dir} holds a run of another config ({differences[0]}{more}); choose another run.dir or the same values"
-            )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        staging = saved.with_suffix(".tmp")
-        staging.write_text(config.to_yaml())
-        staging.rename(saved)
-        for name in ("log.txt", "log.jsonl"):
-            (run_dir / name).open("a").close()
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
-    checkpoint = store.newest_good(run_dir, notes.append)
-    if checkpoint:
-        written_by = store.read_manifest(checkpoint).world_size
-        if written_by != processes:
-            raise UserError(f"{checkpoint} was written by {written_by} processes and cannot be resumed by {processes}")
-    return checkpoint
-
-
-def build_index(run_dir: Path, source: str, notes: list[str]) -> None:
-    """Build the index beside the run, once; a resumed run keeps the one it began with, and so its sample order.
-
-    Raises:
-        DataError: see :func:`scan`.
-    """
-    folder = run_dir / "index"
-    if not folder.is_dir():
-        began = time.perf_counter()
-        index = scan(source)
-        index.save(folder)
-        notes.append(f"indexed {len(index)} images of {source} in {time.perf_counter() - began:.1f} s")
-
-
 def make_schedule(config: Config, dataset_size: int) -> Schedule:
     """Learning-rate schedule in steps.
 
@@ -292,3 +280,8 @@ def make_log(run_dir: Path, total_steps: int, first_step: int) -> Log:
             JsonSink(run_dir / "log.jsonl"),
         ]
     )
+
+
+def _warn(rank: int, message: str) -> None:
+    """From any process and thread, at once."""
+    print(f"rank {rank}: {message}", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def test_pretrain_leaves_what_the_contract_names(run):
 
 
 def test_convert_reconstruct_and_knn_through_the_command_line(run, tmp_path, capsys):
-    from test_data import jpeg, make_folders
+    from images import jpeg, make_folders
 
     assert main(["convert", str(run), "--to", "timm", "--out", str(tmp_path / "e.safetensors"), "--dtype", "bf16"]) == 0
     (tmp_path / "a.jpg").write_bytes(jpeg(64, 64))

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from images import jpeg, make_folders
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
-from test_data import jpeg, make_folders
 
 from scale_mae import UserError, load_config
 from scale_mae.checkpoint.export import build_encoder, describe, model_from_config
-from scale_mae.data.index import DataError, scan
+from scale_mae.data.build import open_source
+from scale_mae.data.storage import DataError
 from scale_mae.evaluate.knn import features, knn_accuracy, vote
 from scale_mae.evaluate.reconstruct import draw, reconstruct
 from scale_mae.model.targets import make_target, unpatchify
@@ -37,7 +38,7 @@ def encoder():
 
 def test_features_are_the_mean_patch_token_of_the_encoder(encoder, tmp_path):
     timm_model, mae = encoder
-    index = scan(str(make_folders(tmp_path)))
+    index = open_source(str(make_folders(tmp_path)))
     found = features(timm_model, index)
     image = Image.open(tmp_path / "class0" / "0.jpg").crop((5, 0, 35, 30)).resize((32, 32), Image.Resampling.BICUBIC)
     x = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.286) / 0.353

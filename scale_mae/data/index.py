@@ -1,56 +1,100 @@
-"""What exists: one table of all images of a source, built once, memory-mapped by every process.
+"""What exists: one file with a row for every image of a source, built once, memory-mapped by every process.
 
-An entry says where an image's bytes are (shard, offset, length), how large it is once upright (width, height, after its
-EXIF orientation) and its label. Sources: class folders ``root/class/image`` and tar shards in the WebDataset convention
-(``key.jpg`` beside ``key.cls``). Shards may be gzipped; these are held unpacked in memory, so keep them small.
+A row (:data:`ENTRY`) says where an image's bytes are (shard, offset, length), how large it is once upright (width, height,
+after its EXIF orientation), its label, and its :class:`~scale_mae.data.storage.Status`. Usable images come first, in the
+order of the source; those that cannot be decoded follow and are never trained on. The file is in safetensors format: rows,
+paths, and the rest in the metadata. Paths are kept relative to the index where the images lie below it, so that both can
+be moved together.
 """
 
 from __future__ import annotations
 
-import functools
-import gzip
-import io
-import itertools
+import collections
+import hashlib
 import json
 import os
-import re
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
-from scale_mae.config import PACKAGE, UserError
-from scale_mae.data.pillow import upright_size
+from scale_mae.data import storage
+from scale_mae.data.storage import DataError, Status
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-DEMO = PACKAGE / "demo_data"
-ENTRY = np.dtype([("shard", "u4"), ("offset", "u8"), ("length", "u4"), ("width", "u4"), ("height", "u4"), ("label", "i4")])
-NO_LABEL = -1
+ENTRY = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("shard", "<u4"),
+        ("length", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("label", "<i4"),
+        ("orientation", "u1"),
+        ("status", "u1"),
+        ("", "V2"),
+    ]
+)
+FORMAT = "scale_mae.index.1"
+NAME = "data.index"  # in a folder of shards, the index of these shards
+SUFFIX = ".index"
+Entries = NDArray[np.void]
 
 
-class DataError(UserError):
-    """A source that cannot be used, or an image of it."""
+class Paths(Sequence[str]):
+    """Absolute paths of shards, looked up in the mapped file, so that any number of them opens at once.
+
+    Attributes:
+        root: absolute folder they are relative to.
+        text: all relative paths, one after the other.
+        ends: where each ends in ``text``.
+    """
+
+    def __init__(self, root: str, text: NDArray[np.uint8], ends: NDArray[np.uint64]) -> None:
+        self.root, self.text, self.ends = root, text, ends
+
+    @classmethod
+    def of(cls, root: str, paths: Sequence[str]) -> Paths:
+        """From relative paths."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.uint64)
+        return cls(root, np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # counts from the end, and out of range, as sequences do
+        begin = int(self.ends[number - 1]) if number else 0
+        return os.path.join(self.root, os.fsdecode(self.text[begin : int(self.ends[number])].tobytes()))
 
 
 @dataclass(frozen=True)
 class Index:
-    """All images of a source.
+    """The images of a source.
 
     Attributes:
-        entries: structured array of dtype :data:`ENTRY`, one an image, ordered by shard and offset.
-        shards: path of each shard; for class folders every image file is its own shard.
+        entries: the usable images, structured array of dtype :data:`ENTRY`, ``[N]``.
+        quarantined: the others, likewise, ``[Q]``.
+        shards: absolute path of each shard; an image file that is in no shard is its own.
         classes: names of the labels, possibly empty.
+        source: what was indexed.
+        problems: what could not be listed, one line each.
+        digest: sixteen hexadecimal digits that change with any row or path.
     """
 
-    entries: NDArray[np.void]
+    entries: Entries
+    quarantined: Entries
     shards: Sequence[str]
     classes: Sequence[str]
+    source: str
+    problems: Sequence[str]
+    digest: str
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -59,197 +103,107 @@ class Index:
         """The encoded bytes of one image.
 
         Raises:
-            DataError: the shard is gone or shorter than it was.
+            ImageError: storage does not give them.
         """
         entry = self.entries[sample]
-        path, offset, length = self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"])
-        try:
-            if path.endswith("gz"):
-                data = _unpacked(path)[offset : offset + length]
-            else:
-                with open(path, "rb") as file:
-                    file.seek(offset)
-                    data = file.read(length)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read ({error}); the data changed since it was indexed") from None
-        if len(data) != length:
-            raise DataError(f"{path}: ends before image {sample}; the data changed since it was indexed")
-        return data
+        return storage.read(self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"]))
 
     def where(self, sample: int) -> str:
         """Path, and byte offset inside a shard, of one image, for messages."""
-        entry = self.entries[sample]
-        path = self.shards[entry["shard"]]
-        return f"{path}@{entry['offset']}" if entry["offset"] else path
+        return describe(self.shards, self.entries[sample])
 
-    def save(self, folder: Path) -> None:
-        """Write the index to ``folder``; whole or not at all.
+    def causes(self) -> dict[str, int]:
+        """How many images are quarantined for which cause."""
+        counts = collections.Counter(self.quarantined["status"].tolist())
+        return {Status(status).text: number for status, number in sorted(counts.items())}
 
-        Raises:
-            DataError: it cannot be written.
-        """
-        staging = folder.with_name(folder.name + ".tmp")
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-            np.save(staging / "entries.npy", self.entries)
-            (staging / "names.json").write_text(json.dumps({"shards": list(self.shards), "classes": list(self.classes)}))
-            staging.rename(folder)
-        except OSError as error:
-            raise DataError(f"{folder}: the index cannot be written ({error})") from None
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        """Place and cause of each quarantined image."""
+        return ((describe(self.shards, row), Status(row["status"]).text) for row in self.quarantined)
 
     @classmethod
-    def open(cls, folder: Path) -> Index:
-        """Memory-map an index that :meth:`save` wrote.
+    def open(cls, path: str | Path) -> Index:
+        """Memory-map an index; costs the same for any number of images.
 
         Raises:
-            DataError: missing or damaged.
+            DataError: missing, damaged, or of another kind.
         """
-        try:
-            entries = np.load(folder / "entries.npy", mmap_mode="r")
-            names = json.loads((folder / "names.json").read_text())
-            return cls(entries, names["shards"], names["classes"])
-        except (OSError, EOFError, ValueError, KeyError) as error:
-            raise DataError(f"{folder}: damaged ({error}); delete this folder and it is built anew") from None
+        metadata, rows, paths = map_file(Path(path), "r")
+        usable = metadata["usable"]
+        return cls(
+            rows[:usable],
+            rows[usable:],
+            paths,
+            metadata["classes"],
+            metadata["source"],
+            metadata["problems"],
+            metadata["digest"],
+        )
 
 
-class _Found(NamedTuple):
-    """An image of a scanned shard, its header not yet looked at."""
-
-    shard: int
-    offset: int
-    length: int
-    label: str | None
+def describe(shards: Sequence[str], entry: Any) -> str:
+    """Path, and byte offset inside a shard, of one row."""
+    path = shards[entry["shard"]]
+    return f"{path}@{entry['offset']}" if entry["offset"] else path
 
 
-def scan(source: str, threads: int = 8) -> Index:
-    """Build the index of a source: list its files, read every image's header.
+def map_file(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Paths]:
+    """Metadata, rows and paths of an index file, mapped with numpy's ``mode``.
 
     Raises:
-        DataError: nothing there, a damaged shard, a mixture of label kinds, or images whose header cannot be read.
+        DataError: missing, damaged, or of another kind.
     """
+
+    def tensor(name: str, dtype: Any) -> Any:
+        begin, end = header[name]["data_offsets"]
+        count = (end - begin) // np.dtype(dtype).itemsize
+        return np.memmap(path, dtype, mode, 8 + size + begin, count) if count else np.zeros(0, dtype)  # type: ignore[call-overload]
+
     try:
-        shards, found = _scan_shards(source) if _is_shards(source) else _scan_folders(Path(source))
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < os.path.getsize(path) else {}
+        metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
+        if metadata.get("format") != FORMAT:
+            raise ValueError("it is no index, or one of another version")
+        root = os.path.abspath(os.path.join(path.parent, metadata["root"]))
+        return metadata, tensor("entries", ENTRY), Paths(root, tensor("paths", np.uint8), tensor("path_ends", np.uint64))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such index; make it with scale-mae index SOURCE --out {path}") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged index ({error}); delete it and build it anew") from None
+
+
+def write_file(path: Path, rows: Entries, paths: Paths, metadata: dict[str, Any]) -> None:
+    """Write an index file, whole or not at all: aside, flushed, renamed.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    plain = rows.view(np.uint8).reshape(-1, ENTRY.itemsize)
+    digest = hashlib.sha256()
+    for part in (plain, paths.text, paths.ends):
+        digest.update(np.ascontiguousarray(part).data)
+    folder = os.path.abspath(path.parent)
+    below = os.path.commonpath([folder, paths.root]) == folder
+    root = os.path.relpath(paths.root, folder) if below else paths.root
+    metadata = metadata | {"format": FORMAT, "root": root, "digest": digest.hexdigest()[:16]}
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, NDArray[Any]] = {"entries": plain, "paths": paths.text, "path_ends": paths.ends}
+        save_file(tensors, staging, {key: json.dumps(value) for key, value in metadata.items()})
+        with open(staging, "rb+") as file:
+            os.fsync(file.fileno())
+        staging.rename(path)
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error})") from None
-    if not found:
-        raise DataError(f"{source}: no images found; expected class folders root/class/*.jpg or tar shards of key.jpg, key.cls")
-    classes, labels = _labels(source, [f.label for f in found])
-    entries = np.zeros(len(found), ENTRY)
-    for name in ("shard", "offset", "length"):
-        entries[name] = [getattr(f, name) for f in found]
-    entries["label"] = labels
-    index = Index(entries, shards, classes)
-    with ThreadPoolExecutor(threads) as pool:
-        sizes = list(pool.map(functools.partial(_header, index), range(len(index))))
-    bad = [i for i, size in enumerate(sizes) if size is None]
-    if bad:
-        raise DataError(f"{index.where(bad[0])}: not a readable image ({len(bad)} of {len(index)} are not); remove it")
-    entries["width"], entries["height"] = np.array(sizes).T
-    return index
+        staging.unlink(missing_ok=True)
+        raise DataError(f"{path}: the index cannot be written ({error})") from None
 
 
-def _header(index: Index, sample: int) -> tuple[int, int] | None:
-    try:
-        return upright_size(index.read(sample))
-    except OSError:
-        return None
-
-
-def _is_shards(source: str) -> bool:
-    if source.startswith("demo:") or source.endswith((".tar", ".tar.gz", ".tgz")):
-        return True
-    return any(_is_tar(p) for p in Path(source).glob("*"))
-
-
-def _is_tar(path: Path) -> bool:
-    return path.name.endswith((".tar", ".tar.gz", ".tgz"))
-
-
-def shard_paths(source: str) -> list[str]:
-    """Shards of a source: a folder of tars, one tar, a brace list ``name-{000..146}.tar``, or ``demo:train``/``demo:val``.
-
-    Raises:
-        DataError: a shard is missing, or there is none.
-    """
-    if source.startswith("demo:"):
-        paths = sorted(DEMO.glob(f"{source.removeprefix('demo:')}-*.tar.gz"))
-    elif braces := re.search(r"\{(\d+)\.\.(\d+)\}", source):
-        first, last = braces.groups()
-        numbers = range(int(first), int(last) + 1)
-        paths = [Path(source.replace(braces.group(), f"{n:0{len(first)}d}")) for n in numbers]
-    else:
-        paths = sorted(filter(_is_tar, Path(source).iterdir())) if Path(source).is_dir() else [Path(source)]
-    missing = [p for p in paths if not p.is_file()]
-    if missing or not paths:
-        raise DataError(f"{missing[0] if missing else source}: no such shard; check data.source={source}")
-    return [str(p.absolute()) for p in paths]
-
-
-def _scan_shards(source: str) -> tuple[list[str], list[_Found]]:
-    shards = shard_paths(source)
-    found: list[_Found] = []
-    for number, path in enumerate(shards):
-        try:
-            with _open_tar(path) as tar:
-                for _, members in itertools.groupby((m for m in tar if m.isfile()), key=_key):
-                    found.extend(_sample(tar, list(members), number))
-        except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not a whole tar file ({error}); copy it again or remove it") from None
-    return shards, found
-
-
-def _key(member: tarfile.TarInfo) -> str:
-    folder, name = os.path.split(member.name)
-    return os.path.join(folder, name.split(".", 1)[0])
-
-
-def _sample(tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo], shard: int) -> Iterator[_Found]:
-    label = None
-    for member in members:
-        if member.name.endswith(".cls"):
-            stream = tar.extractfile(member)
-            assert stream is not None  # the caller passes regular files only
-            label = stream.read().decode().strip()
-    for member in members:
-        if member.name.lower().endswith(IMAGE_SUFFIXES):
-            yield _Found(shard, member.offset_data, member.size, label)
-
-
-def _open_tar(path: str) -> tarfile.TarFile:
-    if path.endswith("gz"):
-        return tarfile.open(fileobj=io.BytesIO(_unpacked(path)))
-    return tarfile.open(path, "r:")
-
-
-@functools.lru_cache(maxsize=64)
-def _unpacked(path: str) -> bytes:
-    with gzip.open(path) as file:
-        return file.read()
-
-
-def _scan_folders(root: Path) -> tuple[list[str], list[_Found]]:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set data.source to class folders, tar shards or demo:train")
-    shards: list[str] = []
-    found: list[_Found] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        for path in _images_below(folder):
-            found.append(_Found(len(shards), 0, os.path.getsize(path), folder.name))
-            shards.append(os.path.abspath(path))
-    return shards, found
-
-
-def _images_below(folder: Path) -> Iterable[str]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES))
-
-
-def _labels(source: str, labels: Sequence[str | None]) -> tuple[list[str], list[int]]:
-    """Class names and the number of each image's class: numbers as they stand, names in alphabetical order."""
-    given = {label for label in labels if label is not None}
-    if all(re.fullmatch(r"\d{1,9}", label) for label in given) and _is_shards(source):
-        return [], [NO_LABEL if label is None else int(label) for label in labels]
-    classes = sorted(given)
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [NO_LABEL if label is None else number[label] for label in labels]
+def index_of(source: str) -> Path | None:
+    """The index that a source is or brings: an index file, or one in a folder of shards that were packed with it."""
+    if source.endswith(SUFFIX):
+        return Path(source)
+    inside = Path(source) / NAME
+    return inside if inside.is_file() else None

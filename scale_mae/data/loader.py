@@ -1,15 +1,15 @@
-"""Batches ahead of time: a bounded number of micro-batches is decoded in threads while the step computes."""
+"""Batches ahead of time: a bounded number of micro-batches is read and decoded in threads while the step computes."""
 
 from __future__ import annotations
 
-import functools
-import os
+import math
+import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +17,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scale_mae.config import DataConfig
-from scale_mae.data.index import DataError, Index
-from scale_mae.data.pillow import Crop, decode
+from scale_mae.data import pillow
+from scale_mae.data.decoders import Decoder
+from scale_mae.data.failures import Failure
+from scale_mae.data.index import Index
+from scale_mae.data.pillow import Crop
 from scale_mae.data.plan import Ints, SamplePlan
+from scale_mae.data.storage import DataError, ImageError, Status
+from scale_mae.data.workers import Threads
+from scale_mae.resources import available_cores, available_memory, processes_here
+
+PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
+ENCODED = 1 << 18  # bytes, a generous guess of an encoded image
+PREFETCH = 4
 
 
 class Batch(NamedTuple):
-    """``images`` uint8 ``[B, H, W, 3]``; ``noise`` fp32 ``[B, L]``; ``samples`` ``[B]`` positions in the index."""
+    """One micro-batch.
+
+    Attributes:
+        images: uint8 ``[B, H, W, 3]``.
+        noise: for the masks, fp32 ``[B, L]``.
+        jitter: of the colours, fp32 ``[B, 6]``, or None.
+        samples: rows of the index, ``[B]``, after any replacement.
+        failures: images that had to be replaced.
+    """
 
     images: Tensor
     noise: Tensor
+    jitter: Tensor | None
     samples: Ints
+    failures: Sequence[Failure]
 
 
 @dataclass(frozen=True)
@@ -40,104 +60,210 @@ class Share:
     accumulation: int
 
 
+@dataclass
+class _Chunk:
+    """Consecutive images of a batch that one thread reads and prepares; a result is None until it is there."""
+
+    samples: Sequence[int]
+    crops: Sequence[Crop]
+    results: list[Any]
+
+
+class _Staged(NamedTuple):
+    positions: Ints
+    samples: Ints
+    tasks: Sequence[tuple[_Chunk, Future[None]]]
+
+
 @dataclass(frozen=True)
 class Loader:
-    """Decoded micro-batches of one process, in the plan's order.
+    """Decoded micro-batches of one process, in the plan's order. No image can stop it: one that cannot be had is replaced.
 
     Attributes:
         index: the images.
         plan: their order.
         share: which of them are this process's.
         config: crops, threads, prefetch.
+        decoder: see :mod:`scale_mae.data.decoders`.
         image_size: (height, width) in pixels.
         patches: L, for the mask noise.
         pin_memory: page-locked host memory, for asynchronous copies to a GPU.
+        warn: told when storage does not answer.
     """
 
     index: Index
     plan: SamplePlan
     share: Share
     config: DataConfig
+    decoder: Decoder
     image_size: tuple[int, int]
     patches: int
     pin_memory: bool = False
+    warn: Callable[[str], None] = print
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Micro-batches of steps ``first_step`` to ``last_step - 1``, ``accumulation`` for each.
 
         Raises:
-            DataError: an image cannot be read or decoded; names it.
+            DataError: an image cannot be had and none of its substitutes either.
         """
-        every = (
-            self.plan.positions(step, self.share.rank, self.share.ranks, micro_step, self.share.micro_batch)
-            for step in range(first_step, last_step)
-            for micro_step in range(self.share.accumulation)
-        )
-        threads = self.config.threads or max(1, available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        threads = decoding_threads(self.config)
+        ahead = self.config.prefetch or default_prefetch(self.share.micro_batch, threads, self.image_size)
+        pool, conductor = Threads(threads, "decode"), Threads(1, "batch")
+        futures = self._futures(first_step, last_step, conductor, pool, threads)
         try:
-            pending = deque(self._submit(pool, p) for p in islice(every, self.config.prefetch))
+            pending = deque(islice(futures, ahead))
             while pending:
-                positions, samples, futures = pending.popleft()
-                images = torch.from_numpy(np.stack([future.result() for future in futures]))
-                noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches))
-                pending.extend(self._submit(pool, p) for p in islice(every, 1))
-                if self.pin_memory:
-                    images, noise = images.pin_memory(), noise.pin_memory()
-                yield Batch(images, noise, samples)
+                batch = pending.popleft().result()
+                pending.extend(islice(futures, 1))
+                yield batch
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            conductor.close()
+            pool.close()
+            self.decoder.close()
 
-    def _submit(self, pool: ThreadPoolExecutor, positions: Ints) -> tuple[Ints, Ints, list[Future[NDArray[np.uint8]]]]:
+    def _futures(
+        self, first_step: int, last_step: int, conductor: Threads, pool: Threads, threads: int
+    ) -> Iterator[Future[Batch]]:
+        """Batches to come. Reading of each begins before the one ahead of it is put together."""
+        staged: Future[_Staged] | None = None
+        for step in range(first_step, last_step):
+            for micro_step in range(self.share.accumulation):
+                positions = self.plan.positions(step, self.share.rank, self.share.ranks, micro_step, self.share.micro_batch)
+                ready, staged = staged, conductor.submit(self._stage, positions, pool, threads)
+                if ready:
+                    yield conductor.submit(self._assemble, ready)
+        if staged:
+            yield conductor.submit(self._assemble, staged)
+
+    def _stage(self, positions: Ints, pool: Threads, threads: int) -> _Staged:
         samples = self.plan.samples(positions)
         entries = self.index.entries[samples]
-        crops = self.plan.crops(
-            positions,
-            entries["width"],
-            entries["height"],
-            scale=self.config.crop_scale,
-            ratio=self.config.crop_ratio,
-            flip=self.config.flip,
-        )
-        return positions, samples, [pool.submit(self._decode, *pair) for pair in zip(samples.tolist(), crops, strict=True)]
+        crops = self.plan.crops(positions, entries["width"], entries["height"], self.config, self.image_size)
+        size = max(1, len(samples) // (4 * threads))  # a task costs as much as a tiny image
+        numbers = samples.tolist()
+        starts = range(0, len(numbers), size)
+        chunks = [_Chunk(part := numbers[i : i + size], crops[i : i + size], [None] * len(part)) for i in starts]
+        return _Staged(positions, samples, [(chunk, pool.submit(self._prepare, chunk)) for chunk in chunks])
 
-    def _decode(self, sample: int, crop: Crop) -> NDArray[np.uint8]:
-        return decode_sample(self.index, sample, crop, self.image_size)
+    def _prepare(self, chunk: _Chunk) -> None:
+        """Fill in what is missing of a chunk. When two threads work on one, they find the same."""
+        for place, (sample, crop) in enumerate(zip(chunk.samples, chunk.crops, strict=True)):
+            if chunk.results[place] is None:
+                try:
+                    chunk.results[place] = self.decoder.prepare(self.index.read(sample), crop)
+                except ImageError as error:
+                    chunk.results[place] = error
+
+    def _collect(self, tasks: Sequence[tuple[_Chunk, Future[None]]]) -> list[Any]:
+        """The results of a batch's chunks, in order. Where storage does not answer, new threads try again, and in the end the
+        images count as unreadable."""
+        waiting = list(tasks)
+        for patience in PATIENCE:
+            deadline = time.monotonic() + patience
+            waiting = [(chunk, future) for chunk, future in waiting if not _in_time(future, deadline)]
+            for chunk, _ in waiting:
+                where = self.index.where(chunk.samples[chunk.results.index(None) if None in chunk.results else -1])
+                self.warn(f"{where}: no answer for {patience:g} s, trying again")
+            waiting = [(chunk, _in_new_thread(self._prepare, chunk)) for chunk, _ in waiting]
+        error = ImageError(Status.UNREADABLE, f"no answer for {sum(PATIENCE):g} s")
+        return [error if result is None else result for chunk, _ in tasks for result in chunk.results]
+
+    def _assemble(self, staged: Future[_Staged]) -> Batch:
+        positions, samples, tasks = staged.result()
+        prepared = self._collect(tasks)
+        rows = [row for row, result in enumerate(prepared) if not isinstance(result, ImageError)]
+        errors = {row: result for row, result in enumerate(prepared) if isinstance(result, ImageError)}
+        images, late = self.decoder.finish([prepared[row] for row in rows]) if rows else (None, {})
+        errors |= {rows[place]: error for place, error in late.items()}
+        failures: list[Failure] = []
+        if errors or images is None:
+            images, failures = self._replace(positions, samples, images, rows, errors)
+        noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches))
+        jitter = None
+        if self.config.augmentation == "random_crop_jitter":
+            jitter = torch.from_numpy(self.plan.jitter(positions, self.config.jitter))
+        if self.pin_memory:
+            noise, jitter = noise.pin_memory(), jitter.pin_memory() if jitter is not None else None
+            images = images if images.is_cuda else images.pin_memory()
+        return Batch(images, noise, jitter, samples, failures)
+
+    def _replace(
+        self, positions: Ints, samples: Ints, decoded: Tensor | None, rows: Sequence[int], errors: dict[int, ImageError]
+    ) -> tuple[Tensor, list[Failure]]:
+        """All images of a batch in place, ``[B, H, W, 3]``; changes ``samples`` where others stand in."""
+        device = decoded.device if decoded is not None else torch.device("cpu")
+        images = torch.empty((len(positions), *self.image_size, 3), dtype=torch.uint8, device=device)
+        if decoded is not None:
+            images[list(rows)] = decoded
+        failures: list[Failure] = []
+        for row, error in sorted(errors.items()):
+            samples[row], pixels, found = self._substitute(int(positions[row]), int(samples[row]), error)
+            images[row] = torch.from_numpy(pixels.copy()).to(device)
+            failures += found
+        return images, failures
+
+    def _substitute(self, position: int, sample: int, error: ImageError) -> tuple[int, NDArray[np.uint8], list[Failure]]:
+        """The first usable image among the position's substitutes, its pixels, and every failure on the way."""
+        failures, tried = [], {sample}
+        for substitute in self.plan.substitutes(position):
+            if substitute in tried:
+                continue
+            tried.add(substitute)
+            where, instead = self.index.where(sample), self.index.where(substitute)
+            failures.append(Failure(position, where, error.cause, error.reason, instead))
+            try:
+                # in a thread of its own, because a shard that does not answer may hold the substitute too
+                future = _in_new_thread(self._decode_at, position, substitute)
+                return substitute, future.result(PATIENCE[0]), failures
+            except ImageError as another:
+                sample, error = substitute, another
+            except TimeoutError:
+                sample, error = substitute, ImageError(Status.UNREADABLE, f"no answer for {PATIENCE[0]:g} s")
+        where = failures[0].where if failures else self.index.where(sample)
+        raise DataError(f"{where}: {error}, and none of {len(failures)} other images can be used either; check the storage")
+
+    def _decode_at(self, position: int, sample: int) -> NDArray[np.uint8]:
+        entry = self.index.entries[sample : sample + 1]
+        (crop,) = self.plan.crops(np.array([position]), entry["width"], entry["height"], self.config, self.image_size)
+        return pillow.decode(self.index.read(sample), crop, self.image_size)
+
+
+def _in_time(future: Future[None], deadline: float) -> bool:
+    try:
+        future.result(max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        return False
+    return True
+
+
+def _in_new_thread(action: Callable[..., Any], *args: Any) -> Future[Any]:
+    thread = Threads(1, "retry")  # the pool's threads may all be waiting for storage
+    future = thread.submit(action, *args)
+    thread.finish()
+    return future
+
+
+def decoding_threads(config: DataConfig) -> int:
+    """Threads that read and decode: as asked for, or this machine's cores shared among its processes."""
+    return config.threads or max(1, available_cores() // processes_here())
+
+
+def default_prefetch(micro_batch: int, threads: int, image_size: tuple[int, int]) -> int:
+    """Micro-batches to keep in flight: four, more when they are smaller than what the threads work on at once, fewer when
+    they would fill more than an eighth of the free memory."""
+    wanted = max(PREFETCH, math.ceil(2 * threads / micro_batch))
+    bytes_each = micro_batch * (image_size[0] * image_size[1] * 3 + ENCODED)
+    return max(1, min(wanted, available_memory() // 8 // processes_here() // bytes_each))
 
 
 def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """One image of an index, ``[H, W, 3]``.
+    """One image of an index, ``[H, W, 3]``, where it cannot be replaced by another.
 
     Raises:
         DataError: it cannot be read or decoded; names it.
     """
-    data = index.read(sample)
     try:
-        return decode(data, crop, image_size)
-    except OSError as error:
-        raise DataError(f"{index.where(sample)}: cannot be decoded ({error}); remove it from the data") from None
-
-
-def normalise(images_BHW3: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """uint8 ``[B, H, W, 3]`` to normalised fp32 ``[B, 3, H, W]``, on the tensor's device."""
-    mean_1311, std_1311 = _statistics(mean, std, images_BHW3.device)
-    return (images_BHW3.permute(0, 3, 1, 2).float() / 255 - mean_1311) / std_1311
-
-
-def denormalise(images_B3HW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """Inverse of :func:`normalise` up to rounding: values in [0, 1], clipped, ``[B, 3, H, W]``."""
-    mean_1311, std_1311 = _statistics(mean, std, images_B3HW.device)
-    return (images_B3HW * std_1311 + mean_1311).clamp(0, 1)
-
-
-@functools.lru_cache
-def _statistics(
-    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    # made once, because copying them to a GPU waits for it
-    return torch.tensor(mean, device=device).view(1, 3, 1, 1), torch.tensor(std, device=device).view(1, 3, 1, 1)
-
-
-def available_cores() -> int:
-    """Cores this process may run on (a Slurm or container limit counts)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return pillow.decode(index.read(sample), crop, image_size)
+    except ImageError as error:
+        raise DataError(f"{index.where(sample)}: {error}; remove it from the data") from None

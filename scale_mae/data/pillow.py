@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from scale_mae.data.storage import ImageError, Status
 
 EXIF_ORIENTATION = 0x0112
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a decompression bomb becomes an error, a very large photo does not
+TRANSPOSE = {  # orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow refuses images above 2 * Image.MAX_IMAGE_PIXELS (179 million) and warns above half of that; refusing is enough
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Crop(NamedTuple):
@@ -25,15 +38,52 @@ class Crop(NamedTuple):
     flip: bool
 
 
+class Header(NamedTuple):
+    """Size of the upright image in pixels, and the EXIF orientation (1 to 8) it is stored in."""
+
+    width: int
+    height: int
+    orientation: int
+
+
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
+    if not data:
+        raise ImageError(Status.EMPTY, "0 bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except (ImageError, MemoryError):
+        raise
     except UnidentifiedImageError:
-        raise OSError("not an image of a known kind") from None
+        raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:4].hex(' ')}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(Status.TOO_LARGE, str(error)) from None
     except Exception as error:  # damaged files make Pillow's plugins raise whatever their parsers raise
-        raise OSError(str(error) or type(error).__name__) from error
+        raise ImageError(Status.DAMAGED, str(error) or type(error).__name__) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(EXIF_ORIENTATION, 1)
+    return value if value in TRANSPOSE else 1
+
+
+def examine(data: bytes, decode_too: bool) -> Header:
+    """Size and orientation of an encoded image.
+
+    Args:
+        data: the encoded image.
+        decode_too: decode all of it and not only its header.
+
+    Raises:
+        ImageError: not an image, too large, or damaged.
+    """
+    with _opened(data) as image:
+        width, height = image.size
+        orientation = _orientation(image)
+        if decode_too:
+            _as_rgb(image)
+    return Header(height, width, orientation) if orientation >= 5 else Header(width, height, orientation)
 
 
 def central_square(width: int, height: int) -> Crop:
@@ -42,19 +92,10 @@ def central_square(width: int, height: int) -> Crop:
     return Crop((height - side) // 2, (width - side) // 2, side, side, flip=False)
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an encoded image after its EXIF orientation; reads the header only.
-
-    Raises:
-        OSError: not an image.
-    """
-    with _opened(data) as image:
-        width, height = image.size
-        return (height, width) if image.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (width, height)
-
-
 def decode(data: bytes, crop: Crop, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Decode, turn upright, crop, resize with antialiased bicubic interpolation, mirror.
+
+    Grey, CMYK, palette and 16-bit images become 8-bit RGB; transparency is dropped.
 
     Args:
         data: the encoded image.
@@ -65,13 +106,41 @@ def decode(data: bytes, crop: Crop, size: tuple[int, int]) -> NDArray[np.uint8]:
         ``[height, width, 3]`` RGB.
 
     Raises:
-        OSError: not an image, or a damaged one.
+        ImageError: not an image, too large, damaged, or smaller than the crop.
     """
-    with _opened(data) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
     top, left, height, width, flip = crop
-    image = image.crop((left, top, left + width, top + height))
-    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    if flip:
-        image = ImageOps.mirror(image)
-    return np.asarray(image)
+    with _opened(data) as image:
+        turn = TRANSPOSE.get(_orientation(image))
+        upright = image.transpose(turn) if turn is not None else image
+        if top + height > upright.height or left + width > upright.width:
+            raise ImageError(Status.DAMAGED, f"{upright.width} x {upright.height} pixels, smaller than when it was indexed")
+        part = _as_rgb(upright.crop((left, top, left + width, top + height)))
+    # rows first, whatever the version: from 13 on, Pillow on its own begins with the columns of tall boxes, and since values
+    # are rounded and clipped in between, that changes photographs by up to 20 of 255
+    part = part.resize((size[1], part.height), Image.Resampling.BICUBIC).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
+
+
+def encode_upright(data: bytes, short_side: int, quality: int) -> bytes:
+    """An image again as an upright 8-bit RGB JPEG, its short side at most ``short_side`` pixels.
+
+    Raises:
+        ImageError: not an image, too large, or damaged.
+    """
+    with _opened(data) as image:
+        turn = TRANSPOSE.get(_orientation(image))
+        rgb = _as_rgb(image.transpose(turn) if turn is not None else image)
+    scale = short_side / min(rgb.size)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in rgb.size)
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    rgb.save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow clips to 8 where they have to be scaled
+        values = np.asarray(image, np.float64).clip(0, 65535) / 257
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")

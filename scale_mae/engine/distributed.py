@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from scale_mae.config import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
+HEARTBEAT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,22 @@ class World:
         return values
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 and give its result, or its :class:`UserError`, to every process."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except UserError as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: T = outcome[0]
-        return result
+        """Run ``action`` on rank 0, however long it takes, and give its result, or its :class:`UserError`, to every process."""
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(action) if self.is_main else None
+            while True:
+                outcome: list[Any] = [False, None, None]  # whether it has ended, its result, its error
+                if running and wait([running], HEARTBEAT).done:
+                    error = running.exception()
+                    if error is not None and not isinstance(error, UserError):
+                        raise error
+                    outcome = [True, None if error else running.result(), error]
+                dist.broadcast_object_list(outcome, src=0, group=self.control)  # in time, or the others give up waiting
+                ended, result, error = outcome
+                if error is not None:
+                    raise error
+                if ended:
+                    return result  # type: ignore[no-any-return]
 
     def together(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every process; if it raises a :class:`UserError` on any, every process raises the first one."""

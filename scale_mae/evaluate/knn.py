@@ -10,9 +10,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from scale_mae.data.index import NO_LABEL, DataError, Index, scan
-from scale_mae.data.loader import available_cores, decode_sample, normalise
+from scale_mae.data.build import open_source
+from scale_mae.data.index import Index, index_of
+from scale_mae.data.loader import decode_sample
 from scale_mae.data.pillow import central_square
+from scale_mae.data.pixels import normalise
+from scale_mae.data.sources import NO_LABEL
+from scale_mae.data.storage import DataError
+from scale_mae.resources import available_cores
 
 TEMPERATURE = 0.07
 BATCH = 64
@@ -89,7 +94,11 @@ def knn_accuracy(encoder: VisionTransformer, train: str, val: str, k: int = 20) 
 
 
 def _labelled(source: str) -> Index:
-    index = scan(source)
+    index = open_source(source)
+    if len(index.quarantined) and not index_of(source):  # who gives an index knows what it leaves out
+        raise DataError(
+            f"{source}: {len(index.quarantined)} images cannot be used ({index.causes()}); scale-mae index names them"
+        )
     if (index.entries["label"] == NO_LABEL).any():
         raise DataError(f"{source}: some images have no label")
     return index

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from scale_mae.config import Config, UserError
-from scale_mae.data.loader import denormalise, normalise
-from scale_mae.data.pillow import central_square, decode, upright_size
+from scale_mae.data.pillow import central_square, decode, examine
+from scale_mae.data.pixels import denormalise, normalise
 from scale_mae.data.plan import SamplePlan
+from scale_mae.data.storage import ImageError
 from scale_mae.model.mae import MAE
 from scale_mae.model.targets import patchify, prediction_to_pixels, unpatchify
 
@@ -87,8 +88,9 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
 def _load(path: str, size: tuple[int, int]) -> Tensor:
     try:
         data = Path(path).read_bytes()
-        return torch.from_numpy(decode(data, central_square(*upright_size(data)), size).copy())
-    except OSError as error:
+        header = examine(data, decode_too=False)
+        return torch.from_numpy(decode(data, central_square(header.width, header.height), size).copy())
+    except (OSError, ImageError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 

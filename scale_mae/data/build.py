@@ -1,0 +1,182 @@
+"""Building an index: list a source, then look at every image in worker processes that share the rows.
+
+The rows lie in ``OUT.partial`` from the start and are filled in place, so that an interrupted build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scale_mae.data import storage
+from scale_mae.data.index import ENTRY, Entries, Index, Paths, describe, index_of, map_file, write_file
+from scale_mae.data.pillow import Header, examine
+from scale_mae.data.sources import list_images
+from scale_mae.data.storage import DataError, ImageError, Status
+from scale_mae.data.workers import shared, start_workers
+from scale_mae.resources import available_cores
+
+CHUNK = 200  # images of one task
+HEAD = 1 << 16  # bytes in which a header is looked for before all are read
+Progress = Callable[[int, int], None]
+
+
+def build(
+    source: str, out: str | Path, *, verify: bool = True, workers: int | None = None, progress: Progress | None = None
+) -> Index:
+    """List a source, look at every image, write the index. ``OUT.quarantined.txt`` names the images left out, and why.
+
+    Args:
+        source: class folders, tar shards, a list, annotations, or a named layout; see :func:`list_images`.
+        out: the file to write; ``out.partial`` holds the work until it is done, and the same call continues it.
+        verify: decode every image; otherwise only its header is read.
+        workers: processes; by default as many as cores.
+        progress: called with (images done, images in all).
+
+    Raises:
+        DataError: nothing there, nothing usable, or the index cannot be written.
+    """
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    with _alone(partial):
+        if not partial.exists():
+            _write_listing(source, partial, verify)
+        metadata, rows, paths = map_file(partial, "r+")
+        if (metadata["source"], metadata["verified"]) != (source, verify):
+            raise DataError(f"{partial} is the unfinished index of {metadata['source']}; finish that, or delete the file")
+        rows["status"][rows["status"] == Status.BEGUN] = Status.PENDING  # an earlier build was stopped at these
+        _examine_all(_Work(rows, paths, verify), workers or available_cores(), progress or (lambda done, total: None))
+        usable = rows["status"] <= Status.HEADER_READ
+        metadata["usable"] = int(usable.sum())
+        if not usable.any():
+            text = describe(paths, rows[0])
+            raise DataError(f"{source}: none of {len(rows)} images can be used; {text}: {Status(rows[0]['status']).text}")
+        write_file(out, rows[np.argsort(~usable, kind="stable")], paths, metadata)
+        partial.unlink()
+    index = Index.open(out)
+    if len(index.quarantined):
+        lines = (f"{where}\t{cause}\n" for where, cause in index.left_out())
+        out.with_name(out.name + ".quarantined.txt").write_text("".join(lines), errors="surrogateescape")
+    return index
+
+
+def open_source(source: str) -> Index:
+    """A source's own index, or one made for this moment from the images' headers.
+
+    Raises:
+        DataError: see :func:`build`.
+    """
+    if own := index_of(source):
+        return Index.open(own)
+    with tempfile.TemporaryDirectory() as folder:
+        return build(source, Path(folder) / "data.index", verify=False)  # stays mapped after its file is gone
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold a lock beside ``partial``: two builds of one index must not write the same rows."""
+    lock = partial.with_name(partial.name + ".lock")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise DataError(f"{partial}: another process is building this index") from None
+    except OSError as error:
+        raise DataError(f"{partial}: cannot be written ({error})") from None
+
+
+def _write_listing(source: str, partial: Path, verify: bool) -> None:
+    listing = list_images(source)
+    rows = np.zeros(len(listing), ENTRY)
+    for name in ("shard", "offset", "length", "label"):
+        rows[name] = getattr(listing, name)
+    rows["status"] = Status.PENDING
+    facts = {"source": source, "verified": verify, "classes": list(listing.classes), "problems": listing.problems, "usable": 0}
+    write_file(partial, rows, Paths.of(listing.root, listing.shards), facts)
+
+
+class _Work(NamedTuple):
+    """What the processes share: rows mapped writable, where their bytes are, whether to decode them."""
+
+    rows: Entries
+    paths: Paths
+    verify: bool
+
+
+def _examine_all(work: _Work, workers: int, progress: Progress) -> None:
+    """Look at every pending row. An image that ends the process which decodes it costs only itself."""
+    status = work.rows["status"]
+    while (status == Status.PENDING).any():
+        try:
+            _examine_in_processes(work, workers, progress)
+        except BrokenProcessPool:
+            for row in np.flatnonzero(status == Status.BEGUN).tolist():  # one a worker; which of them was it?
+                status[row] = Status.PENDING
+                try:
+                    with start_workers(work, 1) as pool:
+                        pool.submit(_examine_rows, row, row + 1).result()
+                except BrokenProcessPool:
+                    status[row] = Status.CRASHED
+
+
+def _examine_in_processes(work: _Work, workers: int, progress: Progress) -> None:
+    status = work.rows["status"]
+    total = len(status)
+    chunks = (first for first in range(0, total, CHUNK) if (status[first : first + CHUNK] == Status.PENDING).any())
+    done = int((status < Status.PENDING).sum())
+    progress(done, total)
+    with start_workers(work, workers) as pool:
+        running: set[Future[int]] = set()
+        try:
+            while True:
+                for first in islice(chunks, 4 * workers - len(running)):
+                    running.add(pool.submit(_examine_rows, first, min(first + CHUNK, total)))
+                if not running:
+                    return
+                ready, running = wait(running, return_when=FIRST_COMPLETED)
+                done += sum(future.result() for future in ready)
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs ends its chunk, nothing more begins
+            raise
+
+
+def _examine_rows(first: int, last: int) -> int:
+    """Fill in the pending rows of a range; runs in a worker. Returns how many there were."""
+    rows, paths, verify = shared()
+    pending = first + np.flatnonzero(rows["status"][first:last] == Status.PENDING)
+    for number in pending.tolist():
+        row = rows[number]
+        row["status"] = Status.BEGUN
+        try:
+            path, offset = paths[row["shard"]], int(row["offset"])
+            length = int(row["length"])
+            if not (length or offset):
+                row["length"] = length = storage.size(path)
+            header = _header(path, offset, length) if not verify else examine(storage.read(path, offset, length), True)
+            row["width"], row["height"], row["orientation"] = header
+            row["status"] = Status.DECODED if verify else Status.HEADER_READ
+        except ImageError as error:
+            row["status"] = error.cause
+    return len(pending)
+
+
+def _header(path: str, offset: int, length: int) -> Header:
+    try:
+        return examine(storage.read(path, offset, min(length, HEAD)), False)
+    except ImageError:
+        return examine(storage.read(path, offset, length), False)  # some formats keep what is asked for at the end

@@ -1,0 +1,165 @@
+"""Packing: images again as small, clean, shuffled JPEGs in tar shards, for training whose decoders cannot keep up.
+
+Which image goes where depends on the index and the settings only, so each shard is made on its own, in parallel, and an
+interrupted packing goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from scale_mae.data.build import Progress, build, open_source
+from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.data.pillow import encode_upright
+from scale_mae.data.plan import SamplePlan
+from scale_mae.data.sources import CLASSES, NO_LABEL
+from scale_mae.data.storage import DataError, ImageError
+from scale_mae.data.workers import shared, start_workers
+from scale_mae.resources import available_cores
+
+TRIED = 100  # images encoded for trial, to learn how large they become
+SETTINGS = "packing.json"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The index of the shards, and a line for each image that could not be packed."""
+
+    index: Index
+    left_out: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    index: Index
+    folder: Path
+    order: SamplePlan
+    short_side: int
+    quality: int
+    per_shard: int
+
+
+def pack(
+    source: str,
+    out: str | Path,
+    *,
+    short_side: int = 256,
+    quality: int = 90,
+    shard_mb: float = 256,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Packed:
+    """Re-encode all usable images of a source into shuffled tar shards in the WebDataset convention, with their index.
+
+    Args:
+        source: an index, or what one is made of.
+        out: folder for ``shard-000000.tar`` and so on, ``classes.txt`` and ``data.index``.
+        short_side: larger images are scaled down to it, in pixels.
+        quality: of the JPEGs, 1 to 95.
+        shard_mb: size of a shard in megabytes (10^6 bytes), about.
+        seed: of the order.
+        workers: processes; by default as many as cores.
+        progress: called with (images done, images in all).
+
+    Raises:
+        DataError: an unusable source or setting, a folder of another packing, or a shard that cannot be written.
+    """
+    if not (short_side > 0 and 1 <= quality <= 95 and shard_mb > 0):
+        raise DataError(f"--short-side {short_side} --quality {quality} --shard-mb {shard_mb:g}: positive, quality at most 95")
+    folder, index, workers = Path(out), open_source(source), workers or available_cores()
+    settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
+    packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
+    packing = replace(packing, per_shard=_images_per_shard(packing, shard_mb * 1e6))
+    firsts = range(0, len(index), packing.per_shard)
+    # an index of the user's own has told what it leaves out
+    left_out = [] if index_of(source) else [f"{where}: {cause}" for where, cause in index.left_out()]
+    try:
+        _begin(folder, settings, index.classes)
+        missing = [first for first in firsts if not _shard(packing, first).exists()]
+        done = len(index) - sum(min(packing.per_shard, len(index) - first) for first in missing)
+        with start_workers(packing, workers) as pool:
+            for future in as_completed([pool.submit(_write_shard, first) for first in missing]):
+                images, bad = future.result()
+                done += images
+                left_out += bad
+                if progress:
+                    progress(done, len(index))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); the same command goes on where it stopped") from None
+    return Packed(build(str(folder), folder / NAME, workers=workers), left_out)
+
+
+def _begin(folder: Path, settings: dict[str, object], classes: Sequence[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / SETTINGS
+    if described.exists():
+        if (there := json.loads(described.read_text())) != settings:
+            raise DataError(f"{folder} holds another packing ({there}); name another folder")
+    elif any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; name another folder")
+    else:
+        if classes:
+            (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), errors="surrogateescape")
+        described.write_text(json.dumps(settings))
+
+
+def _images_per_shard(packing: _Packing, size: float) -> int:
+    """Images of a shard of ``size`` bytes, from those that come first."""
+    tried = []
+    for sample in _samples(packing, 0, min(TRIED, len(packing.index))):
+        try:
+            data = encode_upright(packing.index.read(sample), packing.short_side, packing.quality)
+        except ImageError:
+            continue
+        tried.append(512 * (3 + math.ceil(len(data) / 512)))  # a header each for image and label, contents in whole blocks
+    return max(1, int(size / np.mean(tried))) if tried else 1
+
+
+def _samples(packing: _Packing, first: int, last: int) -> list[int]:
+    samples: list[int] = packing.order.samples(np.arange(first, last)).tolist()
+    return samples
+
+
+def _shard(packing: _Packing, first: int) -> Path:
+    return packing.folder / f"shard-{first // packing.per_shard:06d}.tar"
+
+
+def _write_shard(first: int) -> tuple[int, list[str]]:
+    """One shard, whole or not at all; runs in a worker. Images dealt with, and a line for each that was left out."""
+    packing: _Packing = shared()
+    index = packing.index
+    last = min(first + packing.per_shard, len(index))
+    path = _shard(packing, first)
+    staging, left_out = path.with_suffix(".tmp"), []
+    with open(staging, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for position, sample in enumerate(_samples(packing, first, last), first):
+            try:
+                data = encode_upright(index.read(sample), packing.short_side, packing.quality)
+            except ImageError as error:
+                left_out.append(f"{index.where(sample)}: {error}")
+                continue
+            _add(tar, f"{position:09d}.jpg", data)
+            if (label := int(index.entries[sample]["label"])) != NO_LABEL:
+                _add(tar, f"{position:09d}.cls", b"%d" % label)
+        tar.close()  # writes the end of the archive, which has to be in the file before it is flushed
+        file.flush()
+        os.fsync(file.fileno())
+    staging.rename(path)
+    return last - first, left_out
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

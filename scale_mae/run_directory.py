@@ -1,0 +1,78 @@
+"""The run directory: made or checked, its newest checkpoint found, its index opened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from scale_mae.checkpoint import store
+from scale_mae.config import Config, UserError, load_config
+from scale_mae.data.build import build
+from scale_mae.data.index import NAME, Index, index_of
+
+
+def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
+    """Make or check the run directory; the checkpoint to resume from, if there is one.
+
+    Raises:
+        UserError: not writable, the run of another config, damaged checkpoints, or another number of processes.
+    """
+    saved = run_dir / "config.yaml"
+    try:
+        differences = load_config(saved).differences(config) if saved.exists() else []
+        if not store.checkpoints(run_dir) and differences:
+            (run_dir / NAME).unlink(missing_ok=True)  # a run that never began binds to nothing
+        elif differences:
+            more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+            raise UserError(
+                f"{run_dir} holds a run of another config ({differences[0]}{more}); choose another run.dir or the same values"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        staging = saved.with_suffix(".tmp")
+        staging.write_text(config.to_yaml())
+        staging.rename(saved)
+        for name in ("log.txt", "log.jsonl"):
+            (run_dir / name).open("a").close()
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
+    checkpoint = store.newest_good(run_dir, notes.append)
+    if checkpoint:
+        written_by = store.read_manifest(checkpoint).world_size
+        if written_by != processes:
+            raise UserError(f"{checkpoint} was written by {written_by} processes and cannot be resumed by {processes}")
+    return checkpoint
+
+
+def find_index(run_dir: Path, source: str, notes: list[str]) -> Path:
+    """The source's own index; without one, an index beside the run, built at its first start from the images' headers.
+
+    Raises:
+        DataError: see :func:`scale_mae.data.build.build`.
+    """
+    own, path = index_of(source), run_dir / NAME
+    if own or path.exists():
+        return own or path
+    began = time.perf_counter()
+    index = build(source, path, verify=False)
+    notes.append(
+        f"data.source={source} brings no index; built {path} from the headers of {len(index)} images in "
+        f"{time.perf_counter() - began:.1f} s (scale-mae index makes one that decodes them all, for any number of runs)"
+    )
+    notes.extend(index.problems)
+    if causes := index.causes():
+        left_out = ", ".join(f"{number} {cause}" for cause, number in causes.items())
+        notes.append(f"left out of the index: {left_out}; named in {path}.quarantined.txt")
+    return path
+
+
+def check_same_data(state_digest: str, index: Index, checkpoint: Path) -> None:
+    """A run resumes with the images it began with, or not at all.
+
+    Raises:
+        UserError: the index has changed.
+    """
+    if state_digest != index.digest:
+        raise UserError(
+            f"{checkpoint} was trained on index {state_digest}, but the index of {index.source} is now {index.digest}; "
+            "its sample order would change; restore that index or begin a new run.dir"
+        )

@@ -1,0 +1,31 @@
+"""Small sources of images for tests."""
+
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+
+def jpeg(width=40, height=30, seed=0, mode="RGB", **options):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def make_folders(root, classes=3, per_class=4):
+    for c in range(classes):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(per_class):
+            (root / f"class{c}" / f"{i}.jpg").write_bytes(jpeg(seed=10 * c + i))
+    return root
+
+
+def make_tar(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path

@@ -1,0 +1,395 @@
+"""Decoding by the reference, batches ahead of time, and images that cannot be had."""
+
+import io
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from images import jpeg, make_folders
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as tvf
+
+from scale_mae import resources
+from scale_mae.config import DataConfig
+from scale_mae.data import decoders, loader
+from scale_mae.data.build import open_source
+from scale_mae.data.decoders import PillowDecoder
+from scale_mae.data.failures import WINDOW, Failure, Tally
+from scale_mae.data.loader import Loader, Share, default_prefetch
+from scale_mae.data.pillow import Crop, central_square, decode, examine
+from scale_mae.data.pixels import colour_jitter, denormalise, normalise
+from scale_mae.data.plan import SamplePlan
+from scale_mae.data.storage import DataError, ImageError, Status
+
+# ---------------------------------------------------------------- the reference decoder
+
+
+def test_decoding_equals_torchvisions_transform():
+    data = jpeg(90, 60)
+    image = Image.open(io.BytesIO(data))
+    crop = Crop(5, 7, 40, 50, flip=True)
+    ours, bicubic = decode(data, crop, (32, 48)), tvf.InterpolationMode.BICUBIC
+    theirs = np.asarray(tvf.hflip(tvf.resized_crop(image, *crop[:4], [32, 48], bicubic)), np.int16)
+    assert np.abs(ours - theirs).mean() < 0.5  # some versions of Pillow round after the columns, some after the rows
+    rows_first = tvf.resize(tvf.resized_crop(image, *crop[:4], [40, 48], bicubic), [32, 48], bicubic)
+    assert np.array_equal(ours, np.asarray(tvf.hflip(rows_first)))
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
+def test_orientation_is_honoured(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(40, 20, exif=exif)
+    header = examine(data, decode_too=False)
+    assert header[:2] == ((20, 40) if 5 <= orientation <= 8 else (40, 20))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    whole = decode(data, Crop(0, 0, header.height, header.width, flip=False), (header.height, header.width))
+    assert np.array_equal(whole, np.asarray(upright))
+
+
+def saved(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_every_kind_of_image_becomes_rgb():
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1)))
+    colour = Image.merge("RGB", [ramp, ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT), ramp])
+    deep = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
+    alpha = colour.copy()
+    alpha.putalpha(ramp)
+    whole, size = Crop(0, 0, 30, 40, flip=False), (30, 40)
+    for image, data, tolerance in (
+        (ramp, saved(ramp, "JPEG", quality=95), 6),
+        (ramp, saved(deep, "PNG"), 0),
+        (ramp, saved(deep, "TIFF"), 0),
+        (colour, saved(colour, "PNG"), 0),
+        (colour, saved(alpha, "PNG"), 0),
+        (colour, saved(colour.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), 20),
+        (colour, saved(colour, "WEBP", lossless=True), 0),
+        (colour, saved(colour.convert("CMYK"), "JPEG", quality=95), 60),  # Pillow writes and reads Adobe's inverted form
+        (colour, saved(colour.convert("YCbCr"), "JPEG", quality=95), 60),
+        (ramp.point(lambda v: 255 * (v > 100), "1"), saved(ramp.point(lambda v: 255 * (v > 100), "1"), "PNG"), 0),
+    ):
+        expected = np.asarray(image.convert("RGB"), np.int16)
+        assert np.abs(decode(data, whole, size) - expected).max() <= tolerance
+
+
+def test_one_pixel_and_very_large_images():
+    assert (decode(saved(Image.new("RGB", (1, 1), "red"), "PNG"), Crop(0, 0, 1, 1, False), (4, 4)) == [255, 0, 0]).all()
+    wide = saved(Image.new("L", (65000, 40), 77), "PNG")
+    assert (decode(wide, Crop(0, 30000, 40, 40, False), (8, 8)) == 77).all()
+    with pytest.raises(ImageError, match="too many pixels") as caught:
+        examine(saved(Image.new("1", (20000, 20000)), "PNG"), decode_too=False)
+    assert caught.value.cause is Status.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [(b"", Status.EMPTY), (b"hello", Status.NOT_AN_IMAGE), (jpeg()[:-300], Status.DAMAGED), (jpeg(20, 10), Status.DAMAGED)],
+)
+def test_what_cannot_be_decoded_has_a_cause(data, cause):
+    with pytest.raises(ImageError) as caught:
+        decode(data, central_square(40, 30), (16, 16))
+    assert caught.value.cause is cause
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def test_normalise_and_back():
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    x = normalise(images, mean, std)
+    expected = torch.stack([tvf.normalize(tvf.to_tensor(i.numpy()), mean, std) for i in images])
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(denormalise(x, mean, std).permute(0, 2, 3, 1) * 255, images.float(), atol=1e-3, rtol=0)
+
+
+def test_jitter_changes_images_as_torchvision_does():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((12, 3, 8, 8), generator=generator)
+    jitter = torch.from_numpy(SamplePlan(0, 10, 8).jitter(np.arange(12), (0.4, 0.4, 0.4)))
+    changed = colour_jitter(images, jitter)
+    changes = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
+    for image, drawn, ours in zip(images, jitter, changed, strict=True):
+        theirs = image
+        for which in drawn[3:].argsort().tolist():
+            theirs = changes[which](theirs, drawn[which].item())
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (changed - images).abs().max() > 0.2
+
+
+# ---------------------------------------------------------------- batches
+
+
+def make_loader(index, rank=0, ranks=1, accumulation=1, micro_batch=4, warn=print, decoder=None, **data):
+    plan = SamplePlan(0, len(index), ranks * accumulation * micro_batch)
+    share = Share(rank, ranks, micro_batch, accumulation)
+    decoder = decoder or PillowDecoder((16, 16))
+    return Loader(index, plan, share, DataConfig(**data), decoder, (16, 16), 4, warn=warn)
+
+
+def test_batches_are_the_plans_whatever_the_threads_and_prefetch(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    one = list(make_loader(index, threads=1, prefetch=1).batches(2, 8))
+    many = list(make_loader(index, threads=5, prefetch=7).batches(2, 8))
+    assert len(one) == len(many) == 6
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.noise, b.noise)
+        assert a.samples.tolist() == b.samples.tolist()
+        assert not a.failures
+
+
+def test_batches_hold_the_plans_images_and_the_indexs_labels(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    plan = SamplePlan(0, 12, 4)
+    for step, batch in enumerate(make_loader(index).batches(0, 6)):
+        positions = np.arange(4 * step, 4 * step + 4)
+        samples = plan.samples(positions)
+        crops = plan.crops(positions, np.full(4, 40), np.full(4, 30), DataConfig(), (16, 16))
+        expected = [decode(index.read(s), crop, (16, 16)) for s, crop in zip(samples, crops, strict=True)]
+        assert np.array_equal(batch.images.numpy(), np.stack(expected))
+        assert [Path(index.where(s)).parent.name for s in samples] == [
+            f"class{label}" for label in index.entries["label"][batch.samples]
+        ]
+
+
+def test_a_run_killed_three_times_and_continued_by_other_ranks_decodes_the_same(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    undisturbed = list(make_loader(index, micro_batch=12).batches(0, 20))
+    generator, step, images, threads = random.Random(0), 0, [], threading.active_count()
+    for ranks in (2, 4, 1, 3):
+        last = min(20, step + generator.randint(2, 6)) if ranks != 3 else 20
+        lives = [
+            make_loader(index, rank=r, ranks=ranks, micro_batch=12 // ranks, threads=2).batches(step, 99) for r in range(ranks)
+        ]
+        for _ in range(step, last):
+            images.append(torch.cat([next(life).images for life in lives]))
+        for life in lives:
+            life.close()
+        step = last
+    time.sleep(0.2)
+    assert threading.active_count() <= threads + 1  # the pools of the dead are gone
+    assert torch.equal(torch.stack(images), torch.stack([batch.images for batch in undisturbed]))
+
+
+def test_jitter_comes_with_the_batch_that_asks_for_it(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    assert next(make_loader(index).batches(0, 1)).jitter is None
+    batch = next(make_loader(index, augmentation="random_crop_jitter").batches(0, 1))
+    assert batch.jitter.shape == (4, 6)
+
+
+def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatch):
+    index = open_source(str(make_folders(tmp_path)))
+    planned = []
+    original = SamplePlan.samples
+    monkeypatch.setattr(SamplePlan, "samples", lambda self, positions: planned.append(1) or original(self, positions))
+    batches = make_loader(index, prefetch=2, threads=1).batches(0, 100)
+    for taken in range(1, 5):
+        next(batches)
+        time.sleep(0.05)
+        assert len(planned) <= taken + 2 + 1
+    batches.close()
+    monkeypatch.setattr(loader, "available_memory", lambda: 64 << 30)
+    assert default_prefetch(256, 16, (224, 224)) == 4
+    assert default_prefetch(4, 16, (224, 224)) == 8
+    monkeypatch.setattr(loader, "available_memory", lambda: 2 << 30)
+    assert default_prefetch(256, 16, (224, 224)) == 2
+    monkeypatch.setattr(loader, "available_memory", lambda: 0)
+    assert default_prefetch(256, 16, (224, 224)) == 1
+
+
+def test_memory_of_the_control_group_counts(tmp_path, monkeypatch):
+    for group, limit, usage in (("", "max", 0), ("job", 1 << 30, 1 << 29), ("job/step", "max", 5)):
+        (tmp_path / group).mkdir(exist_ok=True)
+        (tmp_path / group / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / group / "memory.current").write_text(f"{usage}\n")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    original = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: "0::/job/step\n" if str(path) == "/proc/self/cgroup" else original(path)
+    )
+    assert resources.available_memory() == 1 << 29
+
+
+# ---------------------------------------------------------------- images that cannot be had
+
+
+def spoil(root):
+    """Make three of twelve images unusable, each in its own way."""
+    (root / "class0" / "0.jpg").unlink()
+    (root / "class1" / "1.jpg").write_bytes(bytes(9999))
+    path = root / "class2" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
+
+
+def test_bad_images_are_replaced_by_the_same_others_and_named(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    spoil(tmp_path)
+    lives = [list(make_loader(index, threads=threads).batches(0, 6)) for threads in (1, 4)]
+    for one, other in zip(*lives, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.failures == other.failures
+        assert len(one.images) == 4
+    failures = [failure for batch in lives[0] for failure in batch.failures]
+    assert {(Path(f.where).parent.name, f.cause) for f in failures} == {
+        ("class0", Status.UNREADABLE),
+        ("class1", Status.NOT_AN_IMAGE),
+        ("class2", Status.DAMAGED),
+    }
+    plan = SamplePlan(0, 12, 4)
+    used = {int(s) for batch in lives[0] for s in batch.samples}
+    assert used == set(range(12)) - {0, 5, 11}
+    for failure in failures:
+        assert failure.replaced_by in [index.where(s) for s in plan.substitutes(failure.position)]
+        assert str(failure).startswith(f"{failure.where}: ")
+    ranks = [list(make_loader(index, rank=r, ranks=2, micro_batch=2).batches(0, 6)) for r in range(2)]
+    for step in range(6):
+        assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), lives[0][step].images)
+
+
+def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match=r"not an image .* none of \d+ other images .* check the storage") as caught:
+        next(make_loader(index).batches(0, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_failures_of_a_decoders_second_stage_are_replaced_too(tmp_path):
+    class Late(PillowDecoder):
+        def finish(self, prepared):
+            images, _ = super().finish(prepared)
+            return images, {1: ImageError(Status.DAMAGED, "late")}
+
+    index = open_source(str(make_folders(tmp_path)))
+    expected = next(make_loader(index).batches(0, 1))
+    batch = next(make_loader(index, decoder=Late((16, 16))).batches(0, 1))
+    assert torch.equal(batch.images[[0, 2, 3]], expected.images[[0, 2, 3]])
+    (failure,) = batch.failures
+    assert failure.position == 1
+    assert failure.where == index.where(expected.samples[1])
+    assert not torch.equal(batch.images[1], expected.images[1])
+    assert index.where(batch.samples[1]) == failure.replaced_by
+
+
+def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", (0.3, 0.3, 0.3))
+    index = open_source(str(make_folders(tmp_path)))
+    slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
+    content = slow.read_bytes()
+    for path in (slow, dead):
+        path.unlink()
+        os.mkfifo(path)  # opening it to read waits for a writer: a file server that hangs
+    stop = threading.Event()
+
+    def revive():
+        while not stop.wait(0.5):  # reading from a pipe at an offset fails, so whoever opened it is told to try again
+            slow.unlink(missing_ok=True)
+            slow.write_bytes(content)
+
+    threading.Thread(target=revive, daemon=True).start()
+    warnings = []
+    batches = list(make_loader(index, threads=2, warn=warnings.append).batches(0, 3))
+    stop.set()
+    failures = [failure for batch in batches for failure in batch.failures]
+    assert {(f.where, f.cause) for f in failures} == {(str(dead), Status.UNREADABLE)}
+    assert "no answer for 0.9 s" in failures[0].reason
+    assert any(str(slow) in line for line in warnings)
+    assert sum(str(dead) in line for line in warnings) == 3
+
+
+def test_a_process_ends_though_storage_still_hangs(tmp_path):
+    make_folders(tmp_path)
+    program = (
+        "import os, pathlib, sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
+        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_source(sys.argv[1]);"
+        "paths = list(pathlib.Path(sys.argv[1]).rglob('*.jpg')); [path.unlink() for path in paths];"
+        "[os.mkfifo(path) for path in paths]; next(test_loader.make_loader(index).batches(0, 3))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert re.search(r"DataError: .*unreadable \(no answer for 0.2 s\), and none of \d+ other images", done.stderr)
+
+
+def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
+    bad = [Failure(0, "a.jpg", Status.DAMAGED, "cut", "b.jpg")]
+    tally = Tally(0.001)
+    for images in range(1000, 10**6, 1000):
+        tally.add(images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
+    assert tally.causes == {Status.DAMAGED: 499}
+    for images in range(10**6 + WINDOW + 1000, 10**6 + 2 * WINDOW + 1000, 1000):
+        tally.add(images, bad)
+    with pytest.raises(DataError, match=r"101 of the last 100000 images .*600 damaged.*0.001.*a.jpg: damaged") as caught:
+        tally.add(10**6 + 2 * WINDOW + 500, bad)
+    assert "\n" not in str(caught.value)
+    Tally(0.001).add(64, bad * 100)
+    with pytest.raises(DataError, match="101 of the last 128 images"):
+        Tally(0.001).add(128, bad * 101)
+    with pytest.raises(DataError):
+        Tally(0).add(128, bad)
+
+
+# ---------------------------------------------------------------- choosing, leaking
+
+
+def test_the_choice_of_a_decoder_says_why(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(decoders, "_dali_problem", lambda: "")
+    assert decoders.choose("auto", cpu) == ("dali_cpu", "DALI is here, a GPU is not")
+    assert decoders.choose("auto", gpu)[0] == "dali_gpu"
+    assert decoders.choose("pillow", gpu) == ("pillow", "as asked for")
+    with pytest.raises(DataError, match="data.decoder=dali_gpu cannot be used: there is no GPU"):
+        decoders.choose("dali_gpu", cpu)
+    monkeypatch.setattr(decoders, "_dali_problem", lambda: "DALI cannot be imported (no such module)")
+    assert decoders.choose("auto", gpu) == ("pillow", "DALI cannot be imported (no such module)")
+    with pytest.raises(DataError, match="no such module.*data.decoder=auto"):
+        decoders.choose("dali_cpu", cpu)
+
+
+def test_dali_is_imported_only_when_used():
+    program = (
+        "import sys, torch; from scale_mae.data import decoders; import scale_mae.train;"
+        "decoders.make(decoders.choose('pillow', torch.device('cpu'))[0], (16, 16), 4, 1, torch.device('cpu'));"
+        "assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", ["pillow", "dali_cpu"])
+def test_nothing_leaks_over_many_steps(tmp_path, name):
+    index = open_source(str(make_folders(tmp_path)))
+    cpu, own = torch.device("cpu"), psutil.Process()
+
+    def state():
+        return own.num_fds(), threading.active_count(), len(os.listdir("/dev/shm")), own.memory_info().rss
+
+    decoder = decoders.make(name, (16, 16), 4, 2, cpu)
+    batches = make_loader(index, decoder=decoder, threads=2).batches(0, 1500)
+    for _ in range(500):
+        next(batches)
+    before = state()
+    for _ in range(1000):
+        next(batches)
+    after = state()
+    assert after[0] <= before[0] + 2
+    assert after[1:3] == before[1:3]
+    assert after[3] < before[3] + 8e6
+    with pytest.raises(StopIteration):
+        next(batches)

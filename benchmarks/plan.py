@@ -26,13 +26,14 @@ from scale_mae.model.mae import MAE
 
 GLOBAL_BATCH, PATCHES, IMAGE_SIZE = 4096, 196, (224, 224)
 H100_FLOPS = 0.4 * 989e12
+AUGMENTATION = DataConfig()
+WIDTHS, HEIGHTS = np.full(GLOBAL_BATCH, 500), np.full(GLOBAL_BATCH, 375)
 
 
 def plan_once(plan: SamplePlan, step: int, ranks: int) -> None:
     positions = plan.positions(step, ranks // 2, ranks, 0, GLOBAL_BATCH // ranks)
     plan.samples(positions)
-    sizes = np.full(len(positions), 500), np.full(len(positions), 375)
-    plan.crops(positions, *sizes, DataConfig(), IMAGE_SIZE)
+    plan.crops(positions, WIDTHS[: len(positions)], HEIGHTS[: len(positions)], AUGMENTATION, IMAGE_SIZE)
     plan.mask_noise(positions, PATCHES)
 
 

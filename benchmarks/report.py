@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "deepspeed", "timm", "transformers", "fairscale")
+PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "deepspeed", "timm", "transformers", "fairscale")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -108,10 +108,11 @@ class DataConfig(Section):
     """An index (scale-mae index), or what one is made of: class folders (root/class/image), a folder or {00..99} brace list
     of tar shards, a list, annotations, a named layout such as imagenet1k:train:/data/imagenet, or the shipped demo:train."""
     decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra={"free": True})
-    """What decodes: they give the same images within 8 of 255. Empty or auto: DALI on the GPU if there is one, else on the
-    CPU, else Pillow."""
+    """What decodes; all give the same images, within 8 of 255. auto: DALI on the GPU if there is one, else DALI on the CPU if
+    it can be imported, else Pillow."""
     augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_jitter"] = "random_crop"
-    """Nothing but a centre crop; a crop of 7/8 of the short side; one of random size and shape; that with colour jitter."""
+    """none: the centre, 7/8 of the short side; fixed_crop: the same size anywhere; random_crop: random size, shape and place;
+    random_crop_jitter: that, and colour jitter."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Least and largest share of the image's area that a random crop takes."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from images import jpeg, make_folders, make_tar
 from PIL import Image
+from safetensors.numpy import load_file
 
 from scale_mae.cli import main
 from scale_mae.data import build as building
@@ -95,6 +96,7 @@ def test_rows_say_where_an_image_is_and_what_it_is(tmp_path):
         assert (row["width"], row["height"]) == ((20, 40) if int(orientation) >= 5 else (40, 20))
     for i in range(20):
         assert index.read(i) == Path(index.where(i)).read_bytes()
+    assert load_file(tmp_path / "x.index")["entries"].shape == (20, 32)  # as the documents say
 
 
 def test_an_index_moves_with_its_images_and_its_digest_follows_every_row(tmp_path):

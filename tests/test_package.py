@@ -25,6 +25,8 @@ def test_an_installed_wheel_runs_from_an_empty_folder(tmp_path):
         [sys.executable, "-c", where], cwd=empty, env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.startswith(str(site))
-    command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", "train.duration=2 steps", "optim.warmup=1 steps"]
+    short = ["train.duration=2 steps", "optim.warmup=1 steps", "data.decoder=auto"]
+    command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", *short]
     subprocess.run(command, cwd=empty, env=environment, check=True, timeout=300)
     assert (empty / "runs" / "demo" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+    assert "data.decoder=dali_cpu (DALI is here" in (empty / "runs" / "demo" / "log.txt").read_text()

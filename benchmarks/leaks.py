@@ -1,0 +1,78 @@
+"""Does anything grow over 10,000 steps? File descriptors, threads, shared memory and resident memory of the loader.
+
+python benchmarks/leaks.py --out benchmarks/results/leaks_cpu_NAME.json
+
+Packs the shipped training images into plain tar shards, spoils one image in a thousand, and draws 10,000 batches of 32 with
+each decoder, so that reading, decoding, falling back and replacing all happen. The first 1,000 steps are warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from report import save
+
+from scale_mae.config import DataConfig
+from scale_mae.data import decoders
+from scale_mae.data.index import Index
+from scale_mae.data.loader import Loader, Share
+from scale_mae.data.pack import pack
+from scale_mae.data.plan import SamplePlan
+
+SIZE, BATCH = (32, 32), 32
+
+
+def spoil(index: Index, every: int) -> None:
+    for sample in range(0, len(index), every):
+        entry = index.entries[sample]
+        with open(index.shards[entry["shard"]], "r+b") as file:
+            file.seek(int(entry["offset"]) + 200)
+            file.write(bytes(int(entry["length"]) - 202) if sample % 2 else b"\xff\xd9" * (int(entry["length"]) // 2 - 100))
+
+
+def state() -> dict[str, float]:
+    own = psutil.Process()
+    shared = sum(1 for _ in os.scandir("/dev/shm"))
+    mib = own.memory_info().rss / 2**20
+    return {"descriptors": own.num_fds(), "threads": threading.active_count(), "shared": shared, "resident MiB": mib}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--decoders", nargs="+", default=["pillow", "dali_cpu"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    cpu = torch.device("cuda", 0) if "dali_gpu" in args.decoders else torch.device("cpu")
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        index = pack("demo:train", folder, shard_mb=1).index
+        spoil(index, 1000)
+        for name in args.decoders:
+            decoder = decoders.make(name, SIZE, BATCH, 2, cpu)
+            plan, share = SamplePlan(0, len(index), BATCH), Share(0, 1, BATCH, 1)
+            loader = Loader(index, plan, share, DataConfig(threads=2), decoder, SIZE, 4, warn=print)
+            failures, states, began = 0, [], time.perf_counter()
+            for step, batch in enumerate(loader.batches(0, args.steps), 1):
+                failures += len(batch.failures)
+                if step in (args.steps // 10, args.steps // 2, args.steps):
+                    states.append((step, state()))
+            for step, found in states:
+                table.append(
+                    {"decoder": name, "step": f"{step:,}"}
+                    | {key: f"{value:.0f}" for key, value in found.items()}
+                    | {"replaced": str(failures), "fallbacks": str(decoder.fallbacks)}
+                )
+            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    save(args.out, device=torch.device("cpu"), title=f"The loader's holdings over {args.steps:,} steps of {BATCH}", table=table)
+
+
+if __name__ == "__main__":
+    main()

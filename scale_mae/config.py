@@ -368,12 +368,20 @@ def _override_items(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[tu
         if not equals:
             raise ConfigError(f"override {item!r} is not section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = text if _is_text(key) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"override {item!r}: the value is not valid YAML") from None
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
         yield _checked_key(key), value
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key holds text, a path for instance, in which YAML would take ``#`` and ``:`` for its own."""
+    section, _, name = key.partition(".")
+    annotation = Config.model_fields[section].annotation if section in Config.model_fields else None
+    field = getattr(annotation, "model_fields", {}).get(name)
+    return field is not None and field.annotation is str
 
 
 def _checked_key(key: str) -> str:

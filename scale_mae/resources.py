@@ -46,6 +46,9 @@ def _cgroup_room() -> list[int]:
 
 def _room(group: Path, limit: str, usage: str) -> list[int]:
     try:
-        return [max(0, int((group / limit).read_text()) - int((group / usage).read_text()))]
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # the cache of files is given up as soon as somebody needs the memory
+        cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return [max(0, int((group / limit).read_text()) - int((group / usage).read_text()) + cache)]
     except (OSError, ValueError):  # no such group here, or its limit is "max"
         return []

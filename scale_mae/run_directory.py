@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from scale_mae.checkpoint import store
 from scale_mae.config import Config, UserError, load_config
 from scale_mae.data.build import build
 from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.engine.distributed import StopRequest
+from scale_mae.progress import Bar
 
 
 def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
@@ -21,7 +24,8 @@ def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list
     try:
         differences = load_config(saved).differences(config) if saved.exists() else []
         if not store.checkpoints(run_dir) and differences:
-            (run_dir / NAME).unlink(missing_ok=True)  # a run that never began binds to nothing
+            for name in (NAME, f"{NAME}.partial"):  # a run that never began binds to nothing
+                (run_dir / name).unlink(missing_ok=True)
         elif differences:
             more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
             raise UserError(
@@ -43,17 +47,30 @@ def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list
     return checkpoint
 
 
-def find_index(run_dir: Path, source: str, notes: list[str]) -> Path:
+def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) -> Path:
     """The source's own index; without one, an index beside the run, built at its first start from the images' headers.
 
     Raises:
         DataError: see :func:`scale_mae.data.build.build`.
+        UserError: a signal came while it was built.
     """
     own, path = index_of(source), run_dir / NAME
-    if own or path.exists():
-        return own or path
+    if own:
+        return own
+    if path.exists():
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        notes.append(f"uses {path}, built {made}; images added to data.source since then are not in it")
+        return path
+    print(f"data.source={source} brings no index; building {path}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    index = build(source, path, verify=False)
+    with Bar("images") as bar:
+
+        def progress(done: int, total: int) -> None:
+            if stop.received:
+                raise UserError(f"stopped by {stop.received} while building {path}; the same command goes on with it")
+            bar.move(done, total)
+
+        index = build(source, path, verify=False, progress=progress)
     notes.append(
         f"data.source={source} brings no index; built {path} from the headers of {len(index)} images in "
         f"{time.perf_counter() - began:.1f} s (scale-mae index makes one that decodes them all, for any number of runs)"

@@ -6,7 +6,6 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from scale_mae.config import Config, UserError, load_config
 from scale_mae.data import decoders
 from scale_mae.data.failures import Failure, Tally
 from scale_mae.data.index import Index
-from scale_mae.data.loader import Batch, Loader, Share, decoding_threads
+from scale_mae.data.loader import Loader, Share, decoding_threads
 from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World, rank_and_size, world
+from scale_mae.engine.distributed import StopRequest, Vote, World, rank_and_size, world
 from scale_mae.engine.optim import Schedule, parameter_names
-from scale_mae.metrics.meter import Meter
+from scale_mae.feed import Feed
+from scale_mae.metrics.meter import Meter, Metrics
 from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
@@ -68,13 +68,13 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
     with StopRequest() as stop, world() as ranks:
-        return _Run(config, ranks).loop(stop)
+        return _Run(config, ranks, stop).loop(stop)
 
 
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World) -> None:
+    def __init__(self, config: Config, ranks: World, stop: StopRequest) -> None:
         self.config, self.ranks = config, ranks
         accumulation = config.accumulation(ranks.size)
         self.dir = Path(config.run.dir)
@@ -82,7 +82,7 @@ class _Run:
 
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, ranks.size, notes))
-        path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes))
+        path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
         index = ranks.together(lambda: Index.open(path))
         self.digest = index.digest
 
@@ -96,24 +96,23 @@ class _Run:
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = 0
+        self.tally = Tally(config.data.max_failures)
         if checkpoint:
             state = ranks.together(lambda: self.engine.load(checkpoint))
             check_same_data(state["data"], index, checkpoint)
             self.step = self.saved = int(state["step"])
+            self.tally = Tally(config.data.max_failures, state["failures"])
             notes.append(f"resumed from {checkpoint}")
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
-        chosen, why = ranks.on_main(lambda: decoders.choose(config.data.decoder, ranks.device))
-        image_size, threads = config.model.image_size, decoding_threads(config.data)
-        make_decoder = functools.partial(decoders.make, chosen, image_size, share.micro_batch, threads, ranks.device)
-        self.decoder = ranks.together(make_decoder)
+        self.decoder, chosen, why = self._decoder(share.micro_batch)
+        image_size = config.model.image_size
         warn = functools.partial(_warn, ranks.rank)
         loader = Loader(index, plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
         self.batches = loader.batches(self.step, self.schedule.total_steps)
         self.failures: list[Failure] = []
-        self.tally = Tally(config.data.max_failures)
         self.meter = Meter(config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps)
         self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
         notes.append(
@@ -126,11 +125,23 @@ class _Run:
         for note in notes:
             self.log.say(note)
 
+    def _decoder(self, batch: int) -> tuple[decoders.Decoder, decoders.Name, str]:
+        """The same kind on every process, its name and why."""
+        config, ranks = self.config, self.ranks
+        size, threads = config.model.image_size, decoding_threads(config.data)
+        name, why = ranks.on_main(lambda: decoders.choose(config.data.decoder, ranks.device))
+        try:
+            return ranks.together(lambda: decoders.make(name, size, batch, threads, ranks.device)), name, why
+        except DataError as error:
+            if config.data.decoder != "auto":
+                raise
+            return decoders.make("pillow", size, batch, threads, ranks.device), "pillow", str(error)
+
     def loop(self, stop: StopRequest) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total = self.schedule.total_steps
         with self.log:
-            feed = _Feed(self.batches, self.ranks, stop, self.meter)
+            feed = Feed(self.batches, self.ranks, stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
             try:
@@ -146,7 +157,7 @@ class _Run:
                 self.log.say(f"stopped by {stop.received or 'a signal on another process'} after step {self.step}")
         return Result(self.dir, self.step, self.step >= total)
 
-    def _one_step(self, feed: _Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
+    def _one_step(self, feed: Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
         step, config, ranks = self.step, self.config, self.ranks
         lr = self.schedule.lr(step)
@@ -170,22 +181,25 @@ class _Run:
             self._check_finite(first_bad)
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
             metrics = self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
-            self.log.metrics(metrics | self._tell_failures())
+            failures = self._tell_failures()
+            self.log.metrics(metrics | self._failure_metrics)
+            self.tally.check(self.step * config.train.global_batch, failures)
         return verdict, first_bad
 
-    def _tell_failures(self) -> dict[str, int | float | None]:
-        """Name the images of all processes that had to be replaced, and stop when they are too many."""
+    def _tell_failures(self) -> list[Failure]:
+        """Name and count the images of all processes that had to be replaced since the last call."""
         found = self.ranks.gather((self.failures, self.decoder.fallbacks))
         self.failures = []
         failures = [failure for failures, _ in found for failure in failures]
         for failure in failures:
             self.log.say(str(failure))
         self.tally.add(self.step * self.config.train.global_batch, failures)
-        return {
-            "decode_failures": self.tally.causes.total(),
+        self._failure_metrics: Metrics = {
+            "decode_failures": sum(self.tally.causes.values()),
             **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.causes.items()},
             "decoder_fallbacks": sum(fallbacks for _, fallbacks in found),
         }
+        return failures
 
     def _check_finite(self, first_bad: torch.Tensor) -> None:
         (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
@@ -201,56 +215,20 @@ class _Run:
 
     def _save(self, first_bad: torch.Tensor) -> None:
         """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
+        self._tell_failures()
         if self.step == self.saved:
             return
         began = time.perf_counter()
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
-        state = {"step": self.step, "parameter_groups": self.names, "data": self.digest}
+        state = {"step": self.step, "parameter_groups": self.names, "data": self.digest, "failures": self.tally.state()}
         write = lambda folder: self.engine.save(folder, state)  # noqa: E731
         path = store.save(self.dir, self.step, self.config, self.ranks, self.engine.stage, write)
         self.saved = self.step
         seconds = time.perf_counter() - began
         self.meter.pause(seconds)
         self.log.say(f"saved {path} in {seconds:.1f} s")
-
-
-class _Feed:
-    """Batches with agreement: a process that cannot load one, or was told to stop, tells all before the next forward pass.
-
-    The vote for the next batch is cast while the accelerator works on the present one.
-    """
-
-    def __init__(self, batches: Iterator[Batch], ranks: World, stop: StopRequest, meter: Meter) -> None:
-        self._batches, self._ranks, self._stop, self._meter = batches, ranks, stop, meter
-        self._ballot = Ballot(ranks)
-        self._batch: Batch | None = None
-        self._problem: DataError | None = None
-        self.advance()
-
-    def advance(self) -> None:
-        """Fetch the next batch, if any is left, and cast the vote on it."""
-        began = time.perf_counter()
-        vote = Vote.STOP if self._stop.received else Vote.GO_ON
-        try:
-            self._batch = next(self._batches, None)
-        except DataError as problem:
-            self._problem, vote = problem, Vote.FAILED
-        self._meter.waited_for_data(time.perf_counter() - began)
-        self._ballot.cast(vote)
-
-    def take(self) -> tuple[Batch, Vote]:
-        """The fetched batch, and the largest vote of all processes.
-
-        Raises:
-            DataError: on every process, when any could not load its batch.
-        """
-        vote = self._ballot.count()
-        if vote is Vote.FAILED:
-            raise next(problem for problem in self._ranks.gather(self._problem) if problem)
-        assert self._batch is not None  # the loop asks for no more than the loader has
-        return self._batch, vote
 
 
 def make_schedule(config: Config, dataset_size: int) -> Schedule:

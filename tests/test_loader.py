@@ -1,6 +1,7 @@
 """Decoding by the reference, batches ahead of time, and images that cannot be had."""
 
 import io
+import json
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from torchvision.transforms import functional as tvf
 
 from scale_mae import resources
 from scale_mae.config import DataConfig
-from scale_mae.data import decoders, loader
+from scale_mae.data import decoders, loader, storage
 from scale_mae.data.build import open_source
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.failures import WINDOW, Failure, Tally
@@ -213,17 +214,32 @@ def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatc
     assert default_prefetch(256, 16, (224, 224)) == 1
 
 
+@pytest.mark.parametrize(("micro_batch", "batches"), [(1, 160), (4, 40), (16, 10)])
+def test_threads_are_kept_busy_whatever_the_size_of_a_batch(tmp_path, micro_batch, batches):
+    class Slow(PillowDecoder):
+        def prepare(self, data, crop):
+            time.sleep(0.05)
+            return super().prepare(data, crop)
+
+    index = open_source(str(make_folders(tmp_path)))
+    stream = make_loader(index, micro_batch=micro_batch, threads=8, decoder=Slow((16, 16))).batches(0, batches)
+    began = time.perf_counter()
+    assert sum(len(batch.images) for batch in stream) == 160
+    assert time.perf_counter() - began < 2 * 160 / 8 * 0.05
+
+
 def test_memory_of_the_control_group_counts(tmp_path, monkeypatch):
     for group, limit, usage in (("", "max", 0), ("job", 1 << 30, 1 << 29), ("job/step", "max", 5)):
         (tmp_path / group).mkdir(exist_ok=True)
         (tmp_path / group / "memory.max").write_text(f"{limit}\n")
         (tmp_path / group / "memory.current").write_text(f"{usage}\n")
+        (tmp_path / group / "memory.stat").write_text("anon 7\ninactive_file 1000\n")
     monkeypatch.setattr(resources, "CGROUPS", tmp_path)
     original = Path.read_text
     monkeypatch.setattr(
         Path, "read_text", lambda path: "0::/job/step\n" if str(path) == "/proc/self/cgroup" else original(path)
     )
-    assert resources.available_memory() == 1 << 29
+    assert resources.available_memory() == (1 << 29) + 1000
 
 
 # ---------------------------------------------------------------- images that cannot be had
@@ -292,21 +308,18 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
     monkeypatch.setattr(loader, "PATIENCE", (0.3, 0.3, 0.3))
     index = open_source(str(make_folders(tmp_path)))
     slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
-    content = slow.read_bytes()
-    for path in (slow, dead):
-        path.unlink()
-        os.mkfifo(path)  # opening it to read waits for a writer: a file server that hangs
-    stop = threading.Event()
+    answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._Shard
 
-    def revive():
-        while not stop.wait(0.5):  # reading from a pipe at an offset fails, so whoever opened it is told to try again
-            slow.unlink(missing_ok=True)
-            slow.write_bytes(content)
+    def hang(path):
+        if path in answers:
+            answers[path].wait()
+        return original(path)
 
-    threading.Thread(target=revive, daemon=True).start()
+    monkeypatch.setattr(storage, "_Shard", hang)
+    threading.Timer(0.5, answers[str(slow)].set).start()
     warnings = []
     batches = list(make_loader(index, threads=2, warn=warnings.append).batches(0, 3))
-    stop.set()
+    answers[str(dead)].set()
     failures = [failure for batch in batches for failure in batch.failures]
     assert {(f.where, f.cause) for f in failures} == {(str(dead), Status.UNREADABLE)}
     assert "no answer for 0.9 s" in failures[0].reason
@@ -317,10 +330,10 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
 def test_a_process_ends_though_storage_still_hangs(tmp_path):
     make_folders(tmp_path)
     program = (
-        "import os, pathlib, sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
         "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_source(sys.argv[1]);"
-        "paths = list(pathlib.Path(sys.argv[1]).rglob('*.jpg')); [path.unlink() for path in paths];"
-        "[os.mkfifo(path) for path in paths]; next(test_loader.make_loader(index).batches(0, 3))"
+        "import time; from scale_mae.data import storage; storage._Shard = lambda path: time.sleep(1000);"
+        "next(test_loader.make_loader(index).batches(0, 3))"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -328,22 +341,36 @@ def test_a_process_ends_though_storage_still_hangs(tmp_path):
     assert re.search(r"DataError: .*unreadable \(no answer for 0.2 s\), and none of \d+ other images", done.stderr)
 
 
+def count(tally, images, failures):
+    tally.add(images, failures)
+    tally.check(images, failures)
+
+
 def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
     bad = [Failure(0, "a.jpg", Status.DAMAGED, "cut", "b.jpg")]
     tally = Tally(0.001)
     for images in range(1000, 10**6, 1000):
-        tally.add(images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
+        count(tally, images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
     assert tally.causes == {Status.DAMAGED: 499}
-    for images in range(10**6 + WINDOW + 1000, 10**6 + 2 * WINDOW + 1000, 1000):
-        tally.add(images, bad)
-    with pytest.raises(DataError, match=r"101 of the last 100000 images .*600 damaged.*0.001.*a.jpg: damaged") as caught:
-        tally.add(10**6 + 2 * WINDOW + 500, bad)
+    start = 10**6 + WINDOW + 1000
+    for images in range(start, start + 50_000, 1000):
+        count(tally, images, bad)
+    tally = Tally(
+        0.001,
+        json.loads(json.dumps(tally.state()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}),
+    )
+    for images in range(start + 50_000, start + WINDOW, 1000):  # as before, after a resume
+        count(tally, images, bad)
+    count(tally, start + WINDOW - 600, [])
+    with pytest.raises(DataError, match=r"101 of the last 100000 images .*600 damaged so far.*0.001.*a.jpg: damaged") as caught:
+        count(tally, start + WINDOW - 500, bad)
     assert "\n" not in str(caught.value)
-    Tally(0.001).add(64, bad * 100)
+    count(tally, start + WINDOW, [])  # no more of them: a run whose data was put right goes on
+    count(Tally(0.001), 64, bad * 100)
     with pytest.raises(DataError, match="101 of the last 128 images"):
-        Tally(0.001).add(128, bad * 101)
+        count(Tally(0.001), 128, bad * 101)
     with pytest.raises(DataError):
-        Tally(0).add(128, bad)
+        count(Tally(0), 128, bad)
 
 
 # ---------------------------------------------------------------- choosing, leaking

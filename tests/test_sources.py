@@ -100,13 +100,28 @@ def test_shards(tmp_path, suffix, monkeypatch):
     refused(tmp_path, "a process that listed shards was killed")
 
 
+def test_an_end_mark_that_is_not_the_end_is_told(tmp_path):
+    one, two = (tar_bytes((f"{n}.jpg", b"x" * 600), (f"{n}b.jpg", b"y")) for n in "12")
+    cases = (one + two, one[:1536] + bytes(512) + one[2048:], one[:1536] + bytes(2 << 20))
+    for number, content in enumerate(cases):
+        put(tmp_path, f"{number}/s.tar", content=content)
+        listing = list_images(str(tmp_path / str(number)))
+        assert "not the end" in listing.problems[0]
+    link = tarfile.TarInfo("l.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+    put(tmp_path, "l/s.tar", content=one[:2560] + link.tobuf() + bytes(1024))
+    assert "1 links and sparse files are left out" in list_images(str(tmp_path / "l")).problems[0]
+
+
 def test_names_and_numbers_of_classes(tmp_path):
     put(tmp_path, "1.tar", content=tar_bytes(("1.jpg", b"1"), ("1.cls", b"dog"), ("2.jpg", b"2"), ("2.cls", b"-1")))
     put(tmp_path, "2.tar", content=tar_bytes(("3.jpg", b"3"), ("3.cls", "Äsche".encode()), ("4.jpg", b"4"), ("4.cls", b"12")))
     assert labels(tmp_path) == ([1, NO_LABEL, 2, 0], ["12", "dog", "Äsche"])
     put(tmp_path, "classes.txt", content="Äsche\ndog\n")
     assert labels(tmp_path) == ([1, NO_LABEL, 0, NO_LABEL], ["Äsche", "dog"])
-    assert "labels left out that name no class: 12 (1 in all)" in list_images(str(tmp_path)).problems[0]
+    told = "\n".join(list_images(str(tmp_path)).problems)
+    assert "labels left out that name no class: 12 (1 in all)" in told
+    assert "labels are numbers but for dog (2 in all); taken as names" in told
     put(tmp_path, "n/classes.txt", content="cat\ndog\n")
     put(tmp_path, "n/n.tar", content=tar_bytes(("1.jpg", b"1"), ("1.cls", b"1"), ("2.jpg", b"2"), ("2.cls", b"2")))
     assert labels(tmp_path / "n") == ([1, NO_LABEL], ["cat", "dog"])

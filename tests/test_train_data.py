@@ -1,6 +1,8 @@
 """Runs and their data: the index they are bound to, the decoder, images that cannot be had."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -8,9 +10,14 @@ from images import jpeg, make_folders
 from ranks import RankError, run_ranks
 from test_train import log, make_config, train, train_until
 
+from scale_mae.config import UserError
+from scale_mae.data import build as building
 from scale_mae.data.build import build
+from scale_mae.data.index import Index
 from scale_mae.data.pack import pack
 from scale_mae.engine import distributed
+from scale_mae.engine.distributed import StopRequest
+from scale_mae.run_directory import find_index
 
 
 def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
@@ -77,6 +84,8 @@ def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder)
         assert last[f"decode_failures_{cause}"] == text.count(f"{image}: {cause} (") >= 4  # once an epoch, and as substitutes
     assert last["decode_failures"] == last["decode_failures_unreadable"] + last["decode_failures_damaged"]
     assert last["decoder_fallbacks"] == 0
+    resumed = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
+    assert {k: v for k, v in resumed.items() if "decode_" in k} == {k: v for k, v in last.items() if "decode_" in k}
 
 
 def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_path):
@@ -88,14 +97,75 @@ def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_
     spoilt = data / "class1" / "7.jpg"
     whole = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(whole))
-    with pytest.raises(RankError, match=r"[34] of the last \d+ images could not be used \([34] not an image\)") as caught:
+    with pytest.raises(RankError, match=r"[34] of the last \d+ images could not be used \([34] not an image so far\)") as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["DataError"] * 2
     done = max(log(tmp_path / "run", "loss"), default=0)
     saved = max(int(path.name[-8:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert saved == done + 1
+    assert saved == done
     spoilt.write_bytes(whole)
     assert run_ranks(2, train, config)[0].finished
+
+
+def stop_at(config, step):
+    """A signal between two log lines."""
+    from scale_mae.engine.deepspeed import Engine
+
+    original = Engine.step
+
+    def signal_then_step(self, lr, want_norm):
+        if self._engine.global_steps == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, lr, want_norm)
+
+    Engine.step = signal_then_step
+    return train(config)
+
+
+def test_failures_between_log_lines_are_named_before_a_run_stops(tmp_path):
+    data = make_folders(tmp_path / "data", per_class=5)
+    setting = {"data.source": str(data), "log.every": 1000, "train.duration": "500 steps"}
+    config = make_config(tmp_path / "run", **setting)
+    build(str(data), tmp_path / "run" / "data.index", verify=False)
+    (data / "class0" / "3.jpg").unlink()
+    result = run_ranks(1, stop_at, config, 20)[0]
+    assert not result.finished
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count("class0/3.jpg: unreadable") >= result.step * 16 // 15 - 1
+    assert text.index("class0/3.jpg: unreadable") < text.index("stopped by SIGTERM")
+
+
+def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "CHUNK", 2)
+    data = make_folders(tmp_path / "data")
+    stop = StopRequest()
+    stop.received = "SIGTERM"
+    with pytest.raises(UserError, match="stopped by SIGTERM while building .* goes on"):
+        find_index(tmp_path, str(data), [], stop)
+    assert (tmp_path / "data.index.partial").exists()
+    notes = []
+    path = find_index(tmp_path, str(data), notes, StopRequest())
+    assert len(Index.open(path)) == 12
+    assert "brings no index; built" in notes[0]
+    find_index(tmp_path, str(data), notes, StopRequest())
+    assert "images added to data.source since then are not in it" in notes[-1]
+
+
+def test_auto_falls_back_together_when_dali_does_not_start(tmp_path):
+    config = make_config(tmp_path, **{"data.decoder": "auto"})
+    assert run_ranks(2, train_with_broken_dali, config)[0].finished
+    assert "data.decoder=pillow (data.decoder=dali_cpu does not start (driver too old)" in (tmp_path / "log.txt").read_text()
+
+
+def train_with_broken_dali(config):
+    from scale_mae.data import dali
+
+    def broken(self, *args):
+        raise RuntimeError("driver too old")
+
+    if os.environ["RANK"] == "1":
+        dali.DaliDecoder.__init__ = broken
+    return train(config)
 
 
 def slow_main(seconds):

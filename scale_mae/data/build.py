@@ -6,12 +6,13 @@ The rows lie in ``OUT.partial`` from the start and are filled in place, so that 
 from __future__ import annotations
 
 import fcntl
+import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from scale_mae.data.index import ENTRY, Entries, Index, Paths, describe, index_o
 from scale_mae.data.pillow import Header, examine
 from scale_mae.data.sources import list_images
 from scale_mae.data.storage import DataError, ImageError, Status
-from scale_mae.data.workers import shared, start_workers
+from scale_mae.data.workers import run_each, shared, start_workers
 from scale_mae.resources import available_cores
 
 CHUNK = 200  # images of one task
@@ -45,27 +46,31 @@ def build(
     Raises:
         DataError: nothing there, nothing usable, or the index cannot be written.
     """
-    out = Path(out)
+    out, source = Path(out), os.path.abspath(source) if os.path.exists(source) else source
     partial = out.with_name(out.name + ".partial")
-    with _alone(partial):
+    with alone(partial):
         if not partial.exists():
             _write_listing(source, partial, verify)
         metadata, rows, paths = map_file(partial, "r+")
         if (metadata["source"], metadata["verified"]) != (source, verify):
             raise DataError(f"{partial} is the unfinished index of {metadata['source']}; finish that, or delete the file")
+        if (rows["status"] != Status.PENDING).any():
+            listed = time.strftime("%Y-%m-%d %H:%M", time.localtime(metadata["listed"]))
+            metadata["problems"].append(f"{source}: went on with what was listed at {listed}; images added since are not in it")
         rows["status"][rows["status"] == Status.BEGUN] = Status.PENDING  # an earlier build was stopped at these
         _examine_all(_Work(rows, paths, verify), workers or available_cores(), progress or (lambda done, total: None))
-        usable = rows["status"] <= Status.HEADER_READ
+        usable = rows["status"] < Status.EMPTY
         metadata["usable"] = int(usable.sum())
         if not usable.any():
             text = describe(paths, rows[0])
             raise DataError(f"{source}: none of {len(rows)} images can be used; {text}: {Status(rows[0]['status']).text}")
         write_file(out, rows[np.argsort(~usable, kind="stable")], paths, metadata)
         partial.unlink()
-    index = Index.open(out)
+    index, named = Index.open(out), out.with_name(out.name + ".quarantined.txt")
     if len(index.quarantined):
-        lines = (f"{where}\t{cause}\n" for where, cause in index.left_out())
-        out.with_name(out.name + ".quarantined.txt").write_text("".join(lines), errors="surrogateescape")
+        named.write_text("".join(f"{where}\t{cause}\n" for where, cause in index.left_out()), "utf-8")
+    else:
+        named.unlink(missing_ok=True)
     return index
 
 
@@ -82,21 +87,32 @@ def open_source(source: str) -> Index:
 
 
 @contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Hold a lock beside ``partial``: two builds of one index must not write the same rows."""
-    lock = partial.with_name(partial.name + ".lock")
+def alone(target: Path) -> Iterator[None]:
+    """Hold a lock beside ``target``: two processes must not build the same thing.
+
+    Raises:
+        DataError: another one does, or nothing can be written there.
+    """
+    lock = target.with_name(target.name + ".lock")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except BlockingIOError:
-        raise DataError(f"{partial}: another process is building this index") from None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
     except OSError as error:
-        raise DataError(f"{partial}: cannot be written ({error})") from None
+        raise DataError(f"{target}: cannot be written ({error})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # not one that its holder has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        except OSError:
+            mine = True  # a file system without locks
+        if not mine:
+            raise DataError(f"{target}: another process is building this")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _write_listing(source: str, partial: Path, verify: bool) -> None:
@@ -105,7 +121,8 @@ def _write_listing(source: str, partial: Path, verify: bool) -> None:
     for name in ("shard", "offset", "length", "label"):
         rows[name] = getattr(listing, name)
     rows["status"] = Status.PENDING
-    facts = {"source": source, "verified": verify, "classes": list(listing.classes), "problems": listing.problems, "usable": 0}
+    facts = {"source": source, "verified": verify, "listed": time.time(), "usable": 0}
+    facts |= {"classes": list(listing.classes), "problems": listing.problems}
     write_file(partial, rows, Paths.of(listing.root, listing.shards), facts)
 
 
@@ -124,11 +141,14 @@ def _examine_all(work: _Work, workers: int, progress: Progress) -> None:
         try:
             _examine_in_processes(work, workers, progress)
         except BrokenProcessPool:
-            for row in np.flatnonzero(status == Status.BEGUN).tolist():  # one a worker; which of them was it?
+            begun = np.flatnonzero(status == Status.BEGUN).tolist()  # one a worker; which of them was it?
+            if not begun:
+                raise DataError("processes that look at images are killed as they start; is there enough memory?") from None
+            for row in begun:
                 status[row] = Status.PENDING
                 try:
                     with start_workers(work, 1) as pool:
-                        pool.submit(_examine_rows, row, row + 1).result()
+                        pool.submit(_examine_rows, (row, row + 1)).result()
                 except BrokenProcessPool:
                     status[row] = Status.CRASHED
 
@@ -136,28 +156,28 @@ def _examine_all(work: _Work, workers: int, progress: Progress) -> None:
 def _examine_in_processes(work: _Work, workers: int, progress: Progress) -> None:
     status = work.rows["status"]
     total = len(status)
-    chunks = (first for first in range(0, total, CHUNK) if (status[first : first + CHUNK] == Status.PENDING).any())
-    done = int((status < Status.PENDING).sum())
+    chunks = (
+        (first, min(first + CHUNK, total))
+        for first in range(0, total, CHUNK)
+        if (status[first : first + CHUNK] == Status.PENDING).any()
+    )
+
+    def name_those_waited_for() -> None:
+        for row in work.rows[status == Status.BEGUN]:
+            print(f"{describe(work.paths, row)}: no answer from storage yet", file=sys.stderr, flush=True)
+
+    done = int((status > Status.BEGUN).sum())
     progress(done, total)
-    with start_workers(work, workers) as pool:
-        running: set[Future[int]] = set()
-        try:
-            while True:
-                for first in islice(chunks, 4 * workers - len(running)):
-                    running.add(pool.submit(_examine_rows, first, min(first + CHUNK, total)))
-                if not running:
-                    return
-                ready, running = wait(running, return_when=FIRST_COMPLETED)
-                done += sum(future.result() for future in ready)
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what runs ends its chunk, nothing more begins
-            raise
+    with run_each(work, workers, _examine_rows, chunks, 4 * workers, name_those_waited_for) as results:
+        for number in results:
+            done += number
+            progress(done, total)
 
 
-def _examine_rows(first: int, last: int) -> int:
+def _examine_rows(part: tuple[int, int]) -> int:
     """Fill in the pending rows of a range; runs in a worker. Returns how many there were."""
     rows, paths, verify = shared()
+    first, last = part
     pending = first + np.flatnonzero(rows["status"][first:last] == Status.PENDING)
     for number in pending.tolist():
         row = rows[number]
@@ -166,7 +186,10 @@ def _examine_rows(first: int, last: int) -> int:
             path, offset = paths[row["shard"]], int(row["offset"])
             length = int(row["length"])
             if not (length or offset):
-                row["length"] = length = storage.size(path)
+                length = storage.size(path)
+            if length > storage.MAX_BYTES:
+                raise ImageError(Status.TOO_LARGE, f"{length} bytes")
+            row["length"] = length
             header = _header(path, offset, length) if not verify else examine(storage.read(path, offset, length), True)
             row["width"], row["height"], row["orientation"] = header
             row["status"] = Status.DECODED if verify else Status.HEADER_READ

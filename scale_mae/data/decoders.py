@@ -89,12 +89,12 @@ def make(name: Name, image_size: tuple[int, int], batch_size: int, threads: int,
     """
     if name == "pillow":
         return PillowDecoder(image_size)
-    from scale_mae.data.dali import DaliDecoder  # only here, so that nobody else needs it installed
-
     try:
+        from scale_mae.data.dali import DaliDecoder  # only here, so that nobody else needs it installed
+
         decoder: Decoder = DaliDecoder(image_size, batch_size, threads, device.index or 0 if name == "dali_gpu" else None)
         return decoder
-    except RuntimeError as error:
+    except (RuntimeError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"data.decoder={name} does not start ({reason}); take data.decoder=pillow") from None
 

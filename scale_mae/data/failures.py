@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from scale_mae.data.storage import DataError, Status
 
@@ -25,31 +25,40 @@ class Failure(NamedTuple):
 
 
 class Tally:
-    """Failures of all processes of a run.
+    """Failures of all processes of a run; travels in its checkpoints.
 
     Attributes:
         causes: how many so far, by cause.
     """
 
-    def __init__(self, ceiling: float) -> None:
-        self.causes: Counter[Status] = Counter()
+    def __init__(self, ceiling: float, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {"causes": {}, "recent": []}
+        self.causes = Counter({Status(cause): number for cause, number in state["causes"].items()})
         self._ceiling = ceiling
-        self._recent: deque[tuple[int, int]] = deque()
+        self._recent: deque[tuple[int, int]] = deque(map(tuple, state["recent"]))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"causes": {int(cause): number for cause, number in self.causes.items()}, "recent": list(self._recent)}
 
     def add(self, images: int, failures: Sequence[Failure]) -> None:
-        """Count failures found until ``images`` images had been seen.
+        """Count failures found until ``images`` images had been seen."""
+        self.causes.update(failure.cause for failure in failures)
+        if failures:
+            self._recent.append((images, len(failures)))
+        while self._recent and self._recent[0][0] <= images - WINDOW:
+            self._recent.popleft()
+
+    def check(self, images: int, failures: Sequence[Failure]) -> None:
+        """Hold what was last added against the ceiling. Data that was put right is no longer held against a run.
 
         Raises:
             DataError: more than the ceiling allows among the last 100,000 images.
         """
-        self.causes.update(failure.cause for failure in failures)
-        self._recent.append((images, len(failures)))
-        while self._recent[0][0] <= images - WINDOW:
-            self._recent.popleft()
         recent, allowed = sum(count for _, count in self._recent), self._ceiling * WINDOW
-        if recent > allowed:
+        if failures and recent > allowed:
             causes = ", ".join(f"{number} {cause.text}" for cause, number in self.causes.most_common())
             raise DataError(
-                f"{recent} of the last {min(images, WINDOW)} images could not be used ({causes}), more than "
-                f"data.max_failures={self._ceiling:g} of {WINDOW}; the last one: {failures[-1] if failures else 'see log.txt'}"
+                f"{recent} of the last {min(images, WINDOW)} images could not be used ({causes} so far), more than "
+                f"data.max_failures={self._ceiling:g} of {WINDOW}; the last one: {failures[-1]}"
             )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from scale_mae.data import storage
-from scale_mae.data.storage import DataError, Status
+from scale_mae.data.storage import DataError, Status, printable
 
 ENTRY = np.dtype(
     [
@@ -39,6 +39,7 @@ ENTRY = np.dtype(
     ]
 )
 FORMAT = "scale_mae.index.1"
+TENSORS = ("entries", "paths", "path_ends")
 NAME = "data.index"  # in a folder of shards, the index of these shards
 SUFFIX = ".index"
 Entries = NDArray[np.void]
@@ -143,7 +144,7 @@ class Index:
 
 def describe(shards: Sequence[str], entry: Any) -> str:
     """Path, and byte offset inside a shard, of one row."""
-    path = shards[entry["shard"]]
+    path = printable(shards[entry["shard"]])
     return f"{path}@{entry['offset']}" if entry["offset"] else path
 
 
@@ -166,11 +167,15 @@ def map_file(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Path
         metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
         if metadata.get("format") != FORMAT:
             raise ValueError("it is no index, or one of another version")
+        if os.path.getsize(path) != 8 + size + max(header[name]["data_offsets"][1] for name in TENSORS):
+            raise ValueError("cut short")  # which a map opened for writing would fill up with zeros
         root = os.path.abspath(os.path.join(path.parent, metadata["root"]))
         return metadata, tensor("entries", ENTRY), Paths(root, tensor("paths", np.uint8), tensor("path_ends", np.uint64))
     except FileNotFoundError:
         raise DataError(f"{path}: no such index; make it with scale-mae index SOURCE --out {path}") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged index ({error}); delete it and build it anew") from None
 
 
@@ -203,7 +208,7 @@ def write_file(path: Path, rows: Entries, paths: Paths, metadata: dict[str, Any]
 
 def index_of(source: str) -> Path | None:
     """The index that a source is or brings: an index file, or one in a folder of shards that were packed with it."""
-    if source.endswith(SUFFIX):
+    if source.endswith(SUFFIX) and not os.path.isdir(source):
         return Path(source)
     inside = Path(source) / NAME
     return inside if inside.is_file() else None

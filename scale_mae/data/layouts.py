@@ -64,7 +64,7 @@ def folder_rows(root: str, classes: Iterable[str]) -> Iterator[Row]:
 
     prefix = os.path.join(root, "")
     for label in classes:
-        for parent, below, files in os.walk(prefix + label, onerror=fail):
+        for parent, below, files in os.walk(prefix + label, onerror=fail, followlinks=True):
             below[:] = sorted(name for name in below if not name.startswith("."))
             inside = parent.removeprefix(prefix)
             yield from ((f"{inside}/{name}", label) for name in sorted(files) if is_image(name))

@@ -109,8 +109,12 @@ class Loader:
         """
         threads = decoding_threads(self.config)
         ahead = self.config.prefetch or default_prefetch(self.share.micro_batch, threads, self.image_size)
-        pool, conductor = Threads(threads, "decode"), Threads(1, "batch")
-        futures = self._futures(first_step, last_step, conductor, pool, threads)
+        # planning has a thread of its own, so that the others never run out of images while a batch is put together
+        pool, planner, assembler = Threads(threads, "decode"), Threads(1, "plan"), Threads(1, "batch")
+        futures = (
+            assembler.submit(self._assemble, planner.submit(self._stage, positions, pool, threads))
+            for positions in self._positions(first_step, last_step)
+        )
         try:
             pending = deque(islice(futures, ahead))
             while pending:
@@ -118,23 +122,15 @@ class Loader:
                 pending.extend(islice(futures, 1))
                 yield batch
         finally:
-            conductor.close()
-            pool.close()
+            for each in (assembler, planner, pool):
+                each.close()
             self.decoder.close()
 
-    def _futures(
-        self, first_step: int, last_step: int, conductor: Threads, pool: Threads, threads: int
-    ) -> Iterator[Future[Batch]]:
-        """Batches to come. Reading of each begins before the one ahead of it is put together."""
-        staged: Future[_Staged] | None = None
+    def _positions(self, first_step: int, last_step: int) -> Iterator[Ints]:
+        share = self.share
         for step in range(first_step, last_step):
-            for micro_step in range(self.share.accumulation):
-                positions = self.plan.positions(step, self.share.rank, self.share.ranks, micro_step, self.share.micro_batch)
-                ready, staged = staged, conductor.submit(self._stage, positions, pool, threads)
-                if ready:
-                    yield conductor.submit(self._assemble, ready)
-        if staged:
-            yield conductor.submit(self._assemble, staged)
+            for micro_step in range(share.accumulation):
+                yield self.plan.positions(step, share.rank, share.ranks, micro_step, share.micro_batch)
 
     def _stage(self, positions: Ints, pool: Threads, threads: int) -> _Staged:
         samples = self.plan.samples(positions)

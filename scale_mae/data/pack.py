@@ -12,23 +12,25 @@ import math
 import os
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scale_mae.data.build import Progress, build, open_source
+from scale_mae.data.build import Progress, alone, build, open_source
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.data.pillow import encode_upright
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.sources import CLASSES, NO_LABEL
 from scale_mae.data.storage import DataError, ImageError
-from scale_mae.data.workers import shared, start_workers
+from scale_mae.data.workers import run_each, shared
 from scale_mae.resources import available_cores
 
 TRIED = 100  # images encoded for trial, to learn how large they become
 SETTINGS = "packing.json"
+LEFT_OUT = ".left_out.txt"
 
 
 @dataclass(frozen=True)
@@ -75,43 +77,65 @@ def pack(
     Raises:
         DataError: an unusable source or setting, a folder of another packing, or a shard that cannot be written.
     """
-    if not (short_side > 0 and 1 <= quality <= 95 and shard_mb > 0):
+    if not (short_side > 0 and 1 <= quality <= 95 and 0 < shard_mb < math.inf):
         raise DataError(f"--short-side {short_side} --quality {quality} --shard-mb {shard_mb:g}: positive, quality at most 95")
     folder, index, workers = Path(out), open_source(source), workers or available_cores()
     settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
     packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
-    packing = replace(packing, per_shard=_images_per_shard(packing, shard_mb * 1e6))
-    firsts = range(0, len(index), packing.per_shard)
-    # an index of the user's own has told what it leaves out
-    left_out = [] if index_of(source) else [f"{where}: {cause}" for where, cause in index.left_out()]
     try:
-        _begin(folder, settings, index.classes)
-        missing = [first for first in firsts if not _shard(packing, first).exists()]
-        done = len(index) - sum(min(packing.per_shard, len(index) - first) for first in missing)
-        with start_workers(packing, workers) as pool:
-            for future in as_completed([pool.submit(_write_shard, first) for first in missing]):
-                images, bad = future.result()
-                done += images
-                left_out += bad
-                if progress:
-                    progress(done, len(index))
+        with alone(folder / NAME):
+            packing = replace(packing, per_shard=_begin(packing, settings))
+            _write_missing(packing, workers, progress or (lambda done, total: None))
+            left_out = [line for path in sorted(folder.glob(f"*{LEFT_OUT}")) for line in path.read_text("utf-8").splitlines()]
+            packed = build(str(folder), folder / NAME, workers=workers)
+    except BrokenProcessPool:
+        raise DataError(
+            f"{source}: a packing process was killed, by an image or for want of memory; scale-mae index {source} finds such "
+            "images; the same command goes on where it stopped"
+        ) from None
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}); the same command goes on where it stopped") from None
-    return Packed(build(str(folder), folder / NAME, workers=workers), left_out)
+    if len(packed) + len(left_out) != len(index):
+        raise DataError(f"{folder}: holds {len(packed)} of {len(index)} images and left out {len(left_out)}; take a new folder")
+    if not index_of(source):  # an index of the user's own has told what it leaves out
+        left_out += [f"{where}: {cause}" for where, cause in index.left_out()]
+    return Packed(packed, left_out)
 
 
-def _begin(folder: Path, settings: dict[str, object], classes: Sequence[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    described = folder / SETTINGS
+def _begin(packing: _Packing, settings: dict[str, Any]) -> int:
+    """Check the folder, or prepare it; images of a shard, which must not change when a packing goes on."""
+    folder, described = packing.folder, packing.folder / SETTINGS
     if described.exists():
-        if (there := json.loads(described.read_text())) != settings:
+        try:
+            there = json.loads(described.read_text("utf-8"))
+            per_shard = int(there.pop("images_per_shard"))
+        except (ValueError, KeyError):
+            raise DataError(f"{described}: damaged; name another folder") from None
+        if there != settings:
             raise DataError(f"{folder} holds another packing ({there}); name another folder")
-    elif any(folder.iterdir()):
+        return per_shard
+    if any(path.name not in (CLASSES, f"{NAME}.lock") for path in folder.iterdir()):
         raise DataError(f"{folder} is not empty; name another folder")
-    else:
-        if classes:
-            (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), errors="surrogateescape")
-        described.write_text(json.dumps(settings))
+    classes = packing.index.classes
+    if any("\n" in name for name in classes):
+        raise DataError("a class has a line break in its name; rename it")
+    if classes:
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8", errors="surrogateescape")
+    per_shard = _images_per_shard(packing, settings["shard_mb"] * 1e6)
+    staging = described.with_suffix(".tmp")
+    staging.write_text(json.dumps(settings | {"images_per_shard": per_shard}), "utf-8")
+    staging.rename(described)
+    return per_shard
+
+
+def _write_missing(packing: _Packing, workers: int, progress: Progress) -> None:
+    total = len(packing.index)
+    missing = [first for first in range(0, total, packing.per_shard) if not _shard(packing, first).exists()]
+    done = total - sum(min(packing.per_shard, total - first) for first in missing)
+    with run_each(packing, workers, _write_shard, missing, workers, lambda: None) as results:
+        for images in results:
+            done += images
+            progress(done, total)
 
 
 def _images_per_shard(packing: _Packing, size: float) -> int:
@@ -135,8 +159,8 @@ def _shard(packing: _Packing, first: int) -> Path:
     return packing.folder / f"shard-{first // packing.per_shard:06d}.tar"
 
 
-def _write_shard(first: int) -> tuple[int, list[str]]:
-    """One shard, whole or not at all; runs in a worker. Images dealt with, and a line for each that was left out."""
+def _write_shard(first: int) -> int:
+    """One shard, whole or not at all, and beside it a line for each image left out; runs in a worker. Images dealt with."""
     packing: _Packing = shared()
     index = packing.index
     last = min(first + packing.per_shard, len(index))
@@ -147,7 +171,7 @@ def _write_shard(first: int) -> tuple[int, list[str]]:
             try:
                 data = encode_upright(index.read(sample), packing.short_side, packing.quality)
             except ImageError as error:
-                left_out.append(f"{index.where(sample)}: {error}")
+                left_out.append(f"{index.where(sample)}: {error}\n")
                 continue
             _add(tar, f"{position:09d}.jpg", data)
             if (label := int(index.entries[sample]["label"])) != NO_LABEL:
@@ -155,8 +179,10 @@ def _write_shard(first: int) -> tuple[int, list[str]]:
         tar.close()  # writes the end of the archive, which has to be in the file before it is flushed
         file.flush()
         os.fsync(file.fileno())
+    if left_out:
+        path.with_suffix(LEFT_OUT).write_text("".join(left_out), "utf-8")
     staging.rename(path)
-    return last - first, left_out
+    return last - first
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

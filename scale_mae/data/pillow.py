@@ -15,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from scale_mae.data.storage import ImageError, Status
 
 EXIF_ORIENTATION = 0x0112
+# not all that Pillow knows: some of its readers start other programs on what they are given
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 TRANSPOSE = {  # orientation -> what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,10 +53,12 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise ImageError(Status.EMPTY, "0 bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
+    except MemoryError:
+        raise ImageError(Status.TOO_LARGE, "more than the memory that is left") from None
     except UnidentifiedImageError:
         raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:4].hex(' ')}") from None
     except Image.DecompressionBombError as error:

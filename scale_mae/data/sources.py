@@ -18,12 +18,13 @@ import numpy as np
 
 from scale_mae.config import PACKAGE
 from scale_mae.data.layouts import LAYOUTS, Place, Row, folder_rows, is_image, is_list, locate, read_rows
-from scale_mae.data.storage import TAR_SUFFIXES, DataError, ImageError, unpacked
+from scale_mae.data.storage import TAR_SUFFIXES, DataError, ImageError, printable, unpacked
 from scale_mae.data.workers import start_workers
 
 NO_LABEL = -1
 DEMO = PACKAGE / "demo_data"
 CLASSES = "classes.txt"  # beside shards: the name of each class number
+LONGEST_TAIL = 1 << 20  # bytes of zeros at a tar's end that its blocking can explain
 PROCESSES = 16  # that list shards, where there are so many
 
 
@@ -79,21 +80,16 @@ def list_images(source: str) -> Listing:
         listing = _list(place)
         listing.problems += [place.problem] if place.problem else []
     except BrokenProcessPool:
-        raise DataError(f"{_printable(source)}: a process that listed shards was killed; is there enough memory?") from None
+        raise DataError(f"{printable(source)}: a process that listed shards was killed; is there enough memory?") from None
     except OSError as error:
-        raise DataError(_printable(f"{error.filename or source}: cannot be read ({error.strerror or error})")) from None
+        raise DataError(printable(f"{error.filename or source}: cannot be read ({error.strerror or error})")) from None
     except DataError as error:
-        raise DataError(_printable(str(error))) from None
-    listing.problems = [_printable(problem) for problem in listing.problems]
+        raise DataError(printable(str(error))) from None
+    listing.problems = [printable(problem) for problem in listing.problems]
     if not listing:
         why = listing.problems[0] if listing.problems else "expected root/class/*.jpg, or tar shards of key.jpg and key.cls"
-        raise DataError(f"{_printable(source)}: no images found; {why}")
+        raise DataError(f"{printable(source)}: no images found; {why}")
     return listing
-
-
-def _printable(text: str) -> str:
-    """One line that any terminal and any log takes, whatever the files are called."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _list(place: Place) -> Listing:
@@ -155,7 +151,10 @@ def _numbered(name: str | None, names: dict[str, int]) -> int:
 
 def _number_classes(listing: Listing, names: Sequence[str], classes: Sequence[str], *, integers: bool = True) -> None:
     """Replace labels, until now numbers of ``names``: integers stand as they are, names in alphabetical or the given order."""
-    if integers and all(re.fullmatch(r"\d{1,9}", name) for name in names):
+    odd = [name for name in names if not re.fullmatch(r"\d{1,9}", name)]
+    if integers and 0 < len(odd) < len(names):
+        listing.problems.append(f"{listing.root}: labels are numbers but for {odd[0]} ({len(odd)} in all); taken as names")
+    if integers and not odd:
         known = {name: int(name) for name in names if not classes or int(name) < len(classes)}
     else:
         classes = classes or sorted(names)
@@ -195,7 +194,7 @@ def _list_shards(paths: Sequence[str]) -> Listing:
         listing.label.extend(_renumbered(part.label, [names.setdefault(name, len(names)) for name in part.classes]))
         listing.problems += part.problems
     classes = Path(listing.root, CLASSES)
-    given = classes.read_text("utf-8-sig", "surrogateescape").rstrip().splitlines() if classes.exists() else []
+    given = classes.read_text("utf-8-sig", "surrogateescape").rstrip().split("\n") if classes.exists() else []
     _number_classes(listing, list(names), given)
     return listing
 
@@ -236,7 +235,9 @@ def _tar_images(
         name = _class_of(file, sample, left_out) or label
         for member in sample:
             base = os.path.basename(member.name)
-            if _is_tar(member) and not nested:  # of one class, as in ILSVRC2012_img_train.tar
+            if not member.isreg() or member.issparse():
+                left_out["links and sparse files"] += is_image(base)
+            elif _is_tar(member) and not nested:  # of one class, as in ILSVRC2012_img_train.tar
                 inside = member.offset_data, min(member.offset_data + member.size, span[1])
                 yield from _tar_images(file, f"{path}/{member.name}", inside, base.removesuffix(".tar"), problems, nested=True)
             elif is_image(base) and member.size >= 2**32:
@@ -244,7 +245,7 @@ def _tar_images(
             elif is_image(base):
                 found += 1
                 yield member.offset_data, member.size, name
-    problems += [f"{path}: {count} {what} are left out" for what, count in left_out.items()]
+    problems += [f"{path}: {count} {what} are left out" for what, count in left_out.items() if count]
     problems += [f"{path}: damaged after {what}; its first {found} images are used" for what in damage]
 
 
@@ -260,7 +261,7 @@ def _tar_members(file: IO[bytes], span: tuple[int, int], damage: list[str]) -> I
             cut = tar.offset >= end + tarfile.BLOCKSIZE or (is_file and member.offset_data + member.size > end)
             if tar.offset <= sound:
                 raise tarfile.ReadError("negative size")
-            if is_file and (not cut or _is_tar(member)):
+            if (is_file and (not cut or _is_tar(member))) or not (is_file or member.isdir()):
                 yield member
             if cut:
                 raise tarfile.ReadError(f"{member.name} is cut off")
@@ -268,6 +269,9 @@ def _tar_members(file: IO[bytes], span: tuple[int, int], damage: list[str]) -> I
         file.seek(sound)  # tarfile takes a header that it cannot read for the end
         if sound + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError("no header and no end mark")
+        tail = file.read(min(end - sound - tarfile.BLOCKSIZE, LONGEST_TAIL))
+        if any(tail) or len(tail) == LONGEST_TAIL:
+            raise tarfile.ReadError("an end mark there, but it is not the end")
     except OSError:
         raise  # of the storage
     except Exception as error:  # damaged headers make tarfile raise errors of all kinds
@@ -285,7 +289,7 @@ def _key(member: tarfile.TarInfo) -> str:
 
 def _class_of(file: IO[bytes], sample: Sequence[tarfile.TarInfo], left_out: Counter[str]) -> str | None:
     for member in sample:
-        if member.name.endswith(".cls"):
+        if member.name.endswith(".cls") and member.isreg():
             file.seek(member.offset_data)
             try:
                 return file.read(member.size).decode().strip()

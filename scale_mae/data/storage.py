@@ -6,6 +6,7 @@ import errno
 import functools
 import gzip
 import os
+import stat
 import time
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ T = TypeVar("T")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BACK_OFF = (0.2, 1.0, 5.0)  # seconds before each further attempt
 PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+MAX_BYTES = 1 << 30  # of an encoded image
 OPEN_SHARDS = 128  # kept open by a process; opening one is a round trip on network storage
 
 
@@ -26,18 +28,18 @@ class DataError(UserError):
 
 
 class Status(IntEnum):
-    """What an index knows of an image. Up to ``HEADER_READ`` it can be trained on, from ``EMPTY`` on it is quarantined."""
+    """What an index knows of an image: nothing yet, that it can be trained on, or, from ``EMPTY`` on, why it cannot."""
 
-    DECODED = 0
-    HEADER_READ = 1
+    PENDING = 0
+    BEGUN = 1
+    DECODED = 2
+    HEADER_READ = 3
     EMPTY = 16
     UNREADABLE = 17
     NOT_AN_IMAGE = 18
     DAMAGED = 19
     TOO_LARGE = 20
     CRASHED = 21
-    PENDING = 254
-    BEGUN = 255
 
     @property
     def text(self) -> str:
@@ -60,7 +62,9 @@ class _Shard:
     """An open file that closes itself when nobody reads from it any more."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
+        if not stat.S_ISREG(os.fstat(self.number).st_mode):
+            raise OSError(errno.EISDIR, "not a regular file")
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -126,3 +130,8 @@ def unpacked(path: str) -> bytes:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise ImageError(Status.UNREADABLE, str(error)) from None
+
+
+def printable(text: str) -> str:
+    """One line that any terminal and any log takes, whatever the files are called."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

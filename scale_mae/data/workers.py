@@ -6,11 +6,15 @@ import ctypes
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, closing
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+IDLE = 30.0  # seconds
 PR_SET_PDEATHSIG = 1
 _shared: Any = None  # of a worker process
 
@@ -22,6 +26,42 @@ def start_workers(shared: Any, count: int) -> ProcessPoolExecutor:
     keep to files, numpy and Pillow. They end with their parent, however it ends.
     """
     return ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start, (shared,))
+
+
+def run_each(
+    shared: Any, count: int, action: Callable[[Any], T], arguments: Iterable[Any], at_once: int, idle: Callable[[], None]
+) -> AbstractContextManager[Iterator[T]]:
+    """Results of ``action`` for each argument as they come from ``count`` workers, with at most ``at_once`` under way.
+
+    To be used in a ``with`` statement: when it is left early, by an interrupt for instance, the processes are ended where
+    they are. ``idle`` is called whenever nothing came for half a minute.
+
+    Raises:
+        BrokenProcessPool: a worker died.
+    """
+    return closing(_run_each(shared, count, action, iter(arguments), at_once, idle))
+
+
+def _run_each(
+    shared: Any, count: int, action: Callable[[Any], T], arguments: Iterator[Any], at_once: int, idle: Callable[[], None]
+) -> Generator[T, None, None]:
+    running: set[Future[T]] = set()
+    with start_workers(shared, count) as pool:
+        try:
+            while True:
+                for argument in islice(arguments, at_once - len(running)):
+                    running.add(pool.submit(action, argument))
+                if not running:
+                    return
+                ready, running = wait(running, IDLE, FIRST_COMPLETED)
+                if not ready:
+                    idle()
+                for future in ready:
+                    yield future.result()
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # there is no public way before Python 3.14
+                process.kill()
+            raise
 
 
 def shared() -> Any:

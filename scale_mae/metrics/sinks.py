@@ -97,7 +97,7 @@ class TextSink:
     """Plain lines with the time, appended to a file."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
-        self._file, self._total = open(path, "a", buffering=1), total_steps
+        self._file, self._total = open(path, "a", 1, "utf-8", "backslashreplace"), total_steps
 
     def say(self, message: str) -> None:
         """Write a line."""

@@ -116,7 +116,7 @@ def stop_at(config, step):
     def signal_then_step(self, lr, want_norm):
         if self._engine.global_steps == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, lr, want_norm)
+        return original(self, lr, want_norm=want_norm)
 
     Engine.step = signal_then_step
     return train(config)

@@ -97,7 +97,9 @@ def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_
     spoilt = data / "class1" / "7.jpg"
     whole = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(whole))
-    with pytest.raises(RankError, match=r"[34] of the last \d+ images could not be used \([34] not an image so far\)") as caught:
+    with pytest.raises(
+        RankError, match=r"[34] of the last \d+ images could not be used \([34] not an image so far\)"
+    ) as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["DataError"] * 2
     done = max(log(tmp_path / "run", "loss"), default=0)

@@ -39,16 +39,20 @@ from scale_mae.data.plan import SamplePlan
 SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def torchvision_batches(folder: Path, batch: int, workers: int) -> Iterator[Tensor]:
-    transform = transforms.Compose(
+def reference_transform(size: tuple[int, int]) -> transforms.Compose:
+    """That of the reference implementation's pre-training."""
+    return transforms.Compose(
         [
-            transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]
     )
-    data = datasets.ImageFolder(str(folder), transform)
+
+
+def torchvision_batches(folder: Path, batch: int, workers: int) -> Iterator[Tensor]:
+    data = datasets.ImageFolder(str(folder), reference_transform(SIZE))
     loader = torch.utils.data.DataLoader(data, batch, shuffle=True, num_workers=workers, drop_last=True)
     while True:
         yield from (images for images, _ in loader)

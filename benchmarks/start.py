@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loader import MEAN, STD, reference_transform
 from PIL import Image
 from report import save
-from torchvision import datasets, transforms
+from torchvision import datasets
 
 from scale_mae.config import DataConfig
 from scale_mae.data.build import build
@@ -36,7 +37,6 @@ from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
 
 CLASSES, BATCH, SIZE = 1000, 64, (64, 64)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPEN = """
 import sys, time, psutil
 from scale_mae.data.index import Index
@@ -63,15 +63,7 @@ def make_files(root: Path, count: int) -> None:
 
 
 def with_image_folder(root: Path) -> None:
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    data = datasets.ImageFolder(str(root), transform)
+    data = datasets.ImageFolder(str(root), reference_transform(SIZE))
     next(iter(torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=2)))
 
 

@@ -68,14 +68,14 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
     with StopRequest() as stop, world() as ranks:
-        return _Run(config, ranks, stop).loop(stop)
+        return _Run(config, ranks, stop).loop()
 
 
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
     def __init__(self, config: Config, ranks: World, stop: StopRequest) -> None:
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.stop = config, ranks, stop
         accumulation = config.accumulation(ranks.size)
         self.dir = Path(config.run.dir)
         notes: list[str] = []
@@ -137,11 +137,11 @@ class _Run:
                 raise
             return decoders.make("pillow", size, batch, threads, ranks.device), "pillow", str(error)
 
-    def loop(self, stop: StopRequest) -> Result:
+    def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total = self.schedule.total_steps
         with self.log:
-            feed = Feed(self.batches, self.ranks, stop, self.meter)
+            feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
             try:
@@ -153,8 +153,8 @@ class _Run:
                 self._save(first_bad)  # the steps before the bad image are sound
                 raise
             self._save(first_bad)
-            if stop.received or verdict is Vote.STOP:
-                self.log.say(f"stopped by {stop.received or 'a signal on another process'} after step {self.step}")
+            if self.stop.received or verdict is Vote.STOP:
+                self.log.say(f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}")
         return Result(self.dir, self.step, self.step >= total)
 
     def _one_step(self, feed: Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:

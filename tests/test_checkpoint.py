@@ -36,8 +36,8 @@ def train_and_tell(configs):
     told = []
     with world() as ranks, StopRequest() as stop:
         for config in configs:
-            run = _Run(config, ranks)
-            run.loop(stop)
+            run = _Run(config, ranks, stop)
+            run.loop()
             assert isinstance(run.engine, Engine)
             sharded = run.engine.stage > 0
             masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from scale_mae.data.build import build
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.engine.distributed import StopRequest
 from scale_mae.progress import Bar
+
+QUICK = 5.0  # seconds; what takes longer shows its progress
 
 
 def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
@@ -61,14 +62,14 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         notes.append(f"uses {path}, built {made}; images added to data.source since then are not in it")
         return path
-    print(f"data.source={source} brings no index; building {path}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    with Bar("images") as bar:
+    with Bar(f"images looked at for {path}, because data.source brings no index") as bar:
 
         def progress(done: int, total: int) -> None:
             if stop.received:
                 raise UserError(f"stopped by {stop.received} while building {path}; the same command goes on with it")
-            bar.move(done, total)
+            if time.perf_counter() - began > QUICK:
+                bar.move(done, total)
 
         index = build(source, path, verify=False, progress=progress)
     notes.append(

@@ -39,6 +39,7 @@ Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_t
 DURATION = r"^\d+(\.\d+)?(e\d{1,2})? (steps|epochs|images)$"
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MaybePath = Annotated[str | None, BeforeValidator(lambda text: text or None)]
 Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
 
 
@@ -76,6 +77,8 @@ class ModelConfig(Section):
     """Transformer blocks of the decoder."""
     decoder_heads: int = Field(16, gt=0)
     """Attention heads of the decoder; must divide its width."""
+    init_from: MaybePath = None
+    """Weights to begin with: a file or folder of ours, the reference, timm or Hugging Face. Empty: random ones from run.seed."""
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -172,21 +175,21 @@ class TrainConfig(Section):
     """Length of the schedule."""
     global_batch: int = Field(4096, gt=0)
     """Images of one optimizer step, over all processes."""
-    micro_batch: int = Field(64, gt=0)
+    micro_batch: int = Field(64, gt=0, json_schema_extra={"free": True})
     """Images of one forward pass of one process; accumulation = global_batch / (micro_batch * processes)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; weights and moments are kept in fp32, fp16 scales its loss dynamically."""
-    recompute: Literal["none", "full", "every_k", "selective", "offload"] = "none"
+    recompute: Literal["none", "full", "every_k", "selective", "offload"] = Field("none", json_schema_extra={"free": True})
     """Activations recomputed in the backward pass: none, those of every block, of every k-th block, of all but the matrix
     products, or of every block with the block inputs kept in host memory."""
-    recompute_every: int = Field(2, gt=0)
+    recompute_every: int = Field(2, gt=0, json_schema_extra={"free": True})
     """k of recompute=every_k."""
 
 
 class EngineConfig(Section):
     """DeepSpeed and compilation."""
 
-    deepspeed: str = "zero2"
+    deepspeed: str = Field("zero2", json_schema_extra={"free": True})
     """A shipped DeepSpeed file (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or a path to a JSON file."""
     compile: bool = Field(False, json_schema_extra={"free": True})
     """Compile the transformer blocks with torch.compile."""
@@ -199,6 +202,11 @@ class CheckpointConfig(Section):
     """Time between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
     keep: int = Field(3, gt=0, json_schema_extra={"free": True})
     """Newest checkpoints kept."""
+    keep_every: Duration | None = Field(None, json_schema_extra={"free": True})
+    """Kept for good besides: the first checkpoint of every such stretch of the schedule. Empty: none."""
+    local_dir: MaybePath = Field(None, json_schema_extra={"free": True})
+    """Folder on each node's own disk. A save then waits for that disk only; a thread copies it to the run directory.
+    Empty: straight to the run directory."""
 
 
 class LogConfig(Section):
@@ -381,7 +389,7 @@ def _is_text(key: str) -> bool:
     section, _, name = key.partition(".")
     annotation = Config.model_fields[section].annotation if section in Config.model_fields else None
     field = getattr(annotation, "model_fields", {}).get(name)
-    return field is not None and field.annotation is str
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _checked_key(key: str) -> str:

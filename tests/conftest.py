@@ -44,3 +44,11 @@ def golden():
         return load_file(GOLDEN / name), metadata
 
     return load
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Runs of three steps by two ranks in every layout: (stage, precision) -> (run directory, live fp32 weights)."""
+    from layouts import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("layouts"))

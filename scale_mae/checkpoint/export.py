@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_mae.checkpoint.store import CheckpointError, locate, read_config, read_manifest
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
-from scale_mae.engine.deepspeed import TAG
+from scale_mae.engine import TAG
 from scale_mae.model.mae import LAYER_NORM_EPS, MAE, build_mae
 from scale_mae.model.sizes import SIZES
 

@@ -16,12 +16,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from scale_mae.config import Config, ConfigError, UserError
+from scale_mae.engine import TAG
 from scale_mae.engine.distributed import World
 from scale_mae.engine.optim import build_adamw
 from scale_mae.engine.recompute import apply_recompute
 from scale_mae.model.mae import MAE
-
-TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
 
 
 def engine_json(config: Config, world_size: int) -> dict[str, Any]:

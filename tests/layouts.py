@@ -1,0 +1,43 @@
+"""A short run in every layout that DeepSpeed writes for us, with the live weights, for whatever reads checkpoints."""
+
+from pathlib import Path
+
+import torch
+from ranks import run_ranks
+from test_train import make_config
+
+LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
+
+
+def train_and_tell(configs):
+    """Several short runs in one set of ranks; the live fp32 weights of each, as DeepSpeed itself gathers them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import StopRequest, world
+    from scale_mae.train import _Run
+
+    torch.set_num_threads(1)
+    told = []
+    with world() as ranks, StopRequest() as stop:
+        for config in configs:
+            run = _Run(config, ranks, stop)
+            run.loop()
+            assert isinstance(run.engine, Engine)
+            sharded = run.engine.stage > 0
+            masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)
+            assert masters is None or sharded or config.train.precision != "fp32"
+            live = {}
+            for name, p in run.engine.model.named_parameters():
+                value = safe_get_full_fp32_param(p) if sharded else p.detach()
+                live[name] = value.float().numpy().copy()
+            told.append(live)
+    return told
+
+
+def make_runs(folder):
+    """A two-step run of two ranks in every layout: (stage, precision) -> (run directory, live weights)."""
+    setting = {"train.duration": "3 steps", "optim.warmup": "1 steps", "optim.base_lr": 0.1}
+    configs = [make_config(folder / f"{s}-{p}", **setting, **{"engine.deepspeed": s, "train.precision": p}) for s, p in LAYOUTS]
+    live = run_ranks(2, train_and_tell, configs)[0]
+    return {layout: (Path(c.run.dir), weights) for layout, c, weights in zip(LAYOUTS, configs, live, strict=True)}

@@ -78,7 +78,7 @@ class ModelConfig(Section):
     decoder_heads: int = Field(16, gt=0)
     """Attention heads of the decoder; must divide its width."""
     init_from: MaybePath = None
-    """Weights to begin with: a file or folder of ours, the reference, timm or Hugging Face. Empty: random ones from run.seed."""
+    """Weights to begin with: a file or folder of ours, the reference, timm or Hugging Face. Empty: random, from run.seed."""
 
     @property
     def patch(self) -> tuple[int, int]:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.progress import Bar
 
+WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
 EPILOG = """\
 A RECIPE is a shipped name ({recipes}) or the path of a YAML file.
 A CHECKPOINT is a run directory (its newest good checkpoint) or one checkpoint in it.
+WEIGHTS are a CHECKPOINT, an export, or a file or folder of the reference repository, timm or Hugging Face.
 A SOURCE of images is an index, class folders (root/class/image), a folder or {{00..99}} list of tar shards, a .txt or .csv
 list, a .json with annotations, demo:train, demo:val, or a data set as it is handed out: NAME:SPLIT:ROOT with NAME one of
 imagenet1k, imagenet21k, inat2017, inat2018, inat2019, places205, places365, coco.
@@ -56,11 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     sub.add_argument("--workers", type=_count, metavar="N", help="processes (default: the cores)")
 
-    sub = add("convert", "Write a checkpoint's encoder as inference weights.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT")
-    sub.add_argument("--to", required=True, choices=["timm"], help="format of the file")
-    sub.add_argument("--out", required=True, metavar="FILE.safetensors")
+    sub = add("convert", "Write a checkpoint as inference weights, verified against it (docs/weights.md).")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="for --to state_dict also a folder of plain DeepSpeed code")
+    sub.add_argument("--to", required=True, choices=WEIGHT_FORMATS, help="timm, vit, onnx, torch_export: the encoder; else all")
+    sub.add_argument("--out", required=True, metavar="PATH", help="a file (.safetensors, .pth, .onnx, .pt2) or a folder")
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights (default: %(default)s)")
+    sub.add_argument("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
+    sub.add_argument("--pool", default="token", choices=["token", "avg"], help="of the encoder (default: %(default)s)")
+    sub.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
+
+    sub = add("init", "Write all weights that a run would begin with: those of a file from anywhere, fitted to a recipe.")
+    sub.add_argument("weights", metavar="WEIGHTS")
+    sub.add_argument("recipe", metavar="RECIPE")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.image_size=448")
+    sub.add_argument("--out", required=True, metavar="FILE.safetensors")
 
     sub = add("reconstruct", "Draw masked | reconstruction | original, one row an image and mask ratio.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -68,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="FILE.png")
     sub.add_argument("--mask-ratio", nargs="+", type=float, default=[0.75], metavar="R", help="shares hidden (default: 0.75)")
 
-    sub = add("knn", "Nearest-neighbour accuracy of an encoder: an exported file, a run directory or a checkpoint.")
-    sub.add_argument("encoder", metavar="ENCODER")
+    sub = add("knn", "Nearest-neighbour accuracy of an encoder.")
+    sub.add_argument("encoder", metavar="WEIGHTS")
     sub.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to compare with")
     sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
     sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
@@ -84,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it did what was asked, 2 for what the user can put right."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command == "pretrain" and not any(word.startswith("-") for word in rest):
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional words after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -103,6 +114,14 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
     return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW in pixels") from None
+    return height, width
 
 
 def _complain(error: UserError) -> None:
@@ -170,9 +189,19 @@ def pack(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """``scale-mae convert``."""
-    from scale_mae.checkpoint.export import convert_to_timm
+    from scale_mae.checkpoint.convert import convert
 
-    print(convert_to_timm(args.checkpoint, args.out, args.dtype, _warn))
+    options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "max_shard_gb")}
+    print(convert(args.checkpoint, args.to, args.out, **options, warn=_warn))
+    return 0
+
+
+def init(args: argparse.Namespace) -> int:
+    """``scale-mae init``."""
+    from scale_mae.checkpoint.initial import write_initial
+
+    config = load_config(args.recipe, [*args.overrides, f"model.init_from={args.weights}"])
+    print(f"{args.out}: {write_initial(config, args.out, _warn)}")
     return 0
 
 
@@ -228,6 +257,7 @@ COMMANDS = {
     "index": index,
     "pack": pack,
     "convert": convert,
+    "init": init,
     "reconstruct": reconstruct,
     "knn": knn,
     "doctor": doctor,

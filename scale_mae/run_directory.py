@@ -15,11 +15,11 @@ from scale_mae.progress import Bar
 QUICK = 5.0  # seconds; what takes longer shows its progress
 
 
-def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list[str]) -> Path | None:
+def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path | None:
     """Make or check the run directory; the checkpoint to resume from, if there is one.
 
     Raises:
-        UserError: not writable, the run of another config, damaged checkpoints, or another number of processes.
+        UserError: not writable, the run of another config, or damaged checkpoints only.
     """
     saved = run_dir / "config.yaml"
     try:
@@ -40,12 +40,7 @@ def prepare_directory(run_dir: Path, config: Config, processes: int, notes: list
             (run_dir / name).open("a").close()
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
-    checkpoint = store.newest_good(run_dir, notes.append)
-    if checkpoint:
-        written_by = store.read_manifest(checkpoint).world_size
-        if written_by != processes:
-            raise UserError(f"{checkpoint} was written by {written_by} processes and cannot be resumed by {processes}")
-    return checkpoint
+    return store.newest_good(run_dir, notes.append, set_aside=True)
 
 
 def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) -> Path:

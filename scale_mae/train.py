@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.export import model_from_config
+from scale_mae.checkpoint.commit import Saver
+from scale_mae.checkpoint.initial import first_model
 from scale_mae.config import Config, UserError, load_config
 from scale_mae.data import decoders
 from scale_mae.data.failures import Failure, Tally
@@ -24,10 +25,11 @@ from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.distributed import StopRequest, Vote, World, rank_and_size, world
-from scale_mae.engine.optim import Schedule, parameter_names
+from scale_mae.engine.optim import make_schedule, parameter_names
 from scale_mae.feed import Feed
+from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
-from scale_mae.metrics.sinks import ConsoleSink, JsonSink, Log, TextSink
+from scale_mae.metrics.sinks import Log, make_log
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
 
@@ -67,7 +69,9 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
     config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
-    with StopRequest() as stop, world() as ranks:
+    run_dir = Path(config.run.dir)
+    with StopRequest() as stop, world() as ranks, ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(alone(run_dir / "run.lock", f"run.dir={run_dir} is in use")))
         return _Run(config, ranks, stop).loop()
 
 
@@ -81,7 +85,7 @@ class _Run:
         notes: list[str] = []
 
         # What there is: the run directory, its newest checkpoint, the images
-        checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, ranks.size, notes))
+        checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))
         path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
         index = ranks.together(lambda: Index.open(path))
         self.digest = index.digest
@@ -92,17 +96,30 @@ class _Run:
         plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
 
         # The model and its engine, at the step where the run stands
-        model = model_from_config(config)
+        model = first_model(config, ranks, notes, resumed=bool(checkpoint))
+        # masters and two moments, and the module in its own precision
+        nbytes = sum(p.numel() for p in model.parameters()) * (16 if config.train.precision == "fp32" else 14)
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
-        self.step = self.saved = 0
+        self.step = self.saved = failed_saves = 0
         self.tally = Tally(config.data.max_failures)
         if checkpoint:
-            state = ranks.together(lambda: self.engine.load(checkpoint))
+            state = self.engine.load(checkpoint)
             check_same_data(state["data"], index, checkpoint)
             self.step = self.saved = int(state["step"])
             self.tally = Tally(config.data.max_failures, state["failures"])
+            failed_saves = int(state["failed_saves"])
             notes.append(f"resumed from {checkpoint}")
+        keep_every = config.checkpoint.keep_every
+        self.saver = Saver(
+            self.dir,
+            config,
+            ranks,
+            zero_stage=self.engine.stage,
+            nbytes=nbytes,
+            keep_every=config.steps(keep_every, len(index)) if keep_every else None,
+            failures=failed_saves,
+        )
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
@@ -140,7 +157,7 @@ class _Run:
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total = self.schedule.total_steps
-        with self.log:
+        with self.log, self.saver:
             feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
@@ -153,8 +170,12 @@ class _Run:
                 self._save(first_bad)  # the steps before the bad image are sound
                 raise
             self._save(first_bad)
+            self.saver.drain()
+            self._tell_saves()
             if self.stop.received or verdict is Vote.STOP:
                 self.log.say(f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}")
+            if self.saver.error:
+                raise self.saver.error
         return Result(self.dir, self.step, self.step >= total)
 
     def _one_step(self, feed: Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
@@ -182,7 +203,8 @@ class _Run:
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
             metrics = self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
             failures = self._tell_failures()
-            self.log.metrics(metrics | self._failure_metrics)
+            self._tell_saves()
+            self.log.metrics(metrics | self._failure_metrics | {"checkpoint_failures": self.saver.failures})
             self.tally.check(self.step * config.train.global_batch, failures)
         return verdict, first_bad
 
@@ -218,46 +240,26 @@ class _Run:
         self._tell_failures()
         if self.step == self.saved:
             return
-        began = time.perf_counter()
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
-        state = {"step": self.step, "parameter_groups": self.names, "data": self.digest, "failures": self.tally.state()}
-        write = lambda folder: self.engine.save(folder, state)  # noqa: E731
-        path = store.save(self.dir, self.step, self.config, self.ranks, self.engine.stage, write)
+        state = {
+            "step": self.step,
+            "parameter_groups": self.names,
+            "data": self.digest,
+            "failures": self.tally.state(),
+            "failed_saves": self.saver.failures,
+        }
+        self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
         self.saved = self.step
-        seconds = time.perf_counter() - began
-        self.meter.pause(seconds)
-        self.log.say(f"saved {path} in {seconds:.1f} s")
+        self._tell_saves()
 
-
-def make_schedule(config: Config, dataset_size: int) -> Schedule:
-    """Learning-rate schedule in steps.
-
-    Raises:
-        UserError: a length of zero, or a warm-up longer than the run.
-    """
-    total = config.steps(config.train.duration, dataset_size)
-    for key, steps in (("train.duration", total), ("checkpoint.every", config.steps(config.checkpoint.every, dataset_size))):
-        if steps < 1:
-            raise UserError(f"{key} is no step at all; give at least '1 steps'")
-    warmup = config.steps(config.optim.warmup, dataset_size)
-    if warmup > total:
-        raise UserError(
-            f"optim.warmup={config.optim.warmup} is {warmup} steps, more than train.duration={config.train.duration}, {total}"
-        )
-    return Schedule(config.peak_lr, config.optim.min_lr, warmup, total)
-
-
-def make_log(run_dir: Path, total_steps: int, first_step: int) -> Log:
-    """Console, ``log.txt`` and ``log.jsonl``."""
-    return Log(
-        [
-            ConsoleSink(total_steps, first_step),
-            TextSink(run_dir / "log.txt", total_steps),
-            JsonSink(run_dir / "log.jsonl"),
-        ]
-    )
+    def _tell_saves(self) -> None:
+        for saved in self.saver.ended():
+            self.meter.pause(saved.stalled)
+            stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
+            told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
+            self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
 
 
 def _warn(rank: int, message: str) -> None:

@@ -52,3 +52,11 @@ def runs(tmp_path_factory):
     from layouts import make_runs
 
     return make_runs(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory):
+    """Checkpoints by two ranks of plain DeepSpeed in every layout: name -> (folder, live state, live moments)."""
+    from strangers import make_strangers
+
+    return make_strangers(tmp_path_factory.mktemp("strangers"))

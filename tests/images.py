@@ -1,7 +1,10 @@
 """Small sources of images for tests."""
 
+import functools
 import io
 import tarfile
+import tempfile
+import weakref
 
 import numpy as np
 from PIL import Image
@@ -29,3 +32,14 @@ def make_tar(path, samples):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+@functools.cache
+def demo_index():
+    """One index of ``demo:train`` for all runs of a test session, which would else build one each."""
+    from scale_mae.data.build import build
+
+    folder = tempfile.TemporaryDirectory()
+    weakref.finalize(demo_index, folder.cleanup)
+    build("demo:train", f"{folder.name}/demo.index", verify=False)
+    return f"{folder.name}/demo.index"

@@ -15,7 +15,9 @@ from test_train import make_config, train
 
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.export import convert_to_timm, describe, load_mae, read_export
+from scale_mae.checkpoint.convert import convert
+from scale_mae.checkpoint.export import load_mae, read_export
+from scale_mae.checkpoint.facts import describe
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
@@ -55,7 +57,7 @@ def test_reader_agrees_with_deepspeeds_own_conversion(runs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tmp_path):
     run_dir, live = runs[layout]
-    out = convert_to_timm(run_dir, tmp_path / "encoder.safetensors")
+    out = convert(run_dir, "timm", tmp_path / "encoder.safetensors")
     facts, weights = read_export(out)
     model = timm.create_model(facts["timm_name"], **facts["timm_kwargs"])
     model.load_state_dict(weights, strict=True)
@@ -76,7 +78,7 @@ def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tm
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, dtype, expected):
     run_dir, _ = runs["zero2", "fp32"]
-    out = convert_to_timm(run_dir, tmp_path / "e.safetensors", dtype)
+    out = convert(run_dir, "timm", tmp_path / "e.safetensors", dtype=dtype)
     assert {t.dtype for t in load_file(out).values()} == {expected}
     with safe_open(out, "pt") as file:
         facts = json.loads(file.metadata()["scale_mae"])
@@ -116,16 +118,12 @@ def test_other_sizes_load_by_name_and_arguments(size):
 
 
 def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path, monkeypatch):
-    from scale_mae.checkpoint import export
+    from scale_mae.checkpoint import parity
 
-    def spoiled(path, warn=print):
-        encoder = load_encoder(path)
-        encoder.norm.weight.data *= 1.01
-        return encoder
-
-    monkeypatch.setattr(export, "load_encoder", spoiled)
-    with pytest.raises(UserError, match="not written; its features differ"):
-        convert_to_timm(runs["zero2", "fp32"][0], tmp_path / "e.safetensors")
+    real = parity.timm_outputs
+    monkeypatch.setattr(parity, "timm_outputs", lambda *args: {name: t * 1.01 for name, t in real(*args).items()})
+    with pytest.raises(UserError, match="not written; its .* differs"):
+        convert(runs["zero2", "fp32"][0], "timm", tmp_path / "e.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -248,7 +246,7 @@ def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
     assert [step for step, _ in results] == [2, 2]
     print(f"peak memory of each rank: {[f'{gib:.1f} GiB' for _, gib in results]}")
     assert max(gib for _, gib in results) < 12
-    out = convert_to_timm(tmp_path / "run", tmp_path / "huge.safetensors")
+    out = convert(tmp_path / "run", "timm", tmp_path / "huge.safetensors")
     encoder = timm.create_model("vit_huge_patch14_224.mae")
     encoder.load_state_dict(load_file(out), strict=True)
     assert sum(p.numel() for p in encoder.parameters()) == 630_764_800

@@ -8,7 +8,8 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from scale_mae import UserError, load_config
-from scale_mae.checkpoint.export import build_encoder, describe, model_from_config
+from scale_mae.checkpoint.export import build_encoder, model_from_config
+from scale_mae.checkpoint.facts import describe
 from scale_mae.data.build import open_source
 from scale_mae.data.storage import DataError
 from scale_mae.evaluate.knn import features, knn_accuracy, vote

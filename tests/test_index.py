@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from scale_mae.cli import main
+from scale_mae.config import UserError
 from scale_mae.data import build as building
 from scale_mae.data import storage
 from scale_mae.data.build import build, open_source
@@ -229,7 +230,7 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     while not partial.exists() or not (np.array(building.map_file(partial)[1]["status"]) == Status.DECODED).any():
         time.sleep(0.02)
     children = psutil.Process(process.pid).children()
-    with pytest.raises(DataError, match="another process is building"):
+    with pytest.raises(UserError, match="is being built by process"):
         build(str(root), tmp_path / "x.index")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -399,7 +400,7 @@ def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", program, source, str(out)])
     while len(list(out.glob("*.tar"))) < 3:
         time.sleep(0.01)
-    with pytest.raises(DataError, match="another process"):
+    with pytest.raises(UserError, match="is being packed by process"):
         pack(source, out, short_side=16, shard_mb=0.01)
     children = psutil.Process(process.pid).children()
     process.kill()

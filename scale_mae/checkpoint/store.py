@@ -1,31 +1,26 @@
-"""Checkpoints on disk: a reader sees a whole one or none.
+"""Checkpoints on disk, as their readers see them: a whole one or none.
 
-    checkpoints/step-00000100/   manifest.json  config.yaml  latest  deepspeed/*.pt
-    checkpoints/latest           name of the newest
+    checkpoints/step-00000100/           manifest.json  config.yaml  latest  deepspeed/*.pt
+    checkpoints/damaged-step-00000080/   found damaged when the run was resumed
+    checkpoints/latest                   name of the newest, for people and scripts; nothing here relies on it
 
-A checkpoint is written to a hidden folder beside the others, every file is flushed to the disk and its checksum put in the
-manifest, and only then does the folder get its name.
+Which one is good is found by looking: the newest whose files all have the sizes and checksums that its manifest states.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_mae import __version__
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.engine.distributed import World
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
+DAMAGED = "damaged-"
 MANIFEST = "manifest.json"
 
 
@@ -59,102 +54,18 @@ def checkpoint_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done, from the folder's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / FOLDER).glob(f"{PREFIX}*") if p.is_dir())
+    return sorted(p for p in (run_dir / FOLDER).glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit())
 
 
-def save(run_dir: Path, step: int, config: Config, world: World, zero_stage: int, write: Callable[[Path], None]) -> Path:
-    """Commit a checkpoint and delete those beyond ``checkpoint.keep``. All processes call it.
-
-    Args:
-        run_dir: the run directory.
-        step: optimizer steps done.
-        config: stored beside the states.
-        world: the processes; they share the work of checksums.
-        zero_stage: of DeepSpeed.
-        write: writes this process's files into the folder it is given.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: a write failed; the new checkpoint is lost, the earlier ones are not.
-    """
-    final = run_dir / FOLDER / checkpoint_name(step)
-    staging = final.with_name(f".{final.name}.tmp")
-
-    def prepare() -> None:
-        for left_over in final.parent.glob(f".{PREFIX}*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        staging.mkdir(parents=True)
-        (staging / "config.yaml").write_text(config.to_yaml())
-
-    def commit(files: dict[str, dict[str, Any]]) -> None:
-        """Manifest, names, and only then the deletion of what is no longer kept."""
-        manifest = Manifest(step, world.size, zero_stage, config.digest(), _versions(), files)
-        (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-        _flush(staging / MANIFEST)
-        for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
-            _flush(folder)
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        pointer = final.with_name("latest.tmp")
-        pointer.write_text(final.name)
-        _flush(pointer)
-        pointer.rename(final.with_name("latest"))
-        _flush(final.parent)
-        # a newer one can only be one that was found damaged; it does not count among those kept
-        for old in [c for c in checkpoints(run_dir) if c.name <= final.name][: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-
-    try:
-        _write(world, final, staging, prepare, write, commit)
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return final
-
-
-def _write(
-    world: World,
-    final: Path,
-    staging: Path,
-    prepare: Callable[[], None],
-    write: Callable[[Path], None],
-    commit: Callable[[dict[str, dict[str, Any]]], None],
-) -> None:
-    """The steps of :func:`save`, each agreed on by all processes before the next."""
-    world.on_main(lambda: _failing_as_checkpoint(prepare, final))
-    world.together(lambda: _failing_as_checkpoint(lambda: write(staging), final))
-    mine = sorted(p for p in staging.rglob("*") if p.is_file())[world.rank :: world.size]
-    sums = world.together(lambda: _failing_as_checkpoint(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
-    files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
-    world.on_main(lambda: _failing_as_checkpoint(lambda: commit(files), final))
-
-
-def _failing_as_checkpoint(action: Callable[[], Any], final: Path) -> Any:
-    try:
-        return action()
-    except OSError as error:
-        raise CheckpointError(f"{final}: not written ({error}); earlier checkpoints are untouched") from error
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -162,9 +73,21 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    ours = {"python": platform.python_version(), "scale-mae": __version__}
-    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}
+def retained(steps: list[int], keep: int, keep_every: int | None) -> set[int]:
+    """Which checkpoints stay: the newest ``keep``, and the first of every stretch of ``keep_every`` steps.
+
+    What it drops has no bearing on what it keeps the next time, so it may be applied after every save.
+
+    Args:
+        steps: of all checkpoints.
+        keep: at least 1.
+        keep_every: in steps; the first stretch, before any multiple of it, has none to keep. None: no such ones.
+    """
+    firsts: dict[int, int] = {}
+    for step in sorted(steps) if keep_every else ():
+        firsts.setdefault(step // keep_every, step)  # type: ignore[operator]  # not None here
+    firsts.pop(0, None)
+    return {*sorted(steps)[-keep:], *firsts.values()}
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -210,7 +133,7 @@ def verify(checkpoint: Path) -> Manifest:
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, {facts['bytes']} were written)")
         try:
-            same = _sha256(path) == facts["sha256"]
+            same = sha256(path) == facts["sha256"]
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         if not same:
@@ -218,27 +141,50 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; None where there are none at all.
+def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False) -> Path | None:
+    """The newest checkpoint that verifies; None where there never was one.
 
     Args:
         run_dir: the run directory.
         warn: told of each damaged one passed over.
+        set_aside: rename those to ``damaged-step-...``, as a run does that goes on from the one before. Where that is not
+            possible they stay, and a new checkpoint of their step takes their place.
 
     Raises:
-        CheckpointError: there are checkpoints and all are damaged.
+        CheckpointError: there are checkpoints and all are damaged; then none is renamed.
     """
-    found = checkpoints(run_dir)
+    found, damaged = checkpoints(run_dir), []
     for checkpoint in reversed(found):
         try:
             verify(checkpoint)
-            return checkpoint
+            break
         except CheckpointError as error:
-            warn(f"passed over: {error}")
-    if found:
-        raise CheckpointError(
-            f"{run_dir}: all {len(found)} checkpoints are damaged; move {run_dir / FOLDER} away to start anew"
-        )
+            damaged.append((checkpoint, error))
+    else:
+        aside = list((run_dir / FOLDER).glob(f"{DAMAGED}*"))
+        if found or aside:
+            named = f"; {damaged[0][1]}" if damaged else ""
+            raise CheckpointError(
+                f"{run_dir}: all {len(found) + len(aside)} checkpoints are damaged{named}; "
+                f"to start anew, move {run_dir / FOLDER} away"
+            )
+        return None
+    for bad, why in damaged:
+        where = move_aside(bad) if set_aside else None
+        warn(f"passed over: {why}" + (f"; set aside as {where}" if where else ""))
+    return checkpoint
+
+
+def move_aside(checkpoint: Path) -> Path | None:
+    """Rename a damaged checkpoint so that nothing takes it for a good one; its new path, or None where that is forbidden."""
+    for number in range(1000):
+        target = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}" + (f".{number}" if number else ""))
+        if not target.exists():
+            try:
+                checkpoint.rename(target)
+            except OSError:
+                break
+            return target
     return None
 
 

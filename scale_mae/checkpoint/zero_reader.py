@@ -1,71 +1,91 @@
-"""A lazy view of the weights in any ZeRO checkpoint: full-precision tensors by name, one at a time.
-
-DeepSpeed keeps fp32 master weights in flat partitions, one file a process. They are memory-mapped here and only the slices of
-the tensor asked for are read. Pickles are opened with torch's restricted loader and the few DeepSpeed classes they name.
-
-    stage 0     model_states: the module; for bf16 and fp16 the masters are in its ``optimizer``, by parameter group
-    stage 1, 2  optim_states: a flat partition a group; ``param_slice_mappings`` says where each parameter lies in it
-    stage 3     optim_states: every parameter is cut in equal parts, padded, a part a process
-"""
+"""A lazy view of any ZeRO checkpoint, ours or a stranger's: fp32 masters and moments by name, only what is asked for."""
 
 from __future__ import annotations
 
 import math
-import pickle
-import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.zero_files import open_files, release
+from scale_mae.checkpoint.zero_layout import Cut, Layout, Partitioned, Unsharded
 
-_SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+# Compared to see that files belong together: so many pieces of each vector, so many values of each.
+PIECES, FEW = 8, 4096
 
 
 class ZeroReader(Mapping[str, Tensor]):
-    """Names to tensors: parameters in fp32 as the optimizer holds them, buffers as the module holds them.
+    """Names to tensors, in the order of the module's ``state_dict``.
+
+    A trainable parameter is given in fp32, as the optimizer holds it; a frozen parameter or a buffer as the module holds it.
 
     Args:
-        folder: holds ``*_model_states.pt`` and, for stages 1 to 3, ``*_optim_states.pt``.
+        folder: holds ``*_model_states.pt`` and, for stages 1 to 3, ``*_optim_states.pt``; see :func:`find_folder`.
+
+    Attributes:
+        stage: ZeRO stage.
+        world_size: processes that wrote it.
+        step: optimizer steps, those skipped for fp16 overflow included (DeepSpeed's ``global_steps``).
+        state: what our training code stored beside the states; empty for others' checkpoints.
+        parameters: names of those with an fp32 master, in the order of iteration; tied ones by all their names.
 
     Raises:
-        CheckpointError: files missing, damaged, of different runs, or of an unknown layout.
+        CheckpointError: files missing, damaged, of different saves, or of an unknown layout.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        models = _by_rank(folder, "_model_states.pt")
-        if not models:
-            raise CheckpointError(f"{folder}: holds no *_model_states.pt, so it is not a DeepSpeed checkpoint")
-        self._model = _load(models[0])
-        self._module: dict[str, Tensor] = self._model["module"]
-        self._optim = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder, "_optim_states.pt")]
-        self.stage = int(self._optim[0]["zero_stage"]) if self._optim else 0
-        if self._optim and len(self._optim) != self._model["dp_world_size"]:
-            raise CheckpointError(
-                f"{folder}: {len(self._optim)} of {self._model['dp_world_size']} *_optim_states.pt files are there"
-            )
-        if self._model.get("frozen_param_shapes"):
-            raise CheckpointError(f"{folder}: holds frozen parameters, which this reader does not support")
+        try:
+            self._open()
+        except CheckpointError:
+            raise
+        except Exception as error:  # files that are not what DeepSpeed writes can fail anywhere
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(f"{folder}: not what DeepSpeed is known to write ({reason[:200]})") from None
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the training code stored beside the states."""
-        state: dict[str, Any] = self._model.get("scale_mae", {})
-        return state
+    def _open(self) -> None:
+        self._files = open_files(self.folder)
+        model = self._files.models[0]
+        self.stage, self.world_size, self.step = self._files.stage, self._files.world_size, int(model["global_steps"])
+        self.state: dict[str, Any] = model.get("scale_mae", {})
+        self._module: dict[str, Tensor] = {n: t for n, t in model["module"].items() if isinstance(t, Tensor)}
+        self._frozen: dict[str, Any] = (model.get("frozen_param_shapes") or {}) if self.stage == 3 else {}
+        buffers = set(model["buffer_names"])
+        self._layout = self._find_layout(buffers)
+        self._own_names = self._untie(buffers)
+        self.parameters = [n for n in self._module if self._own_names.get(n, n) in self._layout.shapes]
+        self._trained = set(self.parameters)
+        self._check_counts()
+        if self.stage in (1, 2):
+            self._check_rounding()
 
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _find_layout(self, buffers: set[str]) -> Layout:
         if self.stage == 0:
-            return {n: tuple(t.shape) for n, t in self._module.items() if n not in self._model["buffer_names"]}
-        return {n: tuple(shape) for group in self._model["param_shapes"] for n, shape in group.items()}
+            first: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+            for name in (n for n in self._module if n not in buffers):
+                first.setdefault(_place(self._module[name]), (name, self._module[name]))
+            return Unsharded(self._files, self.folder, dict(first.values()))
+        return Cut(self._files, self.folder) if self.stage == 3 else Partitioned(self._files, self.folder)
+
+    def _untie(self, buffers: set[str]) -> dict[str, str]:
+        """Further names of tied parameters -> the name by which the parameter is known.
+
+        They are found by their place in the file; DeepSpeed's own list misses a module that has two names.
+        """
+        known = {_place(self._module[n]): n for n in (*self._frozen, *self._layout.shapes) if n in self._module}
+        ties = {}
+        for name, tensor in self._module.items():
+            if name in buffers or name in self._layout.shapes or name in self._frozen:
+                continue
+            if _place(tensor) in known:
+                ties[name] = known[_place(tensor)]
+            elif self.stage == 3:
+                raise CheckpointError(f"{self.folder}: DeepSpeed saved nothing of {name}, as the optimizer was not given it")
+        return ties
 
     def __iter__(self) -> Iterator[str]:
         yield from self._module
@@ -74,70 +94,99 @@ class ZeroReader(Mapping[str, Tensor]):
         return len(self._module)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._model["buffer_names"]:
-            return self._module[name]
-        shape = self._shapes[name]
-        flat = {0: self._unsharded, 1: self._fragments, 2: self._fragments, 3: self._parts}[self.stage](name)
-        if flat.numel() != math.prod(shape):
-            raise CheckpointError(f"{self.folder}: {name} has {flat.numel()} values, {list(shape)} needs {math.prod(shape)}")
-        return flat.float().reshape(shape)
+        own = self._own_names.get(name, name)
+        if name in self._trained:
+            return self.flat(name).reshape(self._layout.shapes[own])
+        if own not in self._frozen:
+            return self._module[name].detach()
+        shape = self.shape(name)
+        parts = [model["frozen_param_fragments"][own].detach().reshape(-1) for model in self._files.models]
+        if {part.dtype for part in parts} != {self.dtype(name)}:
+            raise CheckpointError(f"{self.folder}: {name} is stored quantized, a layout that is not supported")
+        return torch.cat(parts)[: math.prod(shape)].reshape(shape)
 
-    def _unsharded(self, name: str) -> Tensor:
-        masters = (self._model["optimizer"] or {}).get("fp32_groups")
-        if masters is None:
-            return self._module[name].reshape(-1)
-        for names, tensors in zip(self.state["parameter_groups"], masters, strict=True):
-            if name in names:
-                master: Tensor = tensors[names.index(name)]
-                return master.detach().reshape(-1)
-        raise KeyError(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; reads nothing."""
+        own = self._own_names.get(name, name)
+        shapes = next((shapes for shapes in (self._layout.shapes, self._frozen) if own in shapes), None)
+        return tuple(shapes[own] if shapes else self._module[name].shape)
 
-    def _fragments(self, name: str) -> Tensor:
-        found = []
-        for states in self._optim:
-            for group, places in enumerate(states["param_slice_mappings"]):
-                if name in places:
-                    partition = states["single_partition_of_fp32_groups"][group]
-                    found.append(partition.narrow(0, places[name].start, places[name].numel))
-        return torch.cat(found) if len(found) != 1 else found[0]
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of what ``reader[name]`` gives; reads nothing."""
+        return torch.float32 if name in self._trained else self._module[name].dtype
 
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where each parameter's part begins in the concatenation of a process's stage-3 groups."""
-        starts, start = {}, 0
-        for name, shape in self._shapes.items():
-            starts[name] = start
-            start += self._part_size(shape)
-        return starts
+    def flat(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Tensor:
+        """Values ``[start:stop)`` of a trainable parameter, flattened; only these are read.
 
-    def _part_size(self, shape: tuple[int, ...]) -> int:
-        return -(-math.prod(shape) // len(self._optim))
+        Args:
+            name: one of ``parameters``.
+            key: ``fp32`` for the master weight, or the optimizer's name of a moment (AdamW: ``exp_avg``, ``exp_avg_sq``).
+            start: first value.
+            stop: end; None is the parameter's own.
 
-    def _parts(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        size = self._part_size(shape)
-        parts = []
-        for states in self._optim:
-            start = self._starts[name]
-            for group in states["fp32_flat_groups"]:
-                if start < group.numel():
-                    parts.append(group.narrow(0, start, size))
-                    break
-                start -= group.numel()
-        return torch.cat(parts)[: math.prod(shape)]
+        Returns:
+            One-dimensional, fp32. Where it lies in one piece, a view of the file.
+
+        Raises:
+            CheckpointError: the optimizer has no such state.
+            KeyError: no such parameter.
+        """
+        own = self._own_names.get(name, name)
+        start, stop, _ = slice(start, stop).indices(math.prod(self._layout.shapes[own]))
+        found, begin = [], 0
+        for rank, group, place, size in self._layout.pieces(own):
+            low, high = max(start, begin), min(stop, begin + size)
+            if low < high:
+                vector = self._layout.master(rank, group) if key == "fp32" else self._layout.state(rank, group).get(key)
+                if vector is None:
+                    raise CheckpointError(f"{self.folder}: its optimizer holds no {key} of {name}")
+                found.append(vector.detach().reshape(-1).narrow(0, place + low - begin, high - low).float())
+            begin += size
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+
+    def optimizer_step(self, name: str) -> float | None:
+        """The optimizer's own count of a parameter's updates; None before the first.
+
+        Raises:
+            KeyError: no such parameter.
+        """
+        rank, group, *_ = next(self._layout.pieces(self._own_names.get(name, name)))
+        step = self._layout.state(rank, group).get("step")
+        return None if step is None else float(step)
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system.
+
+        Tensors that are views of the files stay valid and are read anew; what was written into them is lost.
+        """
+        release(self._files.maps)
+
+    def _check_counts(self) -> None:
+        """All processes' optimizers have made as many updates."""
+        for group in range(self._layout.groups if self.stage else 0):
+            steps = [self._layout.state(rank, group).get("step") for rank in range(self.world_size)]
+            counts = [None if step is None else float(step) for step in steps]
+            for rank, count in enumerate(counts):
+                if count != counts[0]:
+                    made = f"rank 0's optimizer has made {counts[0]} updates, rank {rank}'s {count}"
+                    raise CheckpointError(f"{self.folder}: {made}: different saves")
+
+    def _check_rounding(self) -> None:
+        """The module's weights are the rounded masters, in some small pieces of every process's every vector."""
+        left = {(rank, group): PIECES for rank in range(self.world_size) for group in range(self._layout.groups)}
+        for name in sorted(self._layout.shapes, key=lambda n: math.prod(self._layout.shapes[n])):
+            begin = 0
+            for rank, group, _, size in self._layout.pieces(name):
+                left[rank, group] -= 1
+                if left[rank, group] >= 0:
+                    weight = self._module[name].detach().reshape(-1)[begin : begin + min(size, FEW)]
+                    master = self.flat(name, start=begin, stop=begin + weight.numel()).to(weight.dtype)
+                    if not torch.equal(weight.nan_to_num(), master.nan_to_num()):
+                        differ = f"{name} in *_model_states.pt is not the rounded master of rank {rank}"
+                        raise CheckpointError(f"{self.folder}: {differ}: different saves")
+                begin += size
 
 
-def _by_rank(folder: Path, suffix: str) -> list[Path]:
-    def rank(path: Path) -> int:
-        found = re.search(r"zero_pp_rank_(\d+)", path.name)
-        return int(found.group(1)) if found else 0
-
-    return sorted(folder.glob(f"*{suffix}"), key=rank)
-
-
-def _load(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_SAFE):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that were one when saved; ZeRO-3 leaves of a parameter an empty tensor, still one for all its names."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)

@@ -5,14 +5,12 @@ The rows lie in ``OUT.partial`` from the start and are filled in place, so that 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from scale_mae.data.pillow import Header, examine
 from scale_mae.data.sources import list_images
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import run_each, shared, start_workers
+from scale_mae.lock import alone
 from scale_mae.resources import available_cores
 
 CHUNK = 200  # images of one task
@@ -48,7 +47,7 @@ def build(
     """
     out, source = Path(out), os.path.abspath(source) if os.path.exists(source) else source
     partial = out.with_name(out.name + ".partial")
-    with alone(partial):
+    with alone(partial.with_name(f"{partial.name}.lock"), f"{out} is being built"):
         if not partial.exists():
             _write_listing(source, partial, verify)
         metadata, rows, paths = map_file(partial, "r+")
@@ -84,35 +83,6 @@ def open_source(source: str) -> Index:
         return Index.open(own)
     with tempfile.TemporaryDirectory() as folder:
         return build(source, Path(folder) / "data.index", verify=False)  # stays mapped after its file is gone
-
-
-@contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """Hold a lock beside ``target``: two processes must not build the same thing.
-
-    Raises:
-        DataError: another one does, or nothing can be written there.
-    """
-    lock = target.with_name(target.name + ".lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # not one that its holder has just removed
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        except OSError:
-            mine = True  # a file system without locks
-        if not mine:
-            raise DataError(f"{target}: another process is building this")
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _write_listing(source: str, partial: Path, verify: bool) -> None:

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from scale_mae.data.build import Progress, alone, build, open_source
+from scale_mae.data.build import Progress, build, open_source
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.data.pillow import encode_upright
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.sources import CLASSES, NO_LABEL
 from scale_mae.data.storage import DataError, ImageError
 from scale_mae.data.workers import run_each, shared
+from scale_mae.lock import alone
 from scale_mae.resources import available_cores
 
 TRIED = 100  # images encoded for trial, to learn how large they become
@@ -83,7 +84,7 @@ def pack(
     settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
     packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
     try:
-        with alone(folder / NAME):
+        with alone(folder / f"{NAME}.lock", f"{folder} is being packed"):
             packing = replace(packing, per_shard=_begin(packing, settings))
             _write_missing(packing, workers, progress or (lambda done, total: None))
             left_out = [line for path in sorted(folder.glob(f"*{LEFT_OUT}")) for line in path.read_text("utf-8").splitlines()]

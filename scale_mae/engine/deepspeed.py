@@ -15,7 +15,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from scale_mae.config import Config, ConfigError, UserError
+from scale_mae.checkpoint import resume
+from scale_mae.config import Config, ConfigError
 from scale_mae.engine import TAG
 from scale_mae.engine.distributed import World
 from scale_mae.engine.optim import build_adamw
@@ -24,8 +25,21 @@ from scale_mae.model.mae import MAE
 
 
 def engine_json(config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the sharding of ``engine.deepspeed``, the rest from Config."""
-    return config.deepspeed_json() | {
+    """The complete DeepSpeed configuration: the sharding of ``engine.deepspeed``, the rest from Config.
+
+    Raises:
+        ConfigError: no such file, or one that asks for what checkpoints here do not cover.
+    """
+    content = config.deepspeed_json()
+    zero = content.get("zero_optimization")
+    for key, value in zero.items() if isinstance(zero, dict) else ():
+        nvme = isinstance(value, dict) and value.get("device") == "nvme"
+        if nvme or (key == "elastic_checkpoint" and value):
+            raise ConfigError(
+                f"engine.deepspeed={config.engine.deepspeed}: {key} {'on nvme ' if nvme else ''}is not supported; "
+                f"{'offload to cpu' if nvme else 'runs resume on any number of processes without it'}"
+            )
+    return content | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),
         # explicit, because leaving it out means clipping at 1.0 to DeepSpeed
@@ -84,6 +98,7 @@ class Engine:
         if unsharded:
             self._optimizer.optimizer.state.clear()
         self._scales_loss = unsharded and config.train.precision == "fp16"
+        resume.clear_padding(self._engine, world.rank)
 
     @property
     def stage(self) -> int:
@@ -132,50 +147,60 @@ class Engine:
         shards = [getattr(p, "ds_tensor", p).detach() for p in self.model.parameters()]
         return bool(torch.stack([s.isfinite().all() for s in shards]).all())
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
+    def save(self, folder: Path, state: dict[str, Any]) -> list[Path]:
         """Write model, optimizer and ``state`` to ``folder`` in DeepSpeed's layout. All processes call it.
+
+        Args:
+            folder: the same for all processes, or each process's own.
+            state: whatever is to be found again in ``ZeroReader.state``.
+
+        Returns:
+            The files that this process wrote.
 
         Raises:
             OSError: this process could not write; raised after all have passed DeepSpeed's barriers.
         """
         problems: list[Exception] = []
-
-        def kept(write: Callable[..., Any]) -> Callable[..., Any]:
-            def attempt(*args: Any, **kwargs: Any) -> Any:
-                try:
-                    return write(*args, **kwargs)
-                except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
-                    problems.append(error)
-
-            return attempt
+        written: list[Path] = []
+        engine, files = self._engine, self._engine.checkpoint_engine
+        write = files.save
 
         # An error on one process must not leave the others waiting in DeepSpeed's barriers: keep it until the end.
+        def attempt(action: Callable[[], object]) -> None:
+            try:
+                action()
+            except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+                problems.append(error)
+
+        def save(state_dict: Any, path: str) -> None:
+            written.append(Path(path))
+            attempt(lambda: write(state_dict, path))
+
+        attempt(lambda: (folder / TAG).mkdir(parents=True, exist_ok=True))
         with (
-            patch.object(self._engine.checkpoint_engine, "save", kept(self._engine.checkpoint_engine.save)),
-            patch.object(self._engine, "_copy_recovery_script", kept(self._engine._copy_recovery_script)),
+            patch.object(files, "save", save),
+            patch.object(files, "makedirs"),  # the first process would make the folder, on its own node
+            patch.object(engine, "_copy_recovery_script"),  # scale-mae convert does that work
         ):
-            self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"scale_mae": state}, save_latest=False)
-        if problems:
-            raise OSError(*getattr(problems[0], "args", ())) from problems[0]
+            client = {"scale_mae": state | {"engine": resume.counters(engine)}}
+            engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
+        for problem in problems:
+            raise problem if isinstance(problem, OSError) else OSError(str(problem)) from problem
         if self.world.is_main:
             (folder / "latest").write_text(TAG)  # for DeepSpeed's own tools
+            written.append(folder / "latest")
+        return written
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from what :meth:`save` wrote; its ``state``. Hyper-parameters stay those of the Config.
+        """Continue from what :meth:`save` wrote, on any number of processes and at any stage; its ``state``.
+
+        Hyper-parameters stay those of the Config. All processes call it.
 
         Raises:
-            UserError: DeepSpeed cannot read it.
+            CheckpointError: it cannot be read, or is not of this model; raised on all processes.
         """
-        owned = [{k: group[k] for k in ("weight_decay", "betas", "eps")} for group in self._optimizer.param_groups]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                path, client = self._engine.load_checkpoint(str(folder), tag=TAG)
-        except Exception as error:  # DeepSpeed raises what its pickles raise
-            raise UserError(f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {error})") from error
-        if path is None:
-            raise UserError(f"{folder}: holds no DeepSpeed checkpoint")
-        for group, values in zip(self._optimizer.param_groups, owned, strict=True):
-            group.update(values)
-        state: dict[str, Any] = client["scale_mae"]
-        return state
+        engine, rank = self._engine, self.world.rank
+        reader = self.world.together(lambda: resume.open_for(engine, folder / TAG))
+        self.world.together(lambda: resume.fill(engine, reader, rank))
+        resume.publish(engine, rank)
+        return reader.state

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
@@ -52,6 +52,10 @@ class World:
     def barrier(self) -> None:
         """Wait for every process."""
         dist.barrier(group=self.control)
+
+    def separate(self) -> World:
+        """The same processes, for a thread of its own: what it says does not mix with the main thread's. All call it."""
+        return replace(self, control=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""

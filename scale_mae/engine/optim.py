@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_mae.config import OptimConfig
+from scale_mae.config import Config, OptimConfig, UserError
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -58,3 +58,21 @@ class Schedule:
             return self.peak_lr * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_schedule(config: Config, dataset_size: int) -> Schedule:
+    """Learning-rate schedule in steps.
+
+    Raises:
+        UserError: a length of zero, or a warm-up longer than the run.
+    """
+    total = config.steps(config.train.duration, dataset_size)
+    for key, steps in (("train.duration", total), ("checkpoint.every", config.steps(config.checkpoint.every, dataset_size))):
+        if steps < 1:
+            raise UserError(f"{key} is no step at all; give at least '1 steps'")
+    warmup = config.steps(config.optim.warmup, dataset_size)
+    if warmup > total:
+        raise UserError(
+            f"optim.warmup={config.optim.warmup} is {warmup} steps, more than train.duration={config.train.duration}, {total}"
+        )
+    return Schedule(config.peak_lr, config.optim.min_lr, warmup, total)

@@ -142,3 +142,14 @@ def describe(metrics: Metrics, total_steps: int) -> str:
         f"lr {metrics['lr']:.2e}  grad norm {'-' if norm is None else format(norm, '.3g')}  "
         f"{metrics['images_per_s']:.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
     )
+
+
+def make_log(run_dir: Path, total_steps: int, first_step: int) -> Log:
+    """Console, ``log.txt`` and ``log.jsonl``."""
+    return Log(
+        [
+            ConsoleSink(total_steps, first_step),
+            TextSink(run_dir / "log.txt", total_steps),
+            JsonSink(run_dir / "log.jsonl"),
+        ]
+    )

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from scale_mae.model.masking import kept_patches, random_masking
 from scale_mae.model.positions import sincos_table
-from scale_mae.model.sizes import SIZES, Flops, Size, mae_flops
+from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES, Flops, Size, mae_flops
 from scale_mae.model.targets import Target, make_target
 
-LAYER_NORM_EPS = 1e-6
+TABLES = ("pos_embed", "decoder_pos_embed")  # fp32 buffers, never trained
 
 
 class MAEOutput(NamedTuple):
@@ -121,12 +121,14 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MAE:
-        # Casting the module to bf16 would round the position tables; they are a function of the grid, so remake them.
+        # Casting the module to bf16 would round the position tables, and one that came with learned weights cannot be remade:
+        # they move with the module, but stay fp32.
+        kept = {name: getattr(self, name) for name in TABLES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, width in (("pos_embed", self.size.width), ("decoder_pos_embed", self.decoder_embed.out_features)):
-            table: Tensor = getattr(self, name)
-            if table.dtype != torch.float32:
-                setattr(self, name, sincos_table(width, self.grid).to(table.device))
+        for name, table in kept.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, table.to(moved.device, torch.float32))
         return self
 
     def _embed(self, images_B3HW: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LAYER_NORM_EPS = 1e-6  # of every norm of encoder and decoder
+
 
 @dataclass(frozen=True)
 class Size:

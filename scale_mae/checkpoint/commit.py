@@ -1,0 +1,288 @@
+"""Checkpoints are committed: written aside, flushed, sealed by checksums, and only then given their name.
+
+    1  every process writes its files, to a hidden folder beside the checkpoints, or first to its node's own disk
+    2  every process flushes its files and takes their checksums
+    3  the first process writes the manifest, flushes the folder, renames it, renames the ``latest`` pointer
+    4  it deletes what is no longer kept
+
+Each step begins when all processes are through with the one before. With a node-local folder only the local write holds up
+training; a thread does the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scale_mae import __version__
+from scale_mae.checkpoint.store import (
+    FOLDER,
+    MANIFEST,
+    PREFIX,
+    CheckpointError,
+    Manifest,
+    checkpoint_name,
+    checkpoints,
+    move_aside,
+    read_manifest,
+    retained,
+    sha256,
+    step_of,
+)
+from scale_mae.config import Config, UserError
+from scale_mae.engine.distributed import World
+
+Write = Callable[[Path], list[Path]]
+BLOCK = 1 << 22  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended.
+
+    Attributes:
+        path: the checkpoint; None when it was lost.
+        error: why it was lost.
+        seconds: from its beginning until it had its name, or was lost.
+        stalled: of these, how long training stood still.
+    """
+
+    path: Path | None
+    error: CheckpointError | None
+    seconds: float
+    stalled: float
+
+
+class Saver:
+    """Writes the checkpoints of a run. All processes make one, and call the same methods at the same steps.
+
+    A context: left in order or by a :class:`UserError`, it first finishes what is under way.
+
+    Args:
+        run_dir: the run directory.
+        config: stored in each checkpoint; ``checkpoint`` says how many are kept, and whether a local folder comes first.
+        world: the processes.
+        zero_stage: of DeepSpeed.
+        nbytes: what a checkpoint takes at most.
+        keep_every: ``checkpoint.keep_every`` in steps.
+        failures: saves that were lost before this process began; goes on counting.
+
+    Attributes:
+        error: why the save that ended last was lost; None when it was not.
+
+    Raises:
+        CheckpointError: the local folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        world: World,
+        *,
+        zero_stage: int,
+        nbytes: int,
+        keep_every: int | None = None,
+        failures: int = 0,
+    ) -> None:
+        self.config, self.world, self.zero_stage, self.nbytes, self.keep_every = config, world, zero_stage, nbytes, keep_every
+        self.folder, self.failures = run_dir / FOLDER, failures
+        self.error: CheckpointError | None = None
+        self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        self._publishing: threading.Thread | None = None
+        self._local: Path | None = None
+        if config.checkpoint.local_dir:
+            # the run's path names its folder, so that runs may share a disk; each process has its own part of it
+            run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+            self._local = Path(config.checkpoint.local_dir) / f"scale_mae-{run}" / f"rank-{world.rank}"
+            if world.local_rank == 0:
+                shutil.rmtree(self._local.parent, ignore_errors=True)  # left by a process that was killed
+            world.barrier()
+            world.together(lambda: _lost(self._clear_local, self._local))
+            self._behind = world.separate()
+
+    def save(self, step: int, write: Write) -> None:
+        """Write a checkpoint; ``write`` puts this process's files into a folder and names them. See :meth:`ended`."""
+        self.drain()  # one at a time
+        began = time.perf_counter()
+        path, error, written, local = None, None, [], self._local
+        try:
+            if local is None:
+                path = self._commit(self.world, step, write)
+            else:
+                written = self.world.together(lambda: _lost(lambda: self._write_local(write), local))
+        except CheckpointError as lost:
+            error = lost
+        stalled = time.perf_counter() - began
+        if path or error:
+            self._end(Saved(path, error, stalled, stalled))
+        else:
+            self._publishing = threading.Thread(target=self._publish, args=(step, written, began, stalled), daemon=True)
+            self._publishing.start()
+
+    def ended(self) -> list[Saved]:
+        """Saves that have ended since the last call, on this process."""
+        return [self._ended.get() for _ in range(self._ended.qsize())]
+
+    def drain(self) -> None:
+        """Wait for the save under way."""
+        if self._publishing:
+            self._publishing.join()
+            self._publishing = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None or issubclass(kind, UserError):  # others may mean that a process is gone, and nobody to wait for
+            self.drain()
+
+    def _publish(self, step: int, written: list[Path], began: float, stalled: float) -> None:
+        local = self._local
+        assert local
+        try:
+            path, error = self._commit(self._behind, step, lambda staging: [_copy(p, local, staging) for p in written]), None
+        except CheckpointError as lost:
+            path, error = None, lost
+        except Exception as trouble:  # in a thread of its own nobody would hear of it
+            path, error = None, CheckpointError(f"{self.folder / checkpoint_name(step)}: not published ({trouble})")
+        shutil.rmtree(local, ignore_errors=True)
+        self._end(Saved(path, error, time.perf_counter() - began, stalled))
+
+    def _end(self, saved: Saved) -> None:
+        self.error = saved.error
+        self.failures += saved.path is None
+        self._ended.put(saved)
+
+    def _commit(self, world: World, step: int, write: Write) -> Path:
+        """The four steps of this module's text."""
+        final = self.folder / checkpoint_name(step)
+        staging = final.with_name(f".{final.name}.tmp")
+        try:
+            world.on_main(lambda: _lost(lambda: self._prepare(staging), final))
+            written = world.together(lambda: _lost(lambda: write(staging), final))
+            mine = written + ([staging / "config.yaml"] if world.is_main else [])
+            sums = world.together(lambda: _lost(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
+            files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
+            manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), _versions(), files)
+            world.on_main(lambda: _lost(lambda: self._name(manifest, staging, final), final))
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if world.is_main:
+            self._prune(final)
+        return final
+
+    def _prepare(self, staging: Path) -> None:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in staging.parent.glob(f".{PREFIX}*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        _check_space(staging.parent, self._size())
+        staging.mkdir()
+        (staging / "config.yaml").write_text(self.config.to_yaml())
+
+    def _size(self) -> int:
+        """Bytes of the next checkpoint: as many as the last one has, or what was reckoned."""
+        for checkpoint in reversed(checkpoints(self.folder.parent)):
+            try:
+                return sum(int(facts["bytes"]) for facts in read_manifest(checkpoint).files.values())
+            except (CheckpointError, KeyError, TypeError, ValueError):
+                continue
+        return self.nbytes
+
+    def _name(self, manifest: Manifest, staging: Path, final: Path) -> None:
+        (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        _flush(staging / MANIFEST)
+        for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
+            _flush(folder)
+        if final.exists():  # found damaged when the run was resumed, and could not be moved then
+            move_aside(final)
+        staging.rename(final)
+        pointer = final.with_name("latest.tmp")
+        pointer.write_text(final.name)
+        _flush(pointer)
+        pointer.rename(final.with_name("latest"))
+        _flush(final.parent)
+
+    def _prune(self, newest: Path) -> None:
+        """Delete what is no longer kept. The newest is whole by now; one that is newer by name is from before a resume."""
+        older = {step_of(c): c for c in checkpoints(newest.parent.parent) if c.name <= newest.name}
+        kept = retained(list(older), self.config.checkpoint.keep, self.keep_every)
+        for step in older.keys() - kept:
+            hidden = older[step].with_name(f".{older[step].name}.tmp")  # a name first: half of one must not look like one
+            try:
+                older[step].rename(hidden)
+                shutil.rmtree(hidden)
+            except OSError:
+                continue  # tried again after the next save
+
+    def _clear_local(self) -> None:
+        assert self._local
+        shutil.rmtree(self._local, ignore_errors=True)
+        self._local.mkdir(parents=True)
+
+    def _write_local(self, write: Write) -> list[Path]:
+        assert self._local
+        self._clear_local()
+        _check_space(self._local, self.nbytes // self.world.size)
+        return write(self._local)
+
+
+def _lost(action: Callable[[], Any], final: Path | None) -> Any:
+    """Run ``action``; what the disk has against it becomes the loss of this checkpoint, not of the run."""
+    try:
+        return action()
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise CheckpointError(f"{final}: not written ({reason}); earlier checkpoints are untouched") from error
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
+
+
+def _copy(path: Path, source: Path, target: Path) -> Path:
+    """Copy a file to the same place under ``target``, and look whether it came through."""
+    out = target / path.relative_to(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with open(path, "rb") as reading, open(out, "wb") as writing:
+        while block := reading.read(BLOCK):
+            digest.update(block)
+            writing.write(block)
+    if sha256(out) != digest.hexdigest():
+        raise OSError(f"{out} differs from {path} after copying")
+    return out
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _versions() -> dict[str, str]:
+    ours = {"python": platform.python_version(), "scale-mae": __version__}
+    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}

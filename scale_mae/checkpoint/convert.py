@@ -1,0 +1,257 @@
+"""Checkpoints become inference weights: written aside, verified against the checkpoint, and only then given their name."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
+from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
+from scale_mae.checkpoint.store import FOLDER, MANIFEST, locate, read_config, read_manifest
+from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles
+from scale_mae.checkpoint.zero_files import find_folder
+from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.config import Config, UserError
+from scale_mae.engine import TAG
+from scale_mae.lock import alone
+from scale_mae.model.positions import resize_table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_GB = 5.0
+RELEASE_EVERY = 1 << 25  # bytes of a checkpoint that are held mapped at most, but for one tensor
+TABLES = ("pos_embed", "decoder_pos_embed")
+
+
+def convert(
+    checkpoint: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    image_size: tuple[int, int] | None = None,
+    pool: Pool = "token",
+    max_shard_gb: float | None = None,
+    warn: Callable[[str], None] = print,
+) -> Path:
+    """Write a checkpoint as inference weights. They get their name after a forward pass equalled the checkpoint's.
+
+    Where the model's code is not known (``state_dict`` of what others trained), every tensor is read again and compared to the
+    bit instead. A file of the same name is replaced; a folder too if it is an export and holds nothing else.
+
+    Args:
+        checkpoint: a run directory or a checkpoint; for ``state_dict`` also a folder that plain DeepSpeed code wrote.
+        to: one of ``FORMATS``, see docs/weights.md.
+        out: file or folder.
+        dtype: of the weights: ``fp32``, ``bf16`` or ``fp16``. ``state_dict`` leaves buffers as they are.
+        image_size: (height, width) to interpolate the position tables to.
+        pool: how an encoder makes one vector of an image: ``token`` or ``avg``.
+        max_shard_gb: largest file in a folder of ``state_dict`` (default: 5).
+        warn: told of damaged checkpoints that were passed over.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: no usable checkpoint, a format that cannot express it, ``out`` not writable, or outputs that differ.
+    """
+    out = Path(out)
+    folder = _check_request(to, out, dtype, pool, max_shard_gb)
+    if _is_ours(Path(checkpoint)):  # seconds, while checksums are taken
+        threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()
+    source = _open(Path(checkpoint), to, dtype, image_size, pool, warn)
+    source = replace(source, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
+    staging = out.with_name(f".{out.name}.tmp")
+    with alone(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            target = staging / out.name
+            (target if folder else staging).mkdir(parents=True)
+            FORMATS[to].write(source, target)
+            if folder:
+                names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
+                (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
+            _verify(source, to, target, out)
+            give_name(staging, target, out)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{out}: not written ({' '.join(str(error).split())})") from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _check_request(to: str, out: Path, dtype: str, pool: Pool, max_shard_gb: float | None) -> bool:
+    """Refuse what cannot be meant; whether ``out`` is to be a folder."""
+    if to not in FORMATS:
+        raise UserError(f"--to {to}: unknown format; there are {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if pool == "avg" and (FORMATS[to].whole or to == "vit"):
+        raise UserError(f"--pool avg: --to {to} pools nothing; it is for timm, onnx and torch_export")
+    suffix = FORMATS[to].suffix
+    folder = FORMATS[to].folder and (suffix is None or out.suffix != suffix)
+    if not folder and out.suffix != suffix:
+        raise UserError(f"--out {out}: the name of a file for --to {to} ends in {suffix}")
+    if folder and out.suffix == SAFETENSORS:
+        raise UserError(f"--out {out}: --to {to} writes a folder")
+    if max_shard_gb is not None and (to != "state_dict" or not folder):
+        raise UserError("--max-shard-gb: only for --to state_dict with a folder as --out")
+    if max_shard_gb is not None and not 0 < max_shard_gb < math.inf:
+        raise UserError(f"--max-shard-gb {max_shard_gb}: not a size")
+    if folder and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: --to {to} writes a folder, and a file is there")
+    if not folder and out.is_dir():
+        raise UserError(f"--out {out}: --to {to} writes a file, and a folder is there")
+    if folder and out.is_dir() and not _replaceable(out):
+        raise UserError(f"--out {out}: this folder holds something else than an earlier export; choose another name")
+    return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    """Empty, or an export of ours that nobody put anything into."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        return not names or names <= set(json.loads((folder / FACTS_FILE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / FOLDER).is_dir() or (path / MANIFEST).is_file()
+
+
+def _open(
+    path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool, warn: Callable[[str], None]
+) -> Source:
+    if path.is_dir() and not _is_ours(path):
+        return _open_foreign(path, to, dtype, image_size)
+    checkpoint = locate(path, warn)
+    config = read_config(checkpoint)
+    facts = describe(config, read_manifest(checkpoint).step, image_size, pool) | {"format": to, "dtype": dtype}
+    reader = ZeroReader(checkpoint / TAG)
+    weights = _lazily(reader)
+    if image_size and image_size != config.model.image_size:
+        config, weights = _resized(config, weights, image_size)
+    return Source(weights, dtype, facts, config, _rounded(weights, reader, to, dtype))
+
+
+def _open_foreign(path: Path, to: str, dtype: str, image_size: tuple[int, int] | None) -> Source:
+    reader = ZeroReader(find_folder(path))
+    if to != "state_dict" or image_size:
+        what = f"--to {to}" if to != "state_dict" else "--image-size"
+        raise UserError(f"{path}: not a checkpoint of scale-mae; {what} needs to know the model (use --to state_dict)")
+    weights = _lazily(reader)
+    facts = {"format": to, "dtype": dtype, "step": reader.step, "zero_stage": reader.stage, "world_size": reader.world_size}
+    return Source(weights, dtype, facts, None, _rounded(weights, reader, to, dtype))
+
+
+def _lazily(reader: ZeroReader) -> dict[str, Lazy]:
+    """A checkpoint's tensors; now and then the pages read for earlier ones are given back."""
+    mapped = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal mapped
+        if mapped >= RELEASE_EVERY:
+            reader.release()
+            mapped = 0
+        tensor = reader[name]
+        mapped += tensor.nbytes
+        return tensor
+
+    return {name: Lazy(reader.shape(name), reader.dtype(name), partial(read, name)) for name in reader}
+
+
+def _resized(config: Config, weights: dict[str, Lazy], image_size: tuple[int, int]) -> tuple[Config, dict[str, Lazy]]:
+    model = config.model
+    if any(side < 1 or side % p for side, p in zip(image_size, model.patch, strict=True)):
+        raise UserError(f"--image-size {image_size[0]}x{image_size[1]}: not divisible by patches of {list(model.patch)} pixels")
+    old, new = ((height // model.patch[0], width // model.patch[1]) for height, width in (model.image_size, image_size))
+
+    def resized(table: Lazy) -> Lazy:
+        shape = (1, 1 + math.prod(new), table.shape[2])
+        return replace(table, shape=shape, read=lambda: resize_table(table.read(), old, new))
+
+    tables = {name: resized(weights[name]) for name in TABLES}
+    return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables
+
+
+def _rounded(weights: Mapping[str, Lazy], reader: ZeroReader, to: str, dtype: str) -> dict[str, Lazy]:
+    trained = set(reader.parameters)
+    return {n: t.to(DTYPES[dtype]) if to != "state_dict" or n in trained else t for n, t in weights.items()}
+
+
+class _Read(Mapping[str, Tensor]):
+    """Lazy tensors as a plain mapping."""
+
+    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].read()
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _verify(source: Source, to: str, target: Path, out: Path) -> None:
+    """Raise a UserError unless what was written is, or computes, what the checkpoint does."""
+    if source.config is None:
+        _compare_bits(source, target, out)
+        return
+    from scale_mae.checkpoint.parity import Probe, empty_mae, encoder_outputs, mae_outputs, require_equal, streamed
+
+    layout, model = FORMATS[to], empty_mae(source.config)
+    probe = Probe.of(source.config, layout.images)
+    with streamed(model, _Read(source.weights)):
+        pool = source.facts["timm_kwargs"]["global_pool"]
+        expected = mae_outputs(model, probe) if layout.whole else encoder_outputs(model, probe, pool)
+    require_equal(expected, layout.outputs(source, target, probe), source.dtype, out)
+
+
+def _compare_bits(source: Source, target: Path, out: Path) -> None:
+    written = TensorFiles(target)
+    if set(written) != set(source.exported):
+        raise UserError(f"{out}: not written; it would lack {sorted(set(source.exported) ^ set(written))[:3]}")
+    for name, tensor in source.exported.items():
+        wanted, got = tensor.read().contiguous(), written[name]
+        same = wanted.shape == got.shape and wanted.dtype == got.dtype
+        if not same or not torch.equal(wanted.reshape(-1).view(torch.uint8), got.reshape(-1).view(torch.uint8)):
+            raise UserError(f"{out}: not written; {name} reads back otherwise than it is in the checkpoint")
+
+
+def give_name(staging: Path, target: Path, out: Path) -> None:
+    """Flush everything to the disk, then rename; a folder that is replaced steps aside for the moment."""
+    files = sorted(p for p in staging.rglob("*") if p.is_file())
+    for path in [*files, *({p.parent for p in files})]:
+        _flush(path)
+    if target.is_dir():
+        if out.is_dir():
+            out.rename(staging / "replaced")
+        target.rename(out)
+    else:
+        for path in sorted(files, key=lambda p: p == target):  # the file itself comes after those that it names
+            os.replace(path, out.with_name(path.name))
+    _flush(out.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,159 @@
+"""What the surroundings of weights tell about them: the options of the reference, the config files of timm and transformers.
+
+Shapes tell widths, depths and patches; attention heads, norm epsilon and pixel statistics they do not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.weights_file import Opened
+from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
+
+HUGGINGFACE_EPS = 1e-12  # of transformers' ViT and ViTMAE where the config does not say
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from and what is known of them; None where nothing says.
+
+    Attributes:
+        kind: in words.
+        heads: attention heads of the encoder.
+        decoder_heads: of the decoder.
+        image_size: (height, width) in pixels.
+        layer_norm_eps: of all norms.
+        mean: channel means (red, green, blue) that images in [0, 1] were normalised with.
+        std: channel deviations.
+        step: optimizer steps done.
+        ours: what :func:`scale_mae.checkpoint.facts.describe` gave, if scale_mae wrote them.
+    """
+
+    kind: str
+    heads: int | None = None
+    decoder_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    layer_norm_eps: float = LAYER_NORM_EPS
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    step: int | None = None
+    ours: Mapping[str, Any] | None = None
+
+
+def origin_of(opened: Opened, huggingface: bool, decoder: bool) -> Origin:
+    """What is known of the weights in a file or folder.
+
+    Args:
+        opened: the file or folder.
+        huggingface: whether the tensors have transformers' names.
+        decoder: whether a MAE's decoder is there.
+
+    Raises:
+        CheckpointError: a config that is damaged, or one of a model that computes otherwise than a plain ViT.
+    """
+    try:
+        if "config" in opened.facts:
+            return of_ours(opened.facts, "scale-mae export")
+        if huggingface:
+            return _of_huggingface(opened.config, opened.processor)
+        if isinstance(opened.config.get("architecture"), str):
+            return _of_timm(opened.config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{opened.files[0].parent}: what it says of itself is damaged ({error!r})") from None
+    return _of_reference(opened, decoder)
+
+
+def of_ours(facts: Mapping[str, Any], kind: str) -> Origin:
+    """From what :func:`scale_mae.checkpoint.facts.describe` gave."""
+    model = facts["config"]["model"]
+    return Origin(
+        kind,
+        heads=int(facts["timm_kwargs"]["num_heads"]),
+        decoder_heads=int(model["decoder_heads"]),
+        image_size=_pair(facts["image_size"]),
+        layer_norm_eps=float(facts["layer_norm_eps"]),
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        step=int(facts["step"]),
+        ours=facts,
+    )
+
+
+def _of_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Origin:
+    activation = config.get("hidden_act", "gelu")
+    if activation not in ("gelu", "gelu_python"):
+        raise CheckpointError(f"config.json: hidden_act={activation!r} is another activation than a MAE's, gelu")
+    side = config.get("image_size")
+    return Origin(
+        f"Hugging Face {(config.get('architectures') or ['ViT'])[0]}",
+        heads=config.get("num_attention_heads"),
+        decoder_heads=config.get("decoder_num_attention_heads"),
+        image_size=None if side is None else _pair(side),
+        layer_norm_eps=float(config.get("layer_norm_eps", HUGGINGFACE_EPS)),
+        mean=_channels(processor.get("image_mean")),
+        std=_channels(processor.get("image_std")),
+    )
+
+
+def _of_timm(config: Mapping[str, Any]) -> Origin:
+    """From the folder's config; the architecture is built without memory to see what its name stands for."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    name, args, pretrained = config["architecture"], config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    if not timm.is_model(name):
+        raise CheckpointError(f"config.json: timm has no architecture {name!r}")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if not isinstance(model, VisionTransformer):
+        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}")
+    block = model.blocks[0]
+    if not isinstance(block.mlp.act, torch.nn.GELU):
+        raise CheckpointError(f"config.json: timm's {name} has another activation than a MAE's, gelu")
+    side = args.get("img_size")
+    return Origin(
+        f"timm {name}",
+        heads=int(args.get("num_heads", block.attn.num_heads)),
+        image_size=None if side is None else _pair(side),
+        layer_norm_eps=float(block.norm1.eps),
+        mean=_channels(pretrained.get("mean")),
+        std=_channels(pretrained.get("std")),
+    )
+
+
+def _of_reference(opened: Opened, decoder: bool) -> Origin:
+    """Nothing but a file; the reference's pre-training checkpoints hold its options."""
+    args = opened.beside.get("args")
+    options = vars(args) if isinstance(args, argparse.Namespace) else {}
+    size = re.match(r"mae_vit_(\w+)_patch\d+", str(options.get("model")))
+    known = SIZES.get(size[1]) if size else None
+    side = options.get("input_size")
+    if decoder or opened.wrapped:
+        epoch = opened.beside.get("epoch")
+        kind = "MAE with the reference's names" + ("" if decoder else ", encoder only")
+        kind += f", epoch {epoch}" if isinstance(epoch, int) else ""
+    else:
+        kind = "ViT with timm's names"
+    image_size = _pair(side) if isinstance(side, int) else None
+    # a DeepSpeed checkpoint of others that was converted holds its step and nothing else
+    return Origin(kind, known.heads if known else None, image_size=image_size, step=opened.facts.get("step"))
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    height, width = (side, side) if isinstance(side, int) else side
+    return int(height), int(width)
+
+
+def _channels(values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if len(values) != 3:
+        raise ValueError(f"{len(values)} channels")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,56 @@
+"""One process at a time: a lock beside what is being written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scale_mae.config import UserError
+
+
+@contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock. The kernel (on NFS the server) lets go of it when this process ends, however it ends.
+
+    Args:
+        lock: the file, deleted in the end; its folder is made.
+        what: to tell the second one, such as "runs/demo is in use"; who has it is added.
+
+    Raises:
+        UserError: another process holds it, or nothing can be written there.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+")
+    except OSError as error:
+        raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another place") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # not one that its holder has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        except OSError:
+            mine = True  # a file system without locks
+        if not mine:
+            file.seek(0)
+            raise UserError(f"{what} by {file.read().strip() or 'another process'}; wait for it, or stop it")
+        try:
+            file.truncate(0)
+            file.write(_me())
+            file.flush()
+        except OSError:
+            pass  # a full disk: the lock holds all the same, only without a name
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _me() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")

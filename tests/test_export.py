@@ -1,0 +1,90 @@
+"""Every format, loaded as its users load it, computes what the checkpoint computes."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from scale_mae import UserError
+from scale_mae.checkpoint.convert import convert
+from scale_mae.checkpoint.export import load_mae
+from scale_mae.checkpoint.store import locate
+from scale_mae.checkpoint.tensor_file import TensorFiles
+
+
+@pytest.fixture(scope="module")
+def live(runs):
+    run_dir, _ = runs["zero3", "bf16"]
+    return run_dir, load_mae(locate(run_dir, print))
+
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+NOISE = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def test_timm_folder_with_either_pooling(live, tmp_path):
+    run_dir, mae = live
+    token = timm.create_model(f"local-dir:{convert(run_dir, 'timm', tmp_path / 'token')}", pretrained=True).eval()
+    torch.testing.assert_close(token(IMAGES), mae.features(IMAGES)[:, 0], atol=1e-5, rtol=1e-5)
+    assert token.pretrained_cfg["mean"] == (0.286,) * 3 or list(token.pretrained_cfg["mean"]) == [0.286] * 3
+    mean = timm.create_model(f"local-dir:{convert(run_dir, 'timm', tmp_path / 'avg', pool='avg')}", pretrained=True).eval()
+    assert mean(IMAGES).shape == (3, 96)
+    torch.testing.assert_close(mean.fc_norm.weight, mae.norm.weight)
+
+
+@torch.inference_mode()
+def test_hugging_face_folders(live, tmp_path):
+    from transformers import ViTMAEForPreTraining, ViTModel
+
+    run_dir, mae = live
+    theirs = ViTMAEForPreTraining.from_pretrained(convert(run_dir, "vit_mae", tmp_path / "mae")).eval()
+    output, expected = theirs(IMAGES, noise=NOISE), mae(IMAGES, NOISE)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.logits, expected.pred, atol=1e-5, rtol=1e-5)
+    vit = ViTModel.from_pretrained(convert(run_dir, "vit", tmp_path / "vit"), add_pooling_layer=False).eval()
+    torch.testing.assert_close(vit(IMAGES).last_hidden_state, mae.features(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+def test_the_references_file_and_a_state_dict_hold_every_tensor(live, tmp_path):
+    run_dir, mae = live
+    file = torch.load(convert(run_dir, "mae", tmp_path / "mae.pth"), weights_only=True)
+    written = TensorFiles(convert(run_dir, "state_dict", tmp_path / "all.safetensors"))
+    assert set(file["model"]) == set(written) == set(mae.state_dict())
+    assert file["scale_mae"]["norm_pixel"] is True
+    for name, tensor in mae.state_dict().items():
+        assert torch.equal(file["model"][name], tensor), name
+        assert torch.equal(written[name], tensor), name
+
+
+@torch.inference_mode()
+def test_programs_take_any_batch(live, tmp_path):
+    import onnxruntime
+
+    run_dir, mae = live
+    session = onnxruntime.InferenceSession(convert(run_dir, "onnx", tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
+    program = torch.export.load(convert(run_dir, "torch_export", tmp_path / "e.pt2")).module()
+    for count in (1, 3):
+        expected = mae.features(IMAGES[:count])
+        np.testing.assert_allclose(session.run(None, {"images": IMAGES[:count].numpy()})[0], expected, atol=1e-4)
+        torch.testing.assert_close(program(IMAGES[:count])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_image_size_interpolates_both_tables(live, tmp_path):
+    written = TensorFiles(convert(live[0], "state_dict", tmp_path / "x.safetensors", image_size=(48, 64)))
+    assert written["pos_embed"].shape == (1, 1 + 6 * 8, 96)
+    assert written["decoder_pos_embed"].shape[1] == 1 + 6 * 8
+
+
+def test_what_cannot_be_meant_is_refused(live, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    for to, out, options, text in (
+        ("vit_mae", "full", {}, "holds something else"),
+        ("onnx", "x.onnx", {"dtype": "bf16"}, "bf16"),
+        ("mae", "x.bin", {}, "ends in .pth"),
+        ("timm", "x.safetensors", {"image_size": (30, 30)}, "not divisible"),
+    ):
+        with pytest.raises(UserError, match=text):
+            convert(live[0], to, tmp_path / out, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]

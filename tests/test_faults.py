@@ -1,0 +1,355 @@
+"""Whatever strikes a run, the next start goes on as if nothing had: kills at any moment, damaged files, full disks."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from images import demo_index
+from ranks import RankError, collect, run_ranks, start_ranks
+from test_train import log, make_config, train, weights
+
+from scale_mae.checkpoint import store
+from scale_mae.checkpoint.store import checkpoint_name
+
+STEPS = 60
+KILLS = 100
+
+
+class Bomb:
+    """Kills this process at one of the moments between which a save changes something on a disk."""
+
+    def __init__(self, at):
+        self.at, self.passed = at, []
+
+    def tick(self, name):
+        self.passed.append(name)
+        if len(self.passed) == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, owner, name):
+        """Moments before and after a call."""
+        real = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            self.tick(f"before {name}")
+            result = real(*args, **kwargs)
+            self.tick(f"after {name}")
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def within(self, owner, name, path_at):
+        """The moment when half a file is written, besides those before and after."""
+        real = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            result = real(*args, **kwargs)
+            content = Path(args[path_at]).read_bytes()
+            Path(args[path_at]).write_bytes(content[: len(content) // 2])
+            self.tick(f"within {name}")
+            Path(args[path_at]).write_bytes(content)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def plant(self):
+        self.within(torch, "save", 1)
+        for owner, names in (
+            (os, ("fsync", "close")),
+            (torch, ("save",)),
+            (Path, ("mkdir", "write_text", "rename")),
+            (shutil, ("rmtree",)),
+        ):
+            for name in names:
+                self.around(owner, name)
+
+
+def train_with_a_bomb(config, rank, at):
+    """Train; this process's ``at``-th moment is its last if it is ``rank``. The names of the moments of its first save."""
+    from scale_mae.checkpoint.commit import Saver
+
+    bomb, real = Bomb(at if os.environ["RANK"] == str(rank) else 0), Saver.save
+
+    def save(self, step, write):
+        Saver.save = real
+        bomb.plant()
+        real(self, step, write)
+        self.drain()
+        moments.extend(bomb.passed)
+
+    moments = []
+    Saver.save = save
+    result = train(config)
+    return result, moments
+
+
+def train_until_killed(config, rank, seconds):
+    """Train; kill this process, if it is ``rank``, so long after its first step began."""
+    from scale_mae.engine.deepspeed import Engine
+
+    real = Engine.step
+
+    def step(self, *args, **kwargs):
+        Engine.step = real
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return real(self, *args, **kwargs)
+
+    if os.environ["RANK"] == str(rank):
+        Engine.step = step
+    return train(config)
+
+
+def run_to_death(function, args, every):
+    """Start two ranks; when one is gone, kill the other, or let it find out by itself. Whether they finished instead."""
+    processes, pipes = start_ranks(2, function, *args)
+    while all(p.is_alive() for p in processes):
+        time.sleep(0.002)
+    if every:
+        for process in processes:
+            process.kill()
+    try:
+        collect(processes, pipes, timeout=60)
+        return True
+    except RankError:
+        return False
+
+
+def train_config(run_dir, **overrides):
+    setting = {"train.duration": f"{STEPS} steps", "checkpoint.every": "1 steps", "log.every": 1, "checkpoint.keep": 2}
+    return make_config(run_dir, **(setting | overrides))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The run that nothing strikes, and the moments of a save on each rank, without and with a local folder."""
+    folder = tmp_path_factory.mktemp("expected")
+    run_ranks(2, train, train_config(folder / "whole"))
+    moments = {}
+    for local in (False, True):
+        config = train_config(folder / f"moments{local}", **{"train.duration": "1 steps", "optim.warmup": "1 steps"})
+        if local:
+            config = with_local(config, folder / "local")
+        moments[local] = [names for _, names in run_ranks(2, train_with_a_bomb, config, None, 0)]
+    return folder / "whole", moments
+
+
+def with_local(config, folder):
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"local_dir": str(folder)})})
+
+
+def newest(run_dir):
+    found = store.newest_good(run_dir, lambda text: pytest.fail(f"a checkpoint was left damaged: {text}"))
+    return store.step_of(found) if found else 0
+
+
+def check_equal(run_dir, whole):
+    """Every line ever logged, also those of steps that were lost and done again, and the last weights."""
+    right = log(whole, "loss", "lr", "grad_norm")
+    assert log(run_dir, "loss", "lr", "grad_norm") == right
+    last = weights(run_dir, STEPS)
+    for name, tensor in weights(whole, STEPS).items():
+        assert torch.equal(last[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_a_hundred_moments_a_run_equals_the_one_that_was_not(expected, tmp_path):
+    """Two ranks, of which one or all are killed: at every boundary inside a save, and at random moments."""
+    whole, moments = expected
+    chance = random.Random(0)
+    boundaries = [(local, rank, at) for local in moments for rank in (0, 1) for at in range(1, len(moments[local][rank]) + 1)]
+    strikes = [(train_with_a_bomb, *boundary) for boundary in boundaries]
+    while len(strikes) < KILLS:
+        strikes.append((train_until_killed, chance.random() < 0.5, chance.randrange(2), chance.uniform(0, 0.6)))
+    chance.shuffle(strikes)
+    run, before = 0, 0
+    for function, local, rank, at in strikes:
+        config = train_config(tmp_path / str(run))
+        config = with_local(config, tmp_path / "local") if local else config
+        finished = run_to_death(function, (config, rank, at), every=chance.random() < 0.5)
+        reached = newest(tmp_path / str(run))
+        assert reached >= before  # what was once saved stays
+        before = reached
+        if finished:
+            check_equal(tmp_path / str(run), whole)
+            run, before = run + 1, 0
+    assert run_ranks(2, train, train_config(tmp_path / str(run)))[0].finished
+    check_equal(tmp_path / str(run), whole)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [cut, flip, empty, Path.unlink]
+VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config.yaml", "manifest.json"]
+
+
+def train_all(configs):
+    """Several runs in one set of ranks."""
+    from scale_mae.engine.distributed import StopRequest, world
+    from scale_mae.train import _Run
+
+    with world() as ranks, StopRequest() as stop:
+        return [_Run(config, ranks, stop).loop().finished for config in configs]
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_before(expected, tmp_path):
+    whole, _ = expected
+    runs = {}
+    for damage in DAMAGES:
+        for victim in VICTIMS:
+            name = f"{damage.__name__} {victim.partition('/')[2] or victim}"
+            runs[name] = shutil.copytree(whole, tmp_path / name.replace("*", ""))
+            damage(sorted((runs[name] / "checkpoints" / checkpoint_name(STEPS)).glob(victim))[0])
+    for name, content in (("no latest", None), ("garbage latest", b"\0garbage"), ("foreign latest", b"step-00000099")):
+        runs[name] = shutil.copytree(whole, tmp_path / name)
+        latest = runs[name] / "checkpoints" / "latest"
+        latest.unlink() if content is None else latest.write_bytes(content)
+    for run_dir in runs.values():
+        (run_dir / "log.jsonl").unlink()
+    assert all(run_ranks(2, train_all, [train_config(run_dir) for run_dir in runs.values()])[0])
+    right = log(whole, "loss", "lr", "grad_norm")
+    for name, run_dir in runs.items():
+        damaged = "latest" not in name
+        assert log(run_dir, "loss", "lr", "grad_norm") == ({STEPS: right[STEPS]} if damaged else {}), name
+        assert (f"set aside as {run_dir}/checkpoints/damaged-" in (run_dir / "log.txt").read_text()) == damaged, name
+        assert [p.name for p in (run_dir / "checkpoints").glob("damaged-*")] == [f"damaged-{checkpoint_name(STEPS)}"] * damaged
+        assert newest(run_dir) == STEPS
+        for key, tensor in weights(whole, STEPS).items():
+            assert torch.equal(weights(run_dir, STEPS)[key], tensor), (name, key)
+
+
+def test_a_run_whose_checkpoints_are_all_bad_never_starts_anew(expected, tmp_path):
+    run_dir = shutil.copytree(expected[0], tmp_path / "run")
+    for checkpoint in store.checkpoints(run_dir):
+        empty(checkpoint / "config.yaml")
+    for _ in range(2):  # the same the next time
+        with pytest.raises(RankError, match="all 2 checkpoints are damaged; .*to start anew, move .* away") as caught:
+            run_ranks(2, train, train_config(run_dir))
+        assert caught.value.kinds == ["CheckpointError"] * 2
+    store.move_aside(store.checkpoints(run_dir)[0])
+    store.move_aside(store.checkpoints(run_dir)[0])
+    with pytest.raises(RankError, match="all 2 checkpoints are damaged; to start anew"):
+        run_ranks(1, train, train_config(run_dir, **{"train.micro_batch": 8}))
+
+
+# ---------------------------------------------------------------- two at once
+
+
+def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path):
+    whole, _ = expected
+    config = train_config(tmp_path / "run")
+    processes, pipes = start_ranks(2, train, config)
+    while not (tmp_path / "run" / "log.jsonl").exists() or not log(tmp_path / "run", "loss"):
+        assert all(p.is_alive() for p in processes)
+        time.sleep(0.02)
+    who = f"process {processes[0].pid} on {socket.gethostname()}"
+    with pytest.raises(RankError, match=f"run.dir=.*run is in use by {who}") as caught:
+        run_ranks(2, train, config)
+    assert caught.value.kinds == ["UserError"] * 2
+    assert [result.finished for result in collect(processes, pipes)] == [True, True]
+    check_equal(tmp_path / "run", whole)
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+# ---------------------------------------------------------------- a full disk, a read-only one
+
+
+SHORT = {"train.duration": "8 steps", "train.micro_batch": 16}
+
+
+def mount(*args):
+    subprocess.run(["mount", *map(str, args)], check=True)
+
+
+def strike_disks(folder, index, nbytes):
+    """In a mount namespace of its own, so that no other process is touched: disks too small for two checkpoints, which is found
+    out before or while writing; one that becomes read-only; each mended in the end. Tells what each start came to."""
+    from scale_mae.checkpoint import commit
+    from scale_mae.config import UserError
+
+    def start(run_dir):
+        try:
+            train(train_config(run_dir, **{"data.source": index}, **SHORT))
+            told.append([str(run_dir.parent), "finished"])
+        except UserError as error:
+            told.append([str(run_dir.parent), str(error)])
+
+    torch.set_num_threads(1)
+    told, real, save = [], commit._check_space, commit.Saver.save
+    start(folder / "whole" / "run")
+    for name in ("full", "overrun"):
+        disk = folder / name
+        disk.mkdir()
+        mount("-t", "tmpfs", "-o", f"size={int(1.5 * nbytes)}", "tmpfs", disk)
+        commit._check_space = real if name == "full" else lambda *_: None
+        start(disk / "run")
+        mount("-o", f"remount,size={5 * nbytes}", disk)
+        start(disk / "run")
+
+    checkpoints = folder / "read-only" / "run" / "checkpoints"
+
+    def save_with_accident(self, step, write):
+        if step == 4:
+            mount("--bind", checkpoints, checkpoints)
+            mount("-o", "remount,ro,bind", checkpoints)
+        save(self, step, write)
+
+    commit.Saver.save = save_with_accident
+    start(checkpoints.parent)
+    commit.Saver.save = save
+    subprocess.run(["umount", checkpoints], check=True)
+    mount("--bind", checkpoints.parent, checkpoints.parent)
+    mount("-o", "remount,ro,bind", checkpoints.parent)
+    start(checkpoints.parent)
+    subprocess.run(["umount", checkpoints.parent], check=True)
+    start(checkpoints.parent)
+    for name in ("full", "overrun"):
+        shutil.copytree(folder / name / "run", folder / f"{name} kept")
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def test_a_full_and_a_read_only_disk_cost_checkpoints_but_not_the_run(expected, tmp_path):
+    nbytes = sum(p.stat().st_size for p in (expected[0] / "checkpoints" / checkpoint_name(STEPS)).rglob("*"))
+    flags = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    program = f"import pathlib, test_faults as t; t.strike_disks(pathlib.Path({str(tmp_path)!r}), {demo_index()!r}, {nbytes})"
+    command = ["unshare", *flags, "--mount", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    right = log(tmp_path / "whole" / "run", "loss", "lr", "grad_norm")
+    for name, fate in (("full", "GB are needed, 0.0[0-9]* GB are free"), ("overrun", "No space left|unexpected pos")):
+        text = (tmp_path / f"{name} kept" / "log.txt").read_text()
+        assert len(re.findall(f"checkpoint lost, . so far: .*({fate})", text)) == 7, text
+        assert "step-00000001\n" in text.partition("resumed from")[2]
+        assert log(tmp_path / f"{name} kept", "loss", "lr", "grad_norm") == right
+    assert log(tmp_path / "read-only" / "run", "loss", "lr", "grad_norm") == right
+    told = json.loads((tmp_path / "told.json").read_text())
+    lost = "step-00000008: not written"
+    parts = ["finished", *[lost, "finished"] * 2, lost, "cannot be written", "finished"]
+    assert [part in text for (_, text), part in zip(told, parts, strict=True)] == [True] * 8, told
+    assert ["Read-only file system" in text for _, text in told[-3:]] == [True, True, False]

@@ -73,6 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.image_size=448")
     sub.add_argument("--out", required=True, metavar="FILE.safetensors")
 
+    sub = add("inspect", "Say what a run directory, checkpoint, export or file of weights is, and whether it is sound.")
+    sub.add_argument("path", metavar="PATH")
+    sub.add_argument("--json", action="store_true", help="for programs")
+
     sub = add("reconstruct", "Draw masked | reconstruction | original, one row an image and mask ratio.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
     sub.add_argument("images", nargs="+", metavar="IMAGE")
@@ -205,6 +209,18 @@ def init(args: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(args: argparse.Namespace) -> int:
+    """``scale-mae inspect``."""
+    from scale_mae.checkpoint.inspect import inspect, render
+    from scale_mae.checkpoint.store import CheckpointError
+
+    report = inspect(args.path)
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    if report["problem"]:
+        raise CheckpointError(report["problem"])
+    return 0
+
+
 def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
     from scale_mae.checkpoint.export import load_mae
@@ -258,6 +274,7 @@ COMMANDS = {
     "pack": pack,
     "convert": convert,
     "init": init,
+    "inspect": inspect,
     "reconstruct": reconstruct,
     "knn": knn,
     "doctor": doctor,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.convert import give_name
 from scale_mae.checkpoint.export import build_encoder, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, describe
+from scale_mae.checkpoint.facts import METADATA_KEY, TIMM_NAMES, describe
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
 from scale_mae.checkpoint.foreign import Weights, is_decoder, locate_weights, read_weights
 from scale_mae.checkpoint.formats import SAFETENSORS
@@ -32,6 +32,7 @@ from scale_mae.lock import alone
 from scale_mae.model.mae import MAE, TABLES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
+TIMM_ARGUMENTS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "global_pool"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -144,6 +145,8 @@ def read_encoder(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any
     weights = read_weights(locate_weights(path, warn))
     weights = replace(weights, tensors={name: t for name, t in weights.tensors.items() if not is_decoder(name)})
     facts = dict(weights.origin.ours or _facts(weights, (1, 1)))
+    if facts["timm_name"] not in TIMM_NAMES.values() or facts["timm_kwargs"].keys() - TIMM_ARGUMENTS:  # timm would do as told
+        raise CheckpointError(f"{weights.path}: what it says of itself is damaged")
     check_names(_wanted(facts), weights)
     if not weights.origin.ours:
         facts = _facts(weights, grid_of(weights))
@@ -179,7 +182,7 @@ def _facts(weights: Weights, grid: tuple[int, int]) -> dict[str, Any]:
         raise CheckpointError(f"{weights.path}: the number of attention heads cannot be told (width {width}, depth {blocks})")
     image_size = [grid[0] * patch[0], grid[1] * patch[1]]
     return {
-        "timm_name": "vit_base_patch16_224",
+        "timm_name": TIMM_NAMES["tiny"],  # any plain ViT; the arguments say the rest
         "timm_kwargs": {
             "img_size": image_size,
             "patch_size": patch,

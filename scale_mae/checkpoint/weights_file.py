@@ -28,6 +28,8 @@ from scale_mae.config import UserError
 
 # where training code puts the tensors when the file holds more than those, most usual first
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+# files that hold a program with its weights
+ONNX, PROGRAM = "an ONNX model, not plain weights", "a program of torch.export (.pt2), not plain weights"
 SAFETENSORS = ".safetensors"
 USUAL = ("model.safetensors", "pytorch_model.bin")  # as timm and transformers call it; they may put others beside it
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -87,11 +89,11 @@ def open_weights(path: Path) -> Opened:
         return Opened("torch", files, _joined(parts, path), {}, None, config, processor, facts)
     if kind == "safetensors":
         opened = _safetensors(path)
-        facts = _facts(opened.metadata.get(METADATA_KEY), path) or facts
+        facts = read_facts(opened.metadata.get(METADATA_KEY), path) or facts
         return Opened(kind, [path], opened, dict(opened.metadata), None, config, processor, facts)
     if kind == "torch":
         tensors, beside, wrapped = _tensors(_unpickle(path), path)
-        facts = _facts(beside.get(METADATA_KEY), path) or facts
+        facts = read_facts(beside.get(METADATA_KEY), path) or facts
         return Opened(kind, [path], tensors, beside, wrapped, config, processor, facts)
     raise CheckpointError(f"{path}: {kind}; give a safetensors file, one of torch.save, or a folder of such")
 
@@ -130,13 +132,13 @@ def container(path: Path) -> str:
         ("an empty file", not start),
         ("a damaged file of torch.save (its end is missing)", zipped and not names),
         ("a TorchScript program, not plain weights", any("/code/" in name for name in names)),
-        ("a program of torch.export (.pt2), not plain weights", any(name.endswith("archive_format") for name in names)),
+        (PROGRAM, any(name.endswith("archive_format") for name in names)),
         ("torch", any(name.endswith("data.pkl") for name in names) or re.match(rb"\x80[\x02-\x05]", start)),
         ("a zip archive that torch did not write", zipped),
-        ("safetensors", start[8:9] == b"{"),
+        ("safetensors", start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32),
         ("index", start[:1] == b"{" and "weight_map" in _json(path)),
         # ModelProto begins with its version, a small number in field 1; names and numbers follow
-        ("an ONNX model, not plain weights", start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a")),
+        (ONNX, start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a")),
     )
     return next((kind for kind, holds in kinds if holds), "not a file of weights")
 
@@ -153,13 +155,21 @@ def _peek(path: Path) -> tuple[bytes, list[str]]:
         return start, []
 
 
-def _facts(found: Any, path: Path) -> dict[str, Any]:
-    """What we say of our own exports: a text in safetensors files, which hold nothing else; empty for others' files."""
+def read_facts(found: Any, path: Path) -> dict[str, Any]:
+    """What we say of our own exports (:mod:`scale_mae.checkpoint.facts`), a text in files that hold nothing else.
+
+    Args:
+        found: what lies under our key; None for others' files.
+        path: named in errors.
+
+    Raises:
+        CheckpointError: not what we write.
+    """
     try:
         facts = json.loads(found) if isinstance(found, str) else found or {}
     except ValueError:
         facts = None
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or not isinstance(facts.get("timm_kwargs", {}), dict):
         raise CheckpointError(f"{path}: damaged (what its {METADATA_KEY} metadata holds)")
     return facts
 

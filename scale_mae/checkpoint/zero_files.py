@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import sys
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -83,13 +84,12 @@ def find_folder(path: Path) -> Path:
     if any(path.glob("*_model_states.pt")):
         return path
     try:
-        tag = (path / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        tag = (path / "latest").read_text(errors="replace").strip()
+    except OSError:
         raise CheckpointError(f"{path}: no DeepSpeed checkpoint (neither *_model_states.pt nor a file 'latest')") from None
-    folder = path / tag
-    if "\0" in tag or not tag or not folder.is_dir():
+    if tag not in os.listdir(path) or not (path / tag).is_dir():
         raise CheckpointError(f"{path / 'latest'}: names {tag[:100]!r}, and there is no such folder")
-    return folder
+    return path / tag
 
 
 def open_files(folder: Path) -> ZeroFiles:
@@ -175,8 +175,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _stand_in(name: str) -> Any:
     """What ``name``, as a pickle gives it, shall mean."""
-    if name.split(".", maxsplit=1)[0] in sys.stdlib_module_names and not _DATA.fullmatch(name):
-        raise ValueError(f"it asks to call {name}, which was not done")
+    module, _, rest = name.partition(".")
+    module = IMPORT_MAPPING.get(module, module)  # pickles of protocol 2 call modules as Python 2 did
+    if module in sys.stdlib_module_names and not _DATA.fullmatch(f"{module}.{rest}"):
+        raise ValueError(f"it asks to call {module}.{rest}, which was not done")
     if name.endswith(".ZeroStageEnum"):
         return int
     return _DictStandIn if name.lower().endswith("dict") else _StandIn

@@ -172,7 +172,8 @@ class Unsharded(Layout):
             names = names or self._in_order(module)
             self._masters = [module[name] for name in names]
         super().__init__(files, folder, len(names))
-        with_state = self._optimizer.get("state") or range(len(names))  # frozen ones never have one
+        # in fp32 frozen ones are among them, which never have a state
+        with_state = (not groups and self._optimizer.get("state")) or range(len(names))
         for group, (name, master) in enumerate(zip(names, self._masters, strict=True)):
             if group in with_state:
                 self.shapes[name], self._starts[name] = tuple(master.shape), (group, 0)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.progress import Bar
@@ -58,6 +58,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     sub.add_argument("--workers", type=_count, metavar="N", help="processes (default: the cores)")
 
+    _add_weight_commands(add)
+
+    sub = add("reconstruct", "Draw masked | reconstruction | original, one row an image and mask ratio.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT")
+    sub.add_argument("images", nargs="+", metavar="IMAGE")
+    sub.add_argument("--out", required=True, metavar="FILE.png")
+    sub.add_argument("--mask-ratio", nargs="+", type=float, default=[0.75], metavar="R", help="shares hidden (default: 0.75)")
+
+    sub = add("knn", "Nearest-neighbour accuracy of an encoder.")
+    sub.add_argument("encoder", metavar="WEIGHTS")
+    sub.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to compare with")
+    sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
+    sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
+    sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
+
+    add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
+    add("schema", "Print the JSON Schema of a recipe, for editors.")
+    return parser
+
+
+def _add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Those that turn weights into others, and look at them."""
     sub = add("convert", "Write a checkpoint as inference weights, verified against it (docs/weights.md).")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="for --to state_dict also a folder of plain DeepSpeed code")
     sub.add_argument("--to", required=True, choices=WEIGHT_FORMATS, help="timm, vit, onnx, torch_export: the encoder; else all")
@@ -76,23 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("inspect", "Say what a run directory, checkpoint, export or file of weights is, and whether it is sound.")
     sub.add_argument("path", metavar="PATH")
     sub.add_argument("--json", action="store_true", help="for programs")
-
-    sub = add("reconstruct", "Draw masked | reconstruction | original, one row an image and mask ratio.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT")
-    sub.add_argument("images", nargs="+", metavar="IMAGE")
-    sub.add_argument("--out", required=True, metavar="FILE.png")
-    sub.add_argument("--mask-ratio", nargs="+", type=float, default=[0.75], metavar="R", help="shares hidden (default: 0.75)")
-
-    sub = add("knn", "Nearest-neighbour accuracy of an encoder.")
-    sub.add_argument("encoder", metavar="WEIGHTS")
-    sub.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to compare with")
-    sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
-    sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
-    sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
-
-    add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
-    add("schema", "Print the JSON Schema of a recipe, for editors.")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

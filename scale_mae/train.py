@@ -110,16 +110,7 @@ class _Run:
             self.tally = Tally(config.data.max_failures, state["failures"])
             failed_saves = int(state["failed_saves"])
             notes.append(f"resumed from {checkpoint}")
-        keep_every = config.checkpoint.keep_every
-        self.saver = Saver(
-            self.dir,
-            config,
-            ranks,
-            zero_stage=self.engine.stage,
-            nbytes=nbytes,
-            keep_every=config.steps(keep_every, len(index)) if keep_every else None,
-            failures=failed_saves,
-        )
+        self.saver = self._saver(nbytes, len(index), failed_saves)
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
@@ -141,6 +132,11 @@ class _Run:
         )
         for note in notes:
             self.log.say(note)
+
+    def _saver(self, nbytes: int, images: int, failures: int) -> Saver:
+        keep_every, stage = self.config.checkpoint.keep_every, self.engine.stage
+        every = self.config.steps(keep_every, images) if keep_every else None
+        return Saver(self.dir, self.config, self.ranks, zero_stage=stage, nbytes=nbytes, keep_every=every, failures=failures)
 
     def _decoder(self, batch: int) -> tuple[decoders.Decoder, decoders.Name, str]:
         """The same kind on every process, its name and why."""

@@ -1,35 +1,206 @@
-"""Checkpoints of plain DeepSpeed code: every name, dtype and value is that of the live model."""
+"""ZeRO checkpoints, ours and strangers': every value of the live engine is found; what is damaged or mixed up is refused."""
 
+import builtins
+import functools
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import strangers as others
 import torch
-from strangers import LAYOUTS
+from layouts import LAYOUTS
+from strangers import TABLE, make_strangers
 
 from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.checkpoint.tensor_file import TensorFiles
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.model.positions import sincos_table
+
+# ---------------------------------------------------------------- ours
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tensor_of_a_stranger_is_that_of_its_live_model(strangers, layout):
-    folder, state, moments = strangers[layout]
-    reader = ZeroReader(find_folder(folder))
-    for name, expected in state.items():
+def test_reader_gives_every_weight_of_the_live_model(runs, layout):
+    run_dir, live = runs[layout]
+    reader = ZeroReader(find_folder(locate(run_dir, print)))
+    assert (reader.stage, reader.world_size, reader.step) == (int(layout[0][-1]), 2, 3)
+    assert reader.state["step"] == 3
+    assert set(reader) == set(live) | {"pos_embed", "decoder_pos_embed"}
+    assert set(reader.parameters) == set(live)
+    assert torch.equal(reader["pos_embed"], sincos_table(96, (4, 4)))
+    for name, expected in live.items():
         got = reader[name]
-        assert (got.dtype, got.shape) == (reader.dtype(name), reader.shape(name))
-        assert torch.equal(got, torch.as_tensor(expected)), name
-        assert got.dtype == torch.as_tensor(expected).dtype, name
-    for name, expected in moments.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in expected:
-                flat = torch.as_tensor(expected[key]).reshape(-1).float()
-                assert torch.equal(reader.flat(name, key), flat), (name, key)
-                assert torch.equal(reader.flat(name, key, 1, 3), flat[1:3]), (name, key)
+        assert got.dtype == torch.float32
+        assert reader.optimizer_step(name) == 3
+        assert reader.flat(name, "exp_avg").any()
+        if layout == ("zero0", "bf16"):  # the live weights there are bf16; the reader finds the fp32 masters
+            assert torch.equal(got.bfloat16().float(), torch.from_numpy(expected)), name
+        else:
+            assert torch.equal(got, torch.from_numpy(expected)), name
+    if layout[1] == "bf16":
+        assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live)
+
+
+def test_reader_agrees_with_deepspeeds_own_conversion(runs):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for layout in (("zero2", "bf16"), ("zero3", "bf16")):
+        checkpoint = locate(runs[layout][0], print)
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        ours = ZeroReader(checkpoint / "deepspeed")
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor.detach()), name
+
+
+# ---------------------------------------------------------------- strangers'
+
+
+def assert_equal(reader, live):
+    """Keys, their order, types, shapes, values, moments and counts."""
+    assert list(reader) == list(live.state)
+    assert reader.parameters == [name for name in live.state if name in live.moments]
+    for name, expected in live.state.items():
+        got = reader[name]
+        assert (got.dtype, reader.dtype(name)) == (expected.dtype, expected.dtype), name
+        assert (tuple(got.shape), reader.shape(name)) == (tuple(expected.shape), tuple(expected.shape)), name
+        assert torch.equal(got, expected), name
+    for name, moments in live.moments.items():
+        assert reader.optimizer_step(name) == moments.get("step"), name
+        for key in moments.keys() - {"step"}:
+            assert torch.equal(reader.flat(name, key), moments[key].float().flatten()), (name, key)
+
+
+@pytest.mark.parametrize("layout", others.LAYOUTS)
+def test_a_strangers_checkpoint_equals_the_live_engine(strangers, layout):
+    live = strangers[layout]
+    reader = ZeroReader(find_folder(live.folder))
+    assert_equal(reader, live)
+    assert (reader.stage, reader.world_size, reader.step, reader.state) == (int(layout[4]), 2, others.STEPS, {})
+    assert reader["table"].dtype == torch.float32
+    assert torch.equal(reader["table"], TABLE)
+    assert reader["count"] > 2**40
+    tied = {"head.weight": "embed.weight", "again.weight": "first.weight", "again.bias": "first.bias"}
+    for name, other in tied.items():
+        assert torch.equal(reader[name], reader[other])
+    if "overflow" in layout:
+        assert {reader.optimizer_step(name) for name in reader.parameters} == {None}
+        with pytest.raises(CheckpointError, match=r"its optimizer holds no exp_avg of scale$"):
+            reader.flat("scale", "exp_avg")
+    else:  # this test would be of nothing if the masters were 16-bit numbers, or the moments all alike
+        assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live.moments)
+        assert len({float(reader.flat(n, "exp_avg_sq").double().sum()) for n in set(live.moments) - set(tied)}) >= 8
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_any_number_of_ranks(tmp_path, ranks):
+    names = ["zero1-bf16-wrapper", "zero2-fp32", "zero2-round-robin", "zero3-bf16", "zero3-sub-groups"]
+    for live in make_strangers(tmp_path, {name: others.LAYOUTS[name] for name in names}, ranks).values():
+        reader = ZeroReader(find_folder(live.folder))
+        assert reader.world_size == ranks
+        assert_equal(reader, live)
+
+
+@pytest.mark.parametrize("layout", ["zero0-bf16", "zero1-bf16", "zero2-round-robin", "zero3-sub-groups"])
+def test_slices_are_those_of_the_whole(strangers, layout):
+    reader = ZeroReader(find_folder(strangers[layout].folder))
+    for name in reader.parameters:
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            whole = reader.flat(name, key)
+            size = whole.numel()
+            assert (whole.ndim, whole.dtype) == (1, torch.float32)
+            for start, stop in [(0, 1), (0, size), (size // 3, size // 2 + 1), (size // 2, None), (size - 1, size), (2, 2)]:
+                assert torch.equal(reader.flat(name, key, start, stop), whole[start:stop]), (name, key, start, stop)
+    for name in ("table", "frozen.weight", "nothing"):
+        for call in (reader.flat, reader.optimizer_step):
+            with pytest.raises(KeyError):
+                call(name)
+    with pytest.raises(KeyError):
+        reader["nothing"]
+
+
+def edit(path, change):
+    """Load a file, change its content, save it."""
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.fixture
+def copy(strangers, tmp_path):
+    """``copy(layout)``: a checkpoint, to be changed."""
+
+    def copied(layout):
+        shutil.rmtree(tmp_path / layout, ignore_errors=True)
+        return shutil.copytree(find_folder(strangers[layout].folder), tmp_path / layout)
+
+    return copied
+
+
+def test_a_scalar_parameter_keeps_its_shape(copy, strangers):
+    """DeepSpeed 0.19.8 cannot train one; others can have saved one."""
+    for layout in ("zero2-bf16", "zero3-bf16"):
+        folder = copy(layout)
+        for path in folder.glob("*_model_states.pt"):
+            edit(path, lambda content: [g.update(scale=torch.Size([])) for g in content["param_shapes"] if "scale" in g])
+        reader = ZeroReader(folder)
+        assert reader.shape("scale") == tuple(reader["scale"].shape) == ()
+        assert reader["scale"] == strangers[layout].state["scale"][0]
+
+
+def test_optimizers_that_count_by_group(copy):
+    def by_group(content):
+        base = content["optimizer_state_dict"]["base_optimizer_state"]
+        for state in base["state"].values():
+            del state["step"]
+        for group in base["param_groups"]:
+            group["step"] = 7
+
+    folder = copy("zero2-bf16")
+    for path in folder.glob("*_optim_states.pt"):
+        edit(path, by_group)
+    reader = ZeroReader(folder)
+    assert {reader.optimizer_step(name) for name in reader.parameters} == {7}
+
+
+def test_masters_that_have_no_names_are_told_apart_or_refused(copy):
+    """Stage 0: equal weights in one group are in the module's order; in two groups nothing tells whose is which."""
+
+    def alike(content, group):
+        """A weight that in 16 bits is the norm's, in 32 is not; its master in a group of its own or in the norm's."""
+        norm = content["module"]["norm.weight"]
+        content["module"]["twin"] = norm.clone()
+        masters = content["optimizer"]["fp32_groups"]
+        master = next(m for m in masters[1] if torch.equal(m.bfloat16(), norm))
+        masters[group].append(master.detach() * (1 + 1e-6))
+
+    edit((folder := copy("zero0-bf16")) / MODEL, functools.partial(alike, group=1))
+    reader = ZeroReader(folder)
+    assert torch.equal(reader["twin"], reader["norm.weight"] * (1 + 1e-6))
+    assert not torch.equal(reader["twin"], reader["norm.weight"])
+    edit((folder := copy("zero0-bf16")) / MODEL, functools.partial(alike, group=0))
+    with pytest.raises(CheckpointError, match="its masters cannot be told by their values"):
+        ZeroReader(folder)
+
+
+def test_moments_without_names_are_not_guessed(copy):
+    """Stage 0 in fp32 with two groups: the weights are there, but nothing says whose the moments are."""
+
+    def split(content):
+        (group,) = content["optimizer"]["param_groups"]
+        content["optimizer"]["param_groups"] = [group | {"params": group["params"][i::2]} for i in (0, 1)]
+
+    folder = copy("zero0-fp32")
+    whole = {name: tensor.clone() for name, tensor in ZeroReader(folder).items()}
+    edit(folder / MODEL, split)
+    reader = ZeroReader(folder)
+    assert reader.parameters == []
+    assert all(torch.equal(reader[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_stranger_converts_to_the_very_same_tensors(strangers, tmp_path):
@@ -38,23 +209,255 @@ def test_a_stranger_converts_to_the_very_same_tensors(strangers, tmp_path):
     assert set(written) >= set(state)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     for name, expected in state.items():
-        assert torch.equal(written[name], torch.as_tensor(expected)), name
+        assert torch.equal(written[name], expected), name
 
 
-def test_a_missing_shard_and_files_of_two_steps_are_refused(strangers, tmp_path):
-    folder, _, _ = strangers["zero2-bf16"]
-    whole = find_folder(folder)
-    other = next(p for p in whole.parent.iterdir() if p.is_dir() and p != whole)
-    mixed, missing = shutil.copytree(whole, tmp_path / "mixed"), shutil.copytree(whole, tmp_path / "missing")
-    name = next(whole.glob("*rank_1*optim_states.pt")).name
-    shutil.copy(other / name, mixed / name)
-    (missing / name).unlink()
-    for path, text in ((missing, "1 of 2"), (mixed, "step|another save|of one save|differ")):
-        with pytest.raises(CheckpointError, match=text):
-            convert(path, "state_dict", tmp_path / "x.safetensors")
+# ---------------------------------------------------------------- memory
+
+
+def memory(of):
+    """MB of this process: ``RssFile``, ``RssAnon``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(of))
+
+
+SIZE = 1 << 25  # values; 134 MB in fp32, which counts to half of them
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A stage-2 checkpoint by two ranks with one large parameter."""
+    folder = tmp_path_factory.mktemp("large")
+    weight = torch.arange(SIZE, dtype=torch.float32) % (SIZE // 2)
+    model = {"module": {"w": weight.bfloat16()}, "buffer_names": [], "optimizer": None, "param_shapes": [{"w": (SIZE,)}]}
+    counts = {"global_steps": 1, "dp_world_size": 2, "mp_world_size": 1}
+    torch.save(model | counts, folder / MODEL)
+    for rank, part in enumerate(weight.chunk(2)):
+        base = {"state": {0: {"step": 1, "exp_avg": part.clone()}}, "param_groups": [{"params": [0]}]}
+        states = {"zero_stage": 2, "partition_count": [2], "group_paddings": [0], "base_optimizer_state": base}
+        states["single_partition_of_fp32_groups"] = [part.clone()]
+        torch.save({"optimizer_state_dict": states}, folder / OPTIM.format(rank))
+    return folder
+
+
+def test_only_what_is_asked_for_is_read_and_memory_is_given_back(large):
+    reader = ZeroReader(large)
+    reader.release()
+    begin, anonymous = memory("RssFile"), memory("RssAnon")
+    assert reader.shape("w") == (SIZE,)
+    half = SIZE // 2
+    assert reader.flat("w", start=half - 2, stop=half + 2).tolist() == [half - 2, half - 1, 0, 1]
+    assert memory("RssFile") - begin < 2
+    part = reader.flat("w", "exp_avg", 0, half)  # in one piece: a view, nothing is copied
+    assert part.sum() > 0
+    assert memory("RssFile") - begin > 60
+    assert memory("RssAnon") - anonymous < 10
+    reader.release()
+    assert memory("RssFile") - begin < 2
+    assert part[-1] == half - 1
+
+
+def test_importing_the_reader_is_light():
+    heavy = "{'deepspeed', 'timm', 'torchvision', 'transformers', 'torch._inductor'}"
+    program = f"import sys, scale_mae.checkpoint.zero_reader; sys.exit(','.join({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class Evil:
+    """Unpickled as it asks, makes a file."""
+
+    def __init__(self, path, call):
+        self.path, self.call = path, call
+
+    def __reduce__(self):
+        return {
+            "method": (Path.touch, (self.path,)),
+            "system": (os.system, (f"touch {self.path}",)),
+            "class": (subprocess.Popen, (["touch", str(self.path)],)),
+            "exec": (builtins.exec, (f"open({str(self.path)!r}, 'w')",)),
+        }[self.call]
+
+
+@pytest.mark.parametrize("call", ["method", "system", "class", "exec"])
+@pytest.mark.parametrize("place", ["module", "args"])
+def test_files_that_run_code_when_read_are_not_run(copy, tmp_path, call, place):
+    folder, evil = copy("zero2-fp32"), Evil(tmp_path / "ran", call)
+    for victim in (MODEL, OPTIM.format(1)):
+        content = torch.load(folder / victim, weights_only=False)
+        torch.save(content | {place: evil}, folder / victim, pickle_module=pickle)
+        with pytest.raises(CheckpointError, match=rf"{victim}: cannot be read \(.*(posix|builtins|subprocess)") as caught:
+            ZeroReader(folder)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "ran").exists()
+        torch.save(content, folder / victim)
+    ZeroReader(folder)
+    torch.save({"x": evil}, tmp_path / "x.pt", pickle_module=pickle)
+    torch.load(tmp_path / "x.pt", weights_only=False)  # it does run where nobody watches
+    evil.path.exists() or subprocess.run(["sleep", "1"], check=True)
+    assert evil.path.exists()
+
+
+class Config:
+    """A stranger's own class."""
+
+
+def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong(copy, strangers):
+    folder = copy("zero2-fp32")
+    edit(folder / MODEL, lambda content: content.update(config=Config()))
+    assert_equal(ZeroReader(folder), strangers["zero2-fp32"])
+    edit(folder / MODEL, lambda content: content.update(module=Config()))
+    with pytest.raises(CheckpointError, match="not what DeepSpeed is known to write"):
+        ZeroReader(folder)
+
+
+# ---------------------------------------------------------------- damage and mix-ups
+
+MODEL = "mp_rank_00_model_states.pt"
+OPTIM = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+PART = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+def put(files, layout=None):
+    """Files of another layout, or of the same training one step before, in place of these."""
+    tag = f"global_step{others.STEPS if layout else others.STEPS - 1}"
+    return lambda folder, all_: [shutil.copy(p, folder) for p in (all_ / (layout or folder.name) / tag).glob(files)]
+
+
+def drop(files):
+    return lambda folder, _: [path.unlink() for path in folder.glob(files)]
+
+
+def again(files, name):
+    """One of the files under another name as well."""
+    return lambda folder, _: shutil.copy(next(folder.glob(files)), folder / name)
+
+
+def change(files, how):
+    return lambda folder, _: [edit(path, how) for path in folder.glob(files)]
+
+
+def optim(**values):
+    return lambda content: content["optimizer_state_dict"].update(values)
+
+
+def forget(content):
+    for group in content["param_shapes"]:
+        group.pop("scale", None)
+
+
+SAVES, ABSENT = "different saves", "not supported"
+DAMAGE = {
+    # missing and superfluous files, other numbers of ranks
+    "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files are there, none of rank 1"),
+    "a shard of stage 3 missing": ("zero3-fp32", drop("*rank_0_*optim*"), "1 of 2 .*_optim_states.pt .* none of rank 0"),
+    "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "0 of 2 .*_optim_states.pt .* none of rank 0, 1"),
+    "all shards of stage 3 missing": ("zero3-bf16", drop("*optim*"), "0 of 2 .*_optim_states.pt .* none of rank 0, 1"),
+    "a part of the model missing": ("zero3-bf16", drop("*rank_1_*model*"), "1 of 2 .*_model_states.pt .* none of rank 1"),
+    "the model missing": ("zero2-fp32", drop("*model*"), r"holds no \*_model_states.pt"),
+    "a shard too many": ("zero2-fp32", again("*rank_1_*", OPTIM.format(2)), "rank_2_.*of another save; 2 processes"),
+    "a part too many": ("zero3-fp32", again("*rank_1_*model*", PART.format(2)), "rank_2_.*of another save; 2 processes"),
+    "a shard of 4": ("zero2-fp32", change("*rank_1_*", optim(partition_count=[4, 4, 4])), f"rank_1_.*4.* but 2 .*{SAVES}"),
+    "a part of 4": ("zero3-fp32", change("*rank_1_*optim*", optim(partition_count=4)), f"rank_1_.*4.* but 2 .*{SAVES}"),
+    "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* none of rank 2, 3"),
+    # mixed steps
+    "an earlier shard": ("zero2-fp16", put("*rank_1_*"), f"has made 3.0 updates, rank 1's 2.0: {SAVES}"),
+    "an earlier shard, wrapped": ("zero1-bf16-wrapper", put("*rank_1_*"), f"made 3.0 updates, rank 1's 2.0: {SAVES}"),
+    "an earlier shard of stage 3": ("zero3-bf16", put("*rank_1_*optim*"), f"made 3.0 updates, rank 1's 2.0: {SAVES}"),
+    "earlier shards": ("zero2-bf16", put("*optim*"), f"is not the rounded master of rank 0: {SAVES}"),
+    "earlier shards in fp32": ("zero1-fp32", put("*optim*"), f"is not the rounded master of rank 0: {SAVES}"),
+    "an earlier model": ("zero2-fp16", put("*model*"), f"is not the rounded master of rank 0: {SAVES}"),
+    "an earlier part": ("zero3-fp32", put("*rank_1_*model*"), f"global_steps is 3 in .*_0_.*, 2 in .*_1_.*: {SAVES}"),
+    # mixed stages, precisions, groups
+    "a shard of another stage": ("zero2-fp32", put("*rank_1_*", "zero1-fp32"), f"zero_stage is 2 .*, 1 in .*: {SAVES}"),
+    "shards of another stage": ("zero2-fp32", put("*optim*", "zero3-fp32"), "are of different ZeRO stages"),
+    "a model of another stage": ("zero3-fp32", put("*model*", "zero2-fp32"), f"are of {SAVES}"),
+    "shards of another precision": ("zero2-fp32", put("*optim*", "zero2-bf16"), f"are of {SAVES}"),
+    "other sub-groups": (
+        "zero3-sub-groups",
+        put("*rank_1_*optim*", "zero3-init"),
+        r"holds \d+ of \d+ values .*different saves",
+    ),
+    "other groups": ("zero2-bf16", put("*optim*", "zero2-bf16-accumulate"), f"{SAVES}|not what DeepSpeed"),
+    "a name less": ("zero2-bf16", change("*model*", forget), "not what DeepSpeed is known to write"),
+    "a name less in stage 3": ("zero3-bf16", change("*model*", forget), r"holds \d+ of \d+ values .*different saves"),
+    # layouts that are not supported
+    "universal": ("zero2-fp32", lambda folder, _: (folder / "zero").mkdir(), f"a universal checkpoint, .*{ABSENT}"),
+    "experts": ("zero2-fp32", again("*model*", f"layer_0_expert_0_{MODEL}"), f"expert_0_.*{ABSENT}"),
+    "experts' states": ("zero2-fp32", again("*_0_*optim*", f"expp_rank_0_{OPTIM[16:]}"), f"expp_rank.*{ABSENT}"),
+    "parallel experts": ("zero3-fp32", change("*optim*", optim(ds_zero_partition_groups=[])), f"experts, .*{ABSENT}"),
+    "tensor parallel": ("zero2-fp32", again("*model*", MODEL.replace("0_", "1_")), f"mp_rank_01_.*{ABSENT}"),
+    "tensor parallel inside": ("zero2-fp32", change("*model*", lambda c: c.update(mp_world_size=2)), f"parallelism .*{ABSENT}"),
+    "pipeline": ("zero2-fp32", again("*model*", "layer_00-model_states.pt"), f"layer_00-model.*{ABSENT}"),
+    "nvme": ("zero3-fp16", change("*optim*", optim(fp32_flat_groups=[torch.empty(0)])), r"holds 0 of \d+ values .*NVMe"),
+    "fused": ("zero0-bf16", change("*", lambda c: c["optimizer"].update(fp32_groups_flat=[])), f"a fused .*{ABSENT}"),
+    "not optimized": ("zero3-fp32", change("*model*", lambda c: c["module"].update(x=torch.empty(0))), "nothing of x,"),
+    # not DeepSpeed's
+    "a model's own file": ("zero2-fp32", lambda folder, _: torch.save({"module": {}}, folder / MODEL), "not what DeepSpeed"),
+    "no dictionary": ("zero2-fp32", lambda folder, _: torch.save([1], folder / MODEL), f"{MODEL}: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_does_not_belong_together_is_refused_in_one_line(copy, strangers, damage):
+    layout, spoil, message = DAMAGE[damage]
+    folder = copy(layout)
+    ZeroReader(folder)
+    spoil(folder, strangers[layout].folder.parent)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ZeroReader(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"", lambda b: b[:-30], lambda b: b[: len(b) // 2], lambda b: b"garbage" * 99])
+@pytest.mark.parametrize("victim", [MODEL, OPTIM.format(1)])
+def test_damaged_files_are_named(copy, victim, spoil):
+    folder = copy("zero2-fp32")
+    (folder / victim).write_bytes(spoil((folder / victim).read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"{victim}: cannot be read \(.+\)$") as caught:
+        ZeroReader(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["a shard missing", "an earlier shard"])
+def test_nothing_is_converted_from_such_files(copy, strangers, tmp_path, damage):
+    layout, spoil, message = DAMAGE[damage]
+    folder = copy(layout)
+    spoil(folder, strangers[layout].folder.parent)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, "state_dict", tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
-def test_reading_needs_neither_deepspeed_nor_timm():
-    program = "import sys, scale_mae.checkpoint.zero_reader; sys.exit('deepspeed' in sys.modules or 'timm' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+def test_quantized_frozen_weights_are_not_given_as_numbers(copy):
+    folder = copy("zero3-bf16")
+    for path in folder.glob("*model*"):
+        edit(path, lambda c: c["frozen_param_fragments"].update({"frozen.bias": torch.zeros(4, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"frozen\.bias is stored quantized"):
+        ZeroReader(folder)["frozen.bias"]
+
+
+# ---------------------------------------------------------------- finding it
+
+
+def test_the_folder_is_found(strangers, runs, tmp_path):
+    folder = strangers["zero2-fp32"].folder
+    tag = folder / f"global_step{others.STEPS}"
+    assert find_folder(folder) == find_folder(tag) == tag
+    ours = locate(runs["zero2", "fp32"][0], print)
+    assert find_folder(ours) == ours / "deepspeed"
+    for path in (tmp_path / "none", tag / MODEL):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            find_folder(path)
+    with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint"):
+        find_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no \*_model_states.pt"):
+        ZeroReader(tmp_path)
+    for content in (b"global_step9", b"", b"\0", b"\xff\xfe", b"x" * 5000, b"latest", b"..", str(tag).encode()):
+        (tmp_path / "latest").write_bytes(content)
+        with pytest.raises(CheckpointError, match="latest: names .* and there is no such folder"):
+            find_folder(tmp_path)

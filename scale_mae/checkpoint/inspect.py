@@ -175,10 +175,10 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, dict) and "saved" in value:
         size = f"{value['bytes'] / 1e6:,.1f} MB"
         return f"{value['name']}  {value['saved']}  {size:>12}  {'damaged' if value[PROBLEM] else 'verified'}"
-    if isinstance(value, dict):
-        return ", ".join(f"{_text(k, v)} {k}" if k != "weight decay" else f"weight decay {v:g}" for k, v in value.items())
+    if isinstance(value, dict):  # a name before a version or a setting, after a number of things
+        return ", ".join(f"{v:,} {k}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return (" x " if key in ("image size", "patch size") else ", ").join(map(str, value))
     if key == "bytes":
         return f"{value:,} ({value / 1e6:,.1f} MB)"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if key == "parameters" else str(value)

@@ -110,14 +110,14 @@ def _sizes(weights: Weights) -> Report:
     names, origin = weights.tensors, weights.origin
     width, _, *patch = names["patch_embed.proj.weight"].shape
     heads = "" if origin.heads is None else f", {origin.heads} heads"
-    encoder = f"width {width}, {depth(names, 'blocks')} blocks{heads}, patches of {by(patch)}"
+    encoder = f"width {width}, depth {depth(names, 'blocks')}{heads}, patches of {by(patch)}"
     if "pos_embed" in names:
         encoder += f", {names['pos_embed'].shape[1] - 1} of them" if names["pos_embed"].dim() == 3 else ""
     report: Report = {"encoder": encoder, "LayerNorm epsilon": origin.layer_norm_eps}
     if "decoder_embed.weight" in names:
         heads = "" if origin.decoder_heads is None else f", {origin.decoder_heads} heads"
         width = names["decoder_embed.weight"].shape[0]
-        report["decoder"] = f"width {width}, {depth(names, 'decoder_blocks')} blocks{heads}"
+        report["decoder"] = f"width {width}, depth {depth(names, 'decoder_blocks')}{heads}"
     if weights.left_out:
         report["head"] = ", ".join(sorted(weights.left_out))
     statistics = {"mean": list(origin.mean) if origin.mean else None, "std": list(origin.std) if origin.std else None}

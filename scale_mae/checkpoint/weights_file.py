@@ -75,6 +75,7 @@ def open_weights(path: Path) -> Opened:
     kind = container(path)
     folder = path.parent
     config, processor, facts = (_json(folder / name) for name in ("config.json", "preprocessor_config.json", FACTS_FILE))
+    facts = read_facts(facts, folder)
     if kind == "index":
         places = _json(path)["weight_map"]
         if not isinstance(places, dict) or not places:
@@ -89,11 +90,11 @@ def open_weights(path: Path) -> Opened:
         return Opened("torch", files, _joined(parts, path), {}, None, config, processor, facts)
     if kind == "safetensors":
         opened = _safetensors(path)
-        facts = read_facts(opened.metadata.get(METADATA_KEY), path) or facts
+        facts |= read_facts(opened.metadata.get(METADATA_KEY), path)
         return Opened(kind, [path], opened, dict(opened.metadata), None, config, processor, facts)
     if kind == "torch":
         tensors, beside, wrapped = _tensors(_unpickle(path), path)
-        facts = read_facts(beside.get(METADATA_KEY), path) or facts
+        facts |= read_facts(beside.get(METADATA_KEY), path)
         return Opened(kind, [path], tensors, beside, wrapped, config, processor, facts)
     raise CheckpointError(f"{path}: {kind}; give a safetensors file, one of torch.save, or a folder of such")
 

@@ -1,6 +1,5 @@
 """``scale-mae inspect``: what every kind of path is, and damage in each."""
 
-import contextlib
 import json
 import random
 import re

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import psutil
 import report
 import timm
 import torch
 from safetensors.torch import load_file
+from watch import watch
 
 SETTING = [
     "model.size=huge",
@@ -40,26 +38,6 @@ SETTING = [
 ]
 
 
-def watch(command: list[str]) -> tuple[float, float, float]:
-    """Run a command; seconds, largest memory of one of its processes and of all at one moment, in GiB."""
-    began, one, together = time.perf_counter(), 0.0, 0.0
-    with subprocess.Popen(command) as process:
-        family = psutil.Process(process.pid)
-        while process.poll() is None:
-            sizes = []
-            for member in [family, *family.children(recursive=True)]:
-                try:
-                    # pages shared between processes count in none of them
-                    sizes.append(member.memory_info().rss - member.memory_info().shared)
-                except psutil.Error:
-                    continue
-            one, together = max(one, *sizes, 0), max(together, sum(sizes))
-            time.sleep(0.2)
-    if process.returncode:
-        sys.exit(f"failed with exit code {process.returncode}: {' '.join(command)}")
-    return time.perf_counter() - began, one / 2**30, together / 2**30
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -77,12 +55,12 @@ def main() -> None:
     table = [
         {
             "phase": phase,
-            "seconds": f"{seconds:.0f}",
-            "peak GiB of a process": f"{one:.2f}",
-            "of all together": f"{together:.2f}",
+            "seconds": f"{taken.seconds:.0f}",
+            "peak GiB of a process": f"{taken.private / 2**30:.2f}",
+            "of all together": f"{taken.together / 2**30:.2f}",
             "on disk, GiB": f"{size / 2**30:.2f}",
         }
-        for phase, (seconds, one, together), size in (
+        for phase, taken, size in (
             ("two steps and a checkpoint, 2 processes", trained, checkpoint),
             ("convert and check", converted, exported),
         )

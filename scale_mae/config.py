@@ -56,6 +56,9 @@ class RunConfig(Section):
     """Run directory; ``{recipe}`` is the recipe's name. The same command in the same directory resumes."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, sample order, crops, flips and masks."""
+    watchdog: float = Field(15.0, ge=0, json_schema_extra={"free": True})
+    """Minutes without a step or a checkpoint after which every process writes the stacks of its threads and ends. Time before
+    the first step does not count. 0: never."""
 
 
 class ModelConfig(Section):

@@ -26,11 +26,15 @@ from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.distributed import StopRequest, Vote, World, rank_and_size, world
 from scale_mae.engine.optim import make_schedule, parameter_names
+from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
 from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
 from scale_mae.metrics.sinks import Log, make_log
-from scale_mae.run_directory import check_same_data, find_index, prepare_directory
+from scale_mae.run_directory import Outcome, check_same_data, find_index, prepare_directory
+
+MARGIN = 30.0  # seconds before a job's time limit to finish the step in and to leave, besides what a save takes
+SLOW = 2e8  # bytes a second that a save is expected to write, until one has been measured
 
 
 class NonFiniteError(UserError):
@@ -44,12 +48,14 @@ class Result:
     Attributes:
         run_dir: the run directory.
         step: optimizer steps done.
-        finished: whether that is the end of the schedule; if not, a signal stopped it and the same call continues.
+        finished: whether that is the end of the schedule; if not, the same call continues.
+        stopped: what stopped it, such as ``stopped by SIGTERM after step 12``; empty when nothing did.
     """
 
     run_dir: Path
     step: int
     finished: bool
+    stopped: str
 
 
 def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
@@ -72,14 +78,21 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, world() as ranks, ExitStack() as held:
         ranks.on_main(lambda: held.enter_context(alone(run_dir / "run.lock", f"run.dir={run_dir} is in use")))
-        return _Run(config, ranks, stop).loop()
+        outcome = Outcome(run_dir)
+        if ranks.is_main:
+            held.enter_context(outcome.told())
+        watchdog = held.enter_context(Watchdog(config.run.watchdog, ranks.rank))
+        result = _Run(config, ranks, stop, watchdog).loop()
+        if ranks.is_main:
+            outcome.tell("finished" if result.finished else result.stopped)
+        return result
 
 
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World, stop: StopRequest) -> None:
-        self.config, self.ranks, self.stop = config, ranks, stop
+    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.config, self.ranks, self.stop, self.watchdog = config, ranks, stop, watchdog
         accumulation = config.accumulation(ranks.size)
         self.dir = Path(config.run.dir)
         notes: list[str] = []
@@ -102,15 +115,17 @@ class _Run:
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = failed_saves = 0
+        self.slowest_save: float | None = None
         self.tally = Tally(config.data.max_failures)
         if checkpoint:
             state = self.engine.load(checkpoint)
             check_same_data(state["data"], index, checkpoint)
             self.step = self.saved = int(state["step"])
             self.tally = Tally(config.data.max_failures, state["failures"])
-            failed_saves = int(state["failed_saves"])
+            failed_saves, self.slowest_save = int(state["failed_saves"]), state["slowest_save_s"]
             notes.append(f"resumed from {checkpoint}")
         self.saver = self._saver(nbytes, len(index), failed_saves)
+        self._keep_time_to_save()
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
@@ -152,7 +167,7 @@ class _Run:
 
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
-        total = self.schedule.total_steps
+        total, stopped = self.schedule.total_steps, ""
         with self.log, self.saver:
             feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
@@ -169,10 +184,11 @@ class _Run:
             self.saver.drain()
             self._tell_saves()
             if self.stop.received or verdict is Vote.STOP:
-                self.log.say(f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}")
+                stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
+                self.log.say(stopped)
             if self.saver.error:
                 raise self.saver.error
-        return Result(self.dir, self.step, self.step >= total)
+        return Result(self.dir, self.step, self.step >= total, stopped)
 
     def _one_step(self, feed: Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
@@ -193,6 +209,7 @@ class _Run:
             feed.advance()
         first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), math.inf, float(step + 1)))
         self.step += 1
+        self.watchdog.beat()
         self.meter.stepped()
         if logged:
             self._check_finite(first_bad)
@@ -245,14 +262,23 @@ class _Run:
             "data": self.digest,
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,
+            "slowest_save_s": self.slowest_save,
         }
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
         self.saved = self.step
+        self.watchdog.beat()
         self._tell_saves()
+
+    def _keep_time_to_save(self) -> None:
+        """Stop early enough before the job's time limit: twice what the slowest save took, as the disk may be busier then."""
+        expected = self.saver.nbytes / SLOW if self.slowest_save is None else self.slowest_save
+        self.stop.lead = 2 * expected + MARGIN
 
     def _tell_saves(self) -> None:
         for saved in self.saver.ended():
             self.meter.pause(saved.stalled)
+            self.slowest_save = max(self.slowest_save or 0.0, saved.seconds)
+            self._keep_time_to_save()
             stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
             self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)

@@ -212,10 +212,11 @@ VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config
 def train_all(configs):
     """Several runs in one set of ranks."""
     from scale_mae.engine.distributed import StopRequest, world
+    from scale_mae.engine.watchdog import Watchdog
     from scale_mae.train import _Run
 
     with world() as ranks, StopRequest() as stop:
-        return [_Run(config, ranks, stop).loop().finished for config in configs]
+        return [_Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_before(expected, tmp_path):

@@ -488,6 +488,7 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
 def train_several(configs, stops):
     """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
     from scale_mae.engine.distributed import StopRequest, world
+    from scale_mae.engine.watchdog import Watchdog
     from scale_mae.train import _Run
 
     torch.set_num_threads(1)
@@ -495,12 +496,13 @@ def train_several(configs, stops):
     with world() as ranks:
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
-                run = _Run(config, ranks, request)
+                run = _Run(config, ranks, request, Watchdog(0, 0))
                 original = run.log.metrics
 
                 def metrics(values, original=original, request=request, stop=stop):
                     original(values)
-                    request.received = request.received or ("the test" if values["step"] >= stop else None)
+                    if values["step"] >= stop:
+                        request.ask("the test")
 
                 run.log.metrics = metrics
                 run.loop()

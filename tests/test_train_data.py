@@ -141,7 +141,7 @@ def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, mo
     monkeypatch.setattr(building, "CHUNK", 2)
     data = make_folders(tmp_path / "data")
     stop = StopRequest()
-    stop.received = "SIGTERM"
+    stop.ask("SIGTERM")
     with pytest.raises(UserError, match="stopped by SIGTERM while building .* goes on"):
         find_index(tmp_path, str(data), [], stop)
     assert (tmp_path / "data.index.partial").exists()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -213,23 +214,42 @@ def _tasks_here(tasks_per_node: str, node: int) -> int:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT while it is open, so that a step can be finished and saved."""
+    """Remembers a signal that asks to stop, or notices that the job's time runs out, so that a step can be finished and saved.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Slurm sends SIGTERM at preemption and before it cancels, SIGUSR1 ahead of the time limit if asked to, other systems SIGHUP.
+
+    Attributes:
+        lead: seconds before ``SLURM_JOB_END_TIME`` at which it is time; what a save takes is to be set here.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._asked: str | None = None
+        self.lead = 60.0
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._end = float(end) if end.isdigit() else float("inf")
+
+    @property
+    def received(self) -> str | None:
+        """Name of the signal that came, or ``the time limit``; None: go on."""
+        return self._asked or ("the time limit" if time.time() > self._end - self.lead else None)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            self._before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+            # nohup and job control have their reasons to ignore SIGHUP
+            heard = [s for s in self.SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
+    def ask(self, why: str) -> None:
+        """Stop after this step."""
+        self._asked = why
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in getattr(self, "_before", {}).items():
-            signal.signal(number, handler)
-        if self.received == "SIGTERM":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not spoil the exit code of a clean stop
+            # a second one must not spoil the exit code of a clean stop
+            signal.signal(number, signal.SIG_IGN if self._asked and number != signal.SIGINT else handler)

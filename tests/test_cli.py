@@ -115,7 +115,7 @@ BAD = [
     (["pretrain", "debug", "nonsense"], "override 'nonsense' is not section.key=value"),
     (["convert", "absent", "--to", "timm", "--out", "x"], "absent: no such run directory or checkpoint"),
     (["reconstruct", "absent", "a.jpg", "--out", "x.png"], "absent: no such run directory or checkpoint"),
-    (["knn", "absent", "--train", "demo:train", "--val", "demo:val"], "absent: not a readable safetensors file"),
+    (["knn", "absent", "--train", "demo:train", "--val", "demo:val"], "absent: no such file or folder"),
 ]
 
 

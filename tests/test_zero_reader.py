@@ -228,7 +228,7 @@ SIZE = 1 << 25  # values; 134 MB in fp32, which counts to half of them
 def large(tmp_path_factory):
     """A stage-2 checkpoint by two ranks with one large parameter."""
     folder = tmp_path_factory.mktemp("large")
-    weight = torch.arange(SIZE, dtype=torch.float32) % (SIZE // 2)
+    weight = (torch.arange(SIZE) % (SIZE // 2)).float()
     model = {"module": {"w": weight.bfloat16()}, "buffer_names": [], "optimizer": None, "param_shapes": [{"w": (SIZE,)}]}
     counts = {"global_steps": 1, "dp_world_size": 2, "mp_world_size": 1}
     torch.save(model | counts, folder / MODEL)

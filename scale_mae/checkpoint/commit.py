@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import queue
 import shutil
@@ -35,6 +34,7 @@ from scale_mae.checkpoint.store import (
     Manifest,
     checkpoint_name,
     checkpoints,
+    flush,
     move_aside,
     read_manifest,
     retained,
@@ -205,17 +205,17 @@ class Saver:
 
     def _name(self, manifest: Manifest, staging: Path, final: Path) -> None:
         (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-        _flush(staging / MANIFEST)
+        flush(staging / MANIFEST)
         for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
-            _flush(folder)
+            flush(folder)
         if final.exists():  # found damaged when the run was resumed, and could not be moved then
             move_aside(final)
         staging.rename(final)
         pointer = final.with_name("latest.tmp")
         pointer.write_text(final.name)
-        _flush(pointer)
+        flush(pointer)
         pointer.rename(final.with_name("latest"))
-        _flush(final.parent)
+        flush(final.parent)
 
     def _prune(self, newest: Path) -> None:
         """Delete what is no longer kept. The newest is whole by now; one that is newer by name is from before a resume."""
@@ -271,16 +271,8 @@ def _copy(path: Path, source: Path, target: Path) -> Path:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    _flush(path)
+    flush(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _versions() -> dict[str, str]:

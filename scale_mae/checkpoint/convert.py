@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
-from scale_mae.checkpoint.store import FOLDER, MANIFEST, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import FOLDER, MANIFEST, flush, locate, read_config, read_manifest
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -83,7 +84,10 @@ def convert(
             if folder:
                 names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
                 (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
-            _verify(source, to, target, out)
+            with ThreadPoolExecutor(1, "flush") as thread:  # the disk has work while the processor compares
+                flushed = thread.submit(flush_all, staging)
+                _verify(source, to, target, out)
+                flushed.result()
             give_name(staging, target, out)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{out}: not written ({' '.join(str(error).split())})") from None
@@ -235,10 +239,8 @@ def _compare_bits(source: Source, target: Path, out: Path) -> None:
 
 
 def give_name(staging: Path, target: Path, out: Path) -> None:
-    """Flush everything to the disk, then rename; a folder that is replaced steps aside for the moment."""
+    """Rename what has been flushed; a folder that is replaced steps aside for the moment."""
     files = sorted(p for p in staging.rglob("*") if p.is_file())
-    for path in [*files, *({p.parent for p in files})]:
-        _flush(path)
     if target.is_dir():
         if out.is_dir():
             out.rename(staging / "replaced")
@@ -246,12 +248,11 @@ def give_name(staging: Path, target: Path, out: Path) -> None:
     else:
         for path in sorted(files, key=lambda p: p == target):  # the file itself comes after those that it names
             os.replace(path, out.with_name(path.name))
-    _flush(out.parent)
+    flush(out.parent)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def flush_all(folder: Path) -> None:
+    """Bring all files of a folder, and their names in it, to the disk."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in [*files, *({p.parent for p in files})]:
+        flush(path)

@@ -177,6 +177,7 @@ def _huggingface(source: Source, target: Path, probe: Probe) -> Outputs:
     if kind == "vit":
         tokens = model(probe.images).last_hidden_state
         return {"tokens": tokens, "embedding": tokens[:, 0]}
+    model.config.mask_ratio = probe.mask_ratio
     output = model(probe.images, noise=probe.noise)
     return {"loss": output.loss, "pred": output.logits}
 

@@ -18,7 +18,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from scale_mae.checkpoint.convert import give_name
+from scale_mae.checkpoint.convert import flush_all, give_name
 from scale_mae.checkpoint.export import build_encoder, model_from_config
 from scale_mae.checkpoint.facts import METADATA_KEY, TIMM_NAMES, describe
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
@@ -128,6 +128,7 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
             written = TensorFiles(staging / out.name)
             if not all(torch.equal(written[name], t) for name, t in state.items()):
                 raise UserError(f"{out}: not written; it reads back otherwise than it was written")
+            flush_all(staging)
             give_name(staging, staging / out.name, out)
         except OSError as error:
             raise UserError(f"{out}: not written ({error.strerror or error})") from None

@@ -28,10 +28,14 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.25, "fp16": 0.05}
 
 @dataclass(frozen=True)
 class Probe:
-    """``images`` ``[B, 3, H, W]`` and mask noise ``[B, L]``, always the same for one size."""
+    """``images`` ``[B, 3, H, W]``, mask noise ``[B, L]`` and the share it hides, always the same for one size.
+
+    A sixteenth of the patches is seen: a weight that differs shows in any token, and each token costs time.
+    """
 
     images: Tensor
     noise: Tensor
+    mask_ratio: float
 
     @classmethod
     def of(cls, config: Config, count: int) -> Probe:
@@ -42,7 +46,8 @@ class Probe:
         patches = (m.image_size[0] // m.patch[0]) * (m.image_size[1] // m.patch[1])
         noise = torch.rand(count, patches, generator=generator)
         noise[1::2] = 1 - noise[::2][: count // 2]
-        return cls(images, noise)
+        seen = max(1, patches // 16)
+        return cls(images, noise, 1 - (seen + 0.5) / patches)  # half a patch more, as the ratio is rounded down
 
 
 def empty_mae(config: Config) -> MAE:
@@ -121,7 +126,7 @@ def timm_outputs(encoder: VisionTransformer, probe: Probe) -> Outputs:
 @torch.inference_mode()
 def mae_outputs(model: MAE, probe: Probe) -> Outputs:
     """``loss`` and ``pred`` of masked images."""
-    output = model(probe.images, probe.noise)
+    output = model(probe.images, probe.noise, probe.mask_ratio)
     return {"loss": output.loss, "pred": output.pred}
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scale_mae.config import Config, UserError, load_config
+from scale_mae.resources import available_cores
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
@@ -73,6 +76,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def retained(steps: list[int], keep: int, keep_every: int | None) -> set[int]:
     """Which checkpoints stay: the newest ``keep``, and the first of every stretch of ``keep_every`` steps.
 
@@ -98,12 +110,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     try:
         manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text()))
-        if not isinstance(manifest.files, dict):
+        if not all(facts.keys() == {"bytes", "sha256"} for facts in manifest.files.values()):
             raise TypeError
         return manifest
     except OSError:
         raise CheckpointError(f"{checkpoint}: not a checkpoint (no readable {MANIFEST})") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise CheckpointError(f"{checkpoint / MANIFEST}: damaged") from None
 
 
@@ -126,19 +138,23 @@ def verify(checkpoint: Path) -> Manifest:
         CheckpointError: names the first file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
-    for name, facts in manifest.files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, {facts['bytes']} were written)")
-        try:
-            same = sha256(path) == facts["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        if not same:
-            raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
+    # hashing leaves the interpreter to others; a file a thread
+    with ThreadPoolExecutor(available_cores(), "checksum") as threads:
+        list(threads.map(lambda name: _verify_file(checkpoint / name, manifest.files[name]), manifest.files))
     return manifest
+
+
+def _verify_file(path: Path, facts: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing from the checkpoint")
+    if path.stat().st_size != facts["bytes"]:
+        raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, {facts['bytes']} were written)")
+    try:
+        same = sha256(path) == facts["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if not same:
+        raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
 
 
 def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False) -> Path | None:

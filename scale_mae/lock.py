@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from scale_mae.config import UserError
 
@@ -30,7 +32,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another place") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
             mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # not one that its holder has just removed
         except (BlockingIOError, FileNotFoundError):
             mine = False
@@ -49,6 +51,30 @@ def alone(lock: Path, what: str) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO) -> None:
+    """Take the lock; who only looks at it (:func:`holder`) has it for a moment."""
+    for last in (False, False, False, True):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if last:
+                raise
+            time.sleep(0.1)
+
+
+def holder(lock: Path) -> str | None:
+    """Who holds a lock, such as ``process 12 on node7, Slurm job 3``; None: nobody."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with suppress(OSError):
+            return lock.read_text().strip() or "another process"
+    except OSError:
+        pass
+    return None
 
 
 def _me() -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scale_mae.checkpoint import store
@@ -12,41 +10,10 @@ from scale_mae.config import Config, UserError, load_config
 from scale_mae.data.build import build
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.engine.distributed import StopRequest
+from scale_mae.outcome import StoppedError
 from scale_mae.progress import Bar
 
 QUICK = 5.0  # seconds; what takes longer shows its progress
-OUTCOME = "outcome"
-
-
-class StoppedError(UserError):
-    """A signal came before the first step."""
-
-
-class Outcome:
-    """How a run ended last, in one line of the file ``outcome`` for job scripts and ``scale-mae status``: ``finished``,
-    ``stopped by SIGTERM after step 12``, or ``failed: why``. There is none while it runs, nor after it was killed.
-
-    Args:
-        run_dir: the run directory.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / OUTCOME
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Forget the last one; an error of the user's, which starting again would only repeat, becomes the next."""
-        self._path.unlink(missing_ok=True)
-        try:
-            yield
-        except UserError as error:
-            self.tell(str(error) if isinstance(error, StoppedError) else f"failed: {error}")
-            raise
-
-    def tell(self, text: str) -> None:
-        """Write it."""
-        with suppress(OSError):  # a full disk; the log says it too
-            self._path.write_text(text + "\n")
 
 
 def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path | None:

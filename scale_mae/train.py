@@ -31,7 +31,8 @@ from scale_mae.feed import Feed
 from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
 from scale_mae.metrics.sinks import Log, make_log
-from scale_mae.run_directory import Outcome, check_same_data, find_index, prepare_directory
+from scale_mae.outcome import Outcome
+from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
 MARGIN = 30.0  # seconds before a job's time limit to finish the step in and to leave, besides what a save takes
 SLOW = 2e8  # bytes a second that a save is expected to write, until one has been measured

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
+
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -28,7 +30,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -43,6 +45,8 @@ SelectType=select/linear
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=15
+SchedulerParameters=sched_interval=2,bf_interval=2
 FirstJobId={first_job}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -100,6 +104,24 @@ class SlurmCluster:
     def steps(self) -> list[str]:
         """Running job steps, as ``job.step``."""
         return self.run("squeue", "--steps", "--noheader", "--format=%i").stdout.split()
+
+    def fail_node(self, node: str) -> None:
+        """A power cut: the daemon of a node and everything that runs there are gone at once."""
+        self._daemons[f"slurmd-{node}"].kill()
+        self._daemons[f"slurmd-{node}"].wait()
+        there, here = f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.env['SLURM_CONF']}"
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = [f"{key}={value}" for key, value in process.environ().items()]
+                if there in environment and here in environment:
+                    for ancestor in process.parents():
+                        if ancestor.name().startswith("slurmstepd"):
+                            ancestor.kill()
+                    process.kill()
+
+    def start_node(self, node: str) -> None:
+        """Switch a node on again."""
+        self._start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
 
     def logs(self, lines: int = 15) -> str:
         """The last lines of every daemon's log."""

@@ -63,6 +63,7 @@ class Meter:
         images_per_s = self.global_batch / step_time
         metrics: Metrics = {
             "step": step,
+            "total_steps": self.total_steps,
             "epoch": step * self.global_batch / self.dataset_size,
             "images": step * self.global_batch,
             "loss": loss,

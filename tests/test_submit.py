@@ -1,0 +1,232 @@
+"""Jobs on a real Slurm of two nodes: submitted, ended in every way, cancelled, given up; and what never reaches the queue."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from slurm_cluster import SlurmCluster
+from test_train import log
+
+from scale_mae.checkpoint.store import checkpoints, read_manifest
+from scale_mae.cli import main
+
+PATIENCE = 180  # seconds
+ROOT = Path(__file__).parent.parent
+SITE = "preflight: {preflight}\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
+RUN = ["train.duration=400 steps", "checkpoint.every=400 steps"]
+service = pytest.mark.service("slurm-wlm", "munge")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def here(cluster, tmp_path, monkeypatch):
+    """A user of the cluster, in a folder with a site file."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.env[name])
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    write_site(tmp_path)
+    return tmp_path
+
+
+def write_site(folder, preflight="false"):
+    (folder / "site.yaml").write_text(SITE.format(preflight=preflight))
+
+
+def submit(capsys, run, *words, nodes="2"):
+    """Numbers of the submitted jobs."""
+    assert main(["submit", "debug", f"run.dir={run}", *RUN, *words, "--nodes", nodes]) == 0
+    return [int(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines() if line.startswith("job ")]
+
+
+def wait(cluster, run, what, ready):
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        if time.monotonic() > deadline:
+            logs = "\n".join(path.read_text()[-3000:] for path in sorted((run / "slurm").glob("job-*.log")))
+            queue = cluster.run("scontrol", "show", "job").stdout
+            pytest.fail(f"not within {PATIENCE} s: {what}\n{logs}\n{queue}\n{cluster.logs()}")
+        time.sleep(0.1)
+
+
+def steps(run):
+    return max(log(run, "loss"), default=0) if (run / "log.jsonl").exists() else 0
+
+
+def ended(cluster):
+    return lambda: not cluster.run("squeue", "--noheader").stdout.strip()
+
+
+def finish(cluster, run):
+    """The job's end, and all losses of the run."""
+    wait(cluster, run, "the job ends", ended(cluster))
+    assert (run / "outcome").read_text() == "finished\n", said(run)
+    return log(run, "loss")
+
+
+def said(run):
+    return (run / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """Losses of the run on two nodes that nothing disturbs, submitted like the others."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_site(folder)
+    command = [sys.executable, "-m", "scale_mae", "submit", "debug", "run.dir=run", *RUN, "--nodes=2"]
+    done = subprocess.run(
+        command, cwd=folder, env=cluster.env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return finish(cluster, folder / "run")
+
+
+def attempts(run):
+    try:
+        return [line for line in (run / "slurm" / "attempts").read_text().splitlines() if "job=" in line]
+    except OSError:
+        return []
+
+
+def some_steps(cluster, run, what):
+    begun = steps(run)
+    wait(cluster, run, f"some steps before {what}", lambda: steps(run) > begun + 5)
+
+
+def disturb(cluster, run, what, action):
+    """Do something to a run that has taken some steps, and wait until its job begins again; the seconds that took."""
+    some_steps(cluster, run, what)
+    restarts, began = len(attempts(run)), time.monotonic()
+    action()
+    wait(cluster, run, f"the job begins again after {what}", lambda: len(attempts(run)) > restarts)
+    return time.monotonic() - began
+
+
+def kill_a_rank(cluster, node):
+    """SIGKILL the training process of a node."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment = process.environ()
+            ours = environment.get("SLURM_CONF") == cluster.env["SLURM_CONF"]
+            if ours and environment.get("SLURMD_NODENAME") == node and "pretrain" in process.cmdline():
+                process.kill()
+                return
+    raise AssertionError("no such process")
+
+
+@service
+@pytest.mark.slow
+def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed, here, capsys):
+    run = here / "run"
+    (number,) = submit(capsys, run)
+    job = str(number)
+
+    def slurm(*command):
+        done = cluster.run(*command)
+        assert done.returncode == 0, done.stderr
+
+    disturb(cluster, run, "SIGTERM", lambda: slurm("scancel", "--signal=TERM", job))
+    disturb(cluster, run, "the time limit", lambda: slurm("scontrol", "update", f"JobId={job}", "TimeLimit=2"))
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    disturb(cluster, run, "requeue", lambda: slurm("scontrol", "requeue", job))
+    assert disturb(cluster, run, "a rank dies", lambda: kill_a_rank(cluster, cluster.nodes[1])) < 60
+    some_steps(cluster, run, "a node fails")
+    cluster.fail_node(cluster.nodes[1])
+    wait(cluster, run, "Slurm notices", lambda: cluster.run("squeue", "--noheader", "--format=%t").stdout.strip() == "PD")
+    cluster.start_node(cluster.nodes[1])
+    assert finish(cluster, run) == undisturbed
+    text = said(run)
+    assert "stopped by SIGTERM after" in text
+    assert "stopped by SIGUSR1 after" in text
+    assert "ended without a word, exit code" in text
+    assert len(attempts(run)) >= 6
+    assert {read_manifest(c).world_size for c in checkpoints(run)} == {2}
+
+
+@service
+@pytest.mark.slow
+def test_with_fewer_nodes_it_goes_on_with_fewer(cluster, undisturbed, here, capsys):
+    run, gone = here / "run", cluster.nodes[1]
+    (job,) = submit(capsys, run, nodes="1-2")
+    some_steps(cluster, run, "one node is taken away")
+    cluster.run("scontrol", "update", f"NodeName={gone}", "State=DRAIN", "Reason=test")
+    cluster.run("scancel", "--signal=TERM", str(job))
+    losses = finish(cluster, run)
+    cluster.run("scontrol", "update", f"NodeName={gone}", "State=RESUME")
+    assert {step: loss for step, (loss,) in losses.items()} == pytest.approx(
+        {step: loss for step, (loss,) in undisturbed.items()}, rel=1e-5
+    )
+    assert read_manifest(checkpoints(run)[-1]).world_size == 1
+    assert [line.split("nodes=")[1].split()[0] for line in attempts(run)] == ["127.0.0.[1-2]", "127.0.0.1"]
+
+
+@service
+def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
+    run = here / "run"
+    (here / "site.yaml").write_text((here / "site.yaml").read_text() + "setup: ulimit -v 100000\n")
+    submit(capsys, run)
+    wait(cluster, run, "the job gives up", ended(cluster))
+    assert len(attempts(run)) == 4
+    assert (
+        (run / "outcome").read_text().startswith("failed: 3 restarts in a row made no progress; the last attempt ended without")
+    )
+    assert main(["status", str(run)]) == 0
+    assert "failed: 3 restarts in a row made no progress" in capsys.readouterr().out
+    # the same command again begins to count anew
+    write_site(here)
+    submit(capsys, run)
+    finish(cluster, run)
+
+
+@service
+def test_cancel_saves_and_stays_cancelled_and_a_chain_goes_on(cluster, here, capsys):
+    run = here / "run"
+    first, second, third = submit(capsys, run, "--chain", "3")
+    some_steps(cluster, run, "the first job of the chain ends")
+    assert main(["submit", "debug", f"run.dir={run}", *RUN]) == 2
+    assert f"job {first}, {second}, {third} of this run is in the queue" in capsys.readouterr().err
+    cluster.run("scancel", "--signal=TERM", str(first))
+    wait(cluster, run, "the second job", lambda: len(attempts(run)) == 2)
+    some_steps(cluster, run, "it is cancelled")
+    assert main(["status", str(run), "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert shown["state"] == f"running (job {second})"
+    assert (shown["total_steps"], shown["restarts"]) == (400, 1)
+    assert shown["checkpoint"] == checkpoints(run)[-1].name
+    assert main(["cancel", str(run)]) == 0
+    assert f"job {second} stops after a checkpoint; job {third} taken from the queue" in capsys.readouterr().out
+    wait(cluster, run, "the end", ended(cluster))
+    assert read_manifest(checkpoints(run)[-1]).step == steps(run) < 400
+    assert f"job {second}: cancelled (stopped by SIGTERM after step {steps(run)})" in said(run)
+    assert len(attempts(run)) == 2
+    assert main(["cancel", str(run)]) == 2
+    assert "nothing of this run is running or waiting" in capsys.readouterr().err
+
+
+@service
+def test_a_config_error_never_reaches_the_queue(cluster, here, capsys):
+    for words, message in (
+        (["train.learning_rate=1"], "unknown key 'train.learning_rate'"),
+        (["--nodes", "3"], "train.global_batch=16 is not divisible by train.micro_batch=4 x 3 processes = 12"),
+        (["engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file"),
+        (["--time", "soon"], "--time=soon: time=soon: not a time limit"),
+        (["--partition", "absent"], "sbatch: error: invalid partition specified: absent"),
+    ):
+        assert main(["submit", "debug", "run.dir=run", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    assert not cluster.run("squeue", "--noheader").stdout
+    assert not (here / "run" / "log.txt").exists()

@@ -221,7 +221,7 @@ def test_a_config_error_never_reaches_the_queue(cluster, here, capsys):
         (["train.learning_rate=1"], "unknown key 'train.learning_rate'"),
         (["--nodes", "3"], "train.global_batch=16 is not divisible by train.micro_batch=4 x 3 processes = 12"),
         (["engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file"),
-        (["--time", "soon"], "--time=soon: time=soon: not a time limit"),
+        (["--time", "soon"], "--time soon: not a time limit; write minutes"),
         (["--partition", "absent"], "sbatch: error: invalid partition specified: absent"),
     ):
         assert main(["submit", "debug", "run.dir=run", *words]) == 2

@@ -31,7 +31,7 @@ def seconds(time: str) -> int | None:
         return None
     found = _TIME.fullmatch(time)
     if not found:
-        raise SiteError(f"time={time}: not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
+        raise SiteError("not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
     a, b, c = (int(found[key] or 0) for key in "abc")
     if found["days"]:
         return int(found["days"]) * 86400 + a * 3600 + b * 60 + c
@@ -103,7 +103,10 @@ class Site(Section):
     def _text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError('put it in quotes, as in "24:00:00": without, YAML reads a number')
-        seconds(value)
+        try:
+            seconds(value)
+        except SiteError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @property
@@ -151,4 +154,4 @@ def load_site(run_dir: Path, options: Mapping[str, Any]) -> Site:
         where = f"--{key.replace('_', '-')}" if key in given else f"{path}: {'.'.join(map(str, first['loc']))}"
         if first["type"] == "extra_forbidden":
             raise SiteError(f"{where}: unknown key; keys are {', '.join(Site.model_fields)}") from None
-        raise SiteError(f"{where}={first['input']}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise SiteError(f"{where} {first['input']}: {first['msg'].removeprefix('Value error, ')}") from None

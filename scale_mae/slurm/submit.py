@@ -250,7 +250,8 @@ def queued(run_dir: Path) -> dict[int, tuple[str, str]]:
     # without --jobs: for one that is long gone squeue would fail
     lines = call("squeue", "--noheader", "--me", "--format=%i|%T|%r").splitlines()
     found = (line.split("|", 2) for line in lines)
-    return {int(i): (state, reason) for i, state, reason in found if i.isdigit() and int(i) in numbers}
+    live = {int(i): (state, reason) for i, state, reason in found if i.isdigit()}
+    return {number: live[number] for number in numbers if number in live}
 
 
 def call(*command: str) -> str:

@@ -56,8 +56,7 @@ class Image:
     def __enter__(self) -> Image:
         self.workspace.mkdir()
         self.workspace.chmod(0o777)
-        storage = f'[storage]\ndriver = ""\ngraphroot = "{self.folder}/graph"\nrunroot = "{self.folder}/run"\n'
-        (self.folder / "storage.conf").write_text(storage)
+        self._choose_storage()
         try:
             self._make_base()
             self._build()
@@ -92,6 +91,13 @@ class Image:
             return self._call("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script)
         options = ["--user", user] if user else []
         return self._buildah("run", *options, "--volume", f"{self.workspace}:/workspace", self._container, "--", *command)
+
+    def _choose_storage(self) -> None:
+        for driver in ("overlay", "vfs"):  # the second copies where the first links, but works on any file system
+            text = f'[storage]\ndriver = "{driver}"\ngraphroot = "{self.folder}/graph"\nrunroot = "{self.folder}/run"\n'
+            (self.folder / "storage.conf").write_text(text)
+            if not subprocess.run(["buildah", "info"], env=self.env, capture_output=True, check=False).returncode:
+                return
 
     def _make_base(self) -> None:
         system = platform.freedesktop_os_release()

@@ -154,6 +154,7 @@ class TestImage:
         assert (image.workspace / f"{name}.safetensors").stat().st_uid == int(user.partition(":")[0] or image.config["User"])
 
     def test_several_processes_and_dali_run_in_it(self, image):
-        several = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "scale_mae", "pretrain", "demo"]
+        here = ["--local-addr", "127.0.0.1"]  # buildah names the container, but unlike a runtime does not tell /etc/hosts
+        several = ["torchrun", "--standalone", *here, "--nproc-per-node", "2", "-m", "scale_mae", "pretrain", "demo"]
         image.run(*several, "run.dir=two", "data.decoder=dali_cpu", *SHORT, user="1234:0", entry_point=False)
         assert (image.workspace / "two" / "checkpoints" / "step-00000004" / "manifest.json").exists()

@@ -104,9 +104,9 @@ class Image:
         suite = system["VERSION_CODENAME"]
         parts = "main,universe" if system["ID"] == "ubuntu" else "main"
         listed = self._call("apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages")
-        mirror = [line.split()[1] for line in listed.splitlines() if line.split()[0] == suite][:1]
+        mirrors = [line.split()[1] for line in listed.splitlines() if line.startswith(f"{suite} http")]
         options = ["--variant=minbase", f"--components={parts}", "--include=ca-certificates"]
-        self._call("debootstrap", *options, suite, str(self.folder / "base"), *mirror)
+        self._call("debootstrap", *options, suite, str(self.folder / "base"), *mirrors[:1])
         container = self._buildah("from", "scratch")
         self._buildah("add", "--quiet", container, str(self.folder / "base"), "/")
         self._buildah("commit", "--quiet", "--rm", container, BASE)

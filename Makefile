@@ -1,10 +1,19 @@
 # `make demo` and `make test` are all a newcomer needs; each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-SERVICES := slurm-wlm munge dataset-fashion-mnist
+SERVICES := slurm-wlm munge dataset-fashion-mnist buildah debootstrap
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: setup demo test check services clean
+# make image BASE=ubuntu:24.04 TAG=mine:1 IMAGE_FLAGS='--secret id=pip.conf,src=pip.conf'; the first of BUILDERS that works builds
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' scale_mae/__init__.py)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+SOURCE := $(shell git remote get-url origin 2>/dev/null | sed -nE 's,^https://([^/@]*@)?,https://,p')
+BUILDERS ?= docker podman buildah
+BASE ?=
+TAG ?= scale-mae:$(VERSION)
+IMAGE_FLAGS ?=
+
+.PHONY: setup demo test check services image clean
 
 setup: .venv/installed
 
@@ -29,6 +38,12 @@ check: setup
 services:
 	$(SUDO) apt-get update --quiet=2
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 --no-install-recommends $(SERVICES)
+
+image:
+	@for builder in $(BUILDERS); do $$builder info >/dev/null 2>&1 && break; builder=; done; \
+	test "$$builder" || { echo "make image needs docker with its daemon running, podman or buildah; none works here"; exit 1; }; \
+	set -x; $$builder build $(if $(BASE),--build-arg BASE_IMAGE=$(BASE)) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) --tag $(TAG) $(IMAGE_FLAGS) .
 
 clean:
 	rm -rf .venv build dist *.egg-info

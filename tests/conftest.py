@@ -16,6 +16,8 @@ SERVICES = {  # Debian package -> a file it brings
     "slurm-wlm": "/usr/sbin/slurmctld",
     "munge": "/usr/sbin/munged",
     "dataset-fashion-mnist": "/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz",
+    "buildah": "/usr/bin/buildah",
+    "debootstrap": "/usr/sbin/debootstrap",
 }
 
 

@@ -301,6 +301,34 @@ def test_files_that_run_code_when_read_are_not_run(copy, tmp_path, call, place):
     assert evil.path.exists()
 
 
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_that_is_pickled_by_name_is_read(copy, stage):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    folder = copy(f"zero{stage}-fp32")
+    named = ByName(ZeroStageEnum, ZeroStageEnum(stage).name)
+    for path in folder.glob("*_optim_states.pt"):
+        edit(path, lambda content: content["optimizer_state_dict"].update(zero_stage=named))
+    assert ZeroReader(folder).stage == stage
+
+
+def test_getattr_gives_nothing_else(copy):
+    folder = copy("zero2-fp32")
+    edit(folder / OPTIM.format(0), lambda content: content.update(args=ByName(Path, "home")))
+    with pytest.raises(CheckpointError, match="it asks to call builtins.getattr"):
+        ZeroReader(folder)
+
+
 class Config:
     """A stranger's own class."""
 

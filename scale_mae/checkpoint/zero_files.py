@@ -54,6 +54,17 @@ class _DictStandIn:
         return OrderedDict()
 
 
+class _Stage(int):
+    """Takes the place of DeepSpeed's ZeroStageEnum."""
+
+
+def _member(owner: Any, name: str) -> _Stage:
+    """Takes the place of getattr, with which Python 3.11.0 to 3.11.3, Debian 12's too, pickles a member of an enumeration."""
+    if owner is not _Stage:
+        raise ValueError("it asks to call builtins.getattr, which was not done")
+    return _Stage(("disabled", "optimizer_states", "gradients", "weights").index(name))
+
+
 @dataclass(frozen=True)
 class ZeroFiles:
     """What the files of one checkpoint hold, by rank.
@@ -177,10 +188,12 @@ def _stand_in(name: str) -> Any:
     """What ``name``, as a pickle gives it, shall mean."""
     module, _, rest = name.partition(".")
     module = IMPORT_MAPPING.get(module, module)  # pickles of protocol 2 call modules as Python 2 did
+    if (module, rest) == ("builtins", "getattr"):
+        return _member
     if module in sys.stdlib_module_names and not _DATA.fullmatch(f"{module}.{rest}"):
         raise ValueError(f"it asks to call {module}.{rest}, which was not done")
     if name.endswith(".ZeroStageEnum"):
-        return int
+        return _Stage
     return _DictStandIn if name.lower().endswith("dict") else _StandIn
 
 

@@ -1,0 +1,53 @@
+# scale_mae with all that it needs, for one GPU machine and for clusters. How to build and use it: docs/containers.md.
+#
+# The wheels of PyTorch and DALI bring their own CUDA libraries. Of CUDA the default base adds only what lets the older driver of a
+# data-centre GPU run them (cuda-compat); any Debian or Ubuntu with Python 3.11 or 3.12 does as well.
+ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG PYTHON=python3
+
+FROM ${BASE_IMAGE} AS build
+ARG PYTHON
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ${PYTHON} ${PYTHON}-venv \
+ && ${PYTHON} -m venv /opt/scale_mae
+WORKDIR /source
+# What we depend on has a layer of its own: a change of our code rebuilds and moves a megabyte, not gigabytes.
+COPY pyproject.toml constraints.txt ./
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    ${PYTHON} -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+print(*p["dependencies"], *p["optional-dependencies"]["export"], sep="\n")' > requirements.txt \
+ && /opt/scale_mae/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
+COPY . .
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    /opt/scale_mae/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM ${BASE_IMAGE}
+ARG PYTHON
+# gcc, libc and the headers of Python: with engine.compile=true Triton builds the launcher of each kernel. Nothing else is ever built.
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+    ${PYTHON} ${PYTHON}-venv lib${PYTHON}-dev gcc libc6-dev ca-certificates \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/*.log \
+ && useradd --uid 10001 --home-dir /tmp --no-create-home --shell /bin/bash scale-mae \
+ && install --directory --mode 1777 /workspace
+COPY --from=build /opt/scale_mae /opt/scale_mae
+RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
+    /opt/scale_mae/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
+# Any user id will do, and a read-only root: caches go to /tmp. The two for NVIDIA are what its toolkit and enroot look for.
+ENV PATH=/opt/scale_mae/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /workspace
+USER 10001
+# Its own /dev/shm, because a builder's has 64 MB, which doctor rightly calls too small to train with.
+RUN --mount=type=tmpfs,target=/dev/shm scale-mae doctor
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG SOURCE=
+LABEL org.opencontainers.image.title="scale_mae" \
+      org.opencontainers.image.description="Pre-training of masked autoencoders (MAE) at scale" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}"
+ENTRYPOINT ["scale-mae"]
+CMD ["--help"]

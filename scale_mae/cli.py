@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from scale_mae.config import UserError, json_schema, load_config, recipes
+from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.progress import Bar
 
 WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
@@ -74,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
 
     add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
+    text = "Look over all nodes of a job just before it trains, and name the bad ones in DIR/slurm/bad_nodes."
+    add_preflight_arguments(add("preflight", text))
     add("schema", "Print the JSON Schema of a recipe, for editors.")
     return parser
 
@@ -263,6 +266,13 @@ def doctor(args: argparse.Namespace) -> int:
     return examine()
 
 
+def preflight(args: argparse.Namespace) -> int:
+    """``scale-mae preflight``."""
+    from scale_mae.preflight.command import run_command
+
+    return run_command(args)
+
+
 def schema(args: argparse.Namespace) -> int:
     """``scale-mae schema``."""
     print(json.dumps(json_schema(), indent=2))
@@ -283,5 +293,6 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "knn": knn,
     "doctor": doctor,
+    "preflight": preflight,
     "schema": schema,
 }

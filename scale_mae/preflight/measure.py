@@ -181,16 +181,16 @@ def transfer_bytes(device: torch.device) -> int:
     return (256 if device.type == "cuda" else 16) * MB
 
 
-def exchange(peer: int, rank: int, device: torch.device, timeout: float) -> float:
-    """Send to a peer and receive from it at once; GB/s each way, the best of some.
+def exchange(pairs: list[tuple[int, int]], rank: int, device: torch.device, timeout: float) -> float | None:
+    """Send to the other of this rank's pair and receive from it at once; GB/s each way, the best of some. All ranks call it.
 
     Raises:
         RuntimeError: no connection, or what arrived is not what was sent.
     """
+    group, peer = _pair_group(pairs, rank, timeout)
+    if peer is None:
+        return None
     with _own_stream(device):
-        # a group of the two alone: when it breaks, it breaks for no one else
-        ranks = sorted((rank, peer))
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
         mine = torch.full((transfer_bytes(device) // 4,), float(rank), device=device)
         theirs = torch.empty_like(mine)
         send_and_receive(mine, theirs, peer, group)
@@ -198,6 +198,20 @@ def exchange(peer: int, rank: int, device: torch.device, timeout: float) -> floa
             raise RuntimeError("what arrived is not what was sent")
         seconds = min(_timed(device, lambda: send_and_receive(mine, theirs, peer, group)) for _ in range(REPEATS))
     return mine.nbytes / seconds / 1e9
+
+
+def _pair_group(pairs: list[tuple[int, int]], rank: int, timeout: float) -> tuple[Any, int | None]:
+    """A group of this rank's pair alone (when it breaks, it breaks for no one else), and the other's rank."""
+    own, peer, failure = None, None, None
+    for pair in pairs:
+        try:
+            group = dist.new_group(list(pair), timeout=timedelta(seconds=timeout))
+            own, peer = (group, sum(pair) - rank) if rank in pair else (own, peer)
+        except RuntimeError as error:
+            failure = error  # torch counts groups, so that every rank goes through all of them, come what may
+    if failure:
+        raise failure
+    return own, peer
 
 
 def send_and_receive(mine: Tensor, theirs: Tensor, peer: int, group: Any) -> None:

@@ -164,13 +164,9 @@ class _Run:
         self, stage: str, pairs: list[tuple[int, int]], speeds: dict[str, list[float]], errors: dict[tuple[str, str], str]
     ) -> bool:
         """All pairs at once; on rank 0 adds to ``speeds`` (GB/s) and ``errors``."""
-        rank = self.call.rank
-        peers = [a + b - rank for a, b in pairs if rank in (a, b)]
-        mine: Outcome[float] = Outcome(None)
-        if peers:
-            mine = within(CHECK, lambda: measure.exchange(peers[0], rank, self.device, CHECK / 2))
+        mine = within(CHECK, lambda: measure.exchange(pairs, self.call.rank, self.device, CHECK / 2))
 
-        def take(all_: list[Outcome[float]]) -> None:
+        def take(all_: list[Outcome[float | None]]) -> None:
             for a, b in pairs:
                 names, reasons = (self.nodes[a], self.nodes[b]), [all_[r].error for r in (a, b) if all_[r].error]
                 for name in names:

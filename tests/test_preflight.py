@@ -243,7 +243,7 @@ def test_without_rank_0_its_node_is_named(fly):
 @pytest.mark.parametrize("nodes", range(1, 12))
 def test_each_node_meets_two_others_and_is_in_one_pair_at_a_time(nodes):
     met = {node: set() for node in range(nodes)}
-    for pairs in run.rounds(nodes):
+    for pairs in measure.rounds(nodes):
         busy = [node for pair in pairs for node in pair]
         assert len(busy) == len(set(busy))
         for a, b in pairs:

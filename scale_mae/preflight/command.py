@@ -63,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Run it; where a check still hangs, ends the process at once."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch tells a time-out in a page; we do in a line
+    os.environ |= {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+    }  # they would kill who is to tell
     from scale_mae.preflight.roll_call import hanging
     from scale_mae.preflight.run import preflight
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from scale_mae.config import UserError
 from scale_mae.doctor import report as print_findings
 from scale_mae.engine.distributed import own_device, rank_and_size, world
 from scale_mae.preflight import judge, measure
@@ -48,13 +49,19 @@ def preflight(demands: Demands) -> int:
         within(CHECK, lambda: _write(demands.mark, "here"))
     device = own_device()
     seen = within(CHECK, lambda: measure.look(device))
-    try:
-        run = _Run(demands, RollCall(demands.timeout), device)
-        with ExitStack() as deadline, ExitStack() as held:
+    with ExitStack() as deadline, ExitStack() as held:
+        try:
+            run = _Run(demands, RollCall(demands.timeout), device)
             _ = run.arrive() and run.look(seen) and run.join(held) and run.pair() and run.reduce()
             return run.end(deadline)
-    except LostError as error:
-        return _without_rank_0(demands, str(error))
+        except LostError as error:
+            code = _without_rank_0(demands, str(error))
+            _leave_in_time(deadline, code)
+            return code
+        except UserError:
+            if rank == 0:
+                within(CHECK, lambda: _finish(demands))
+            raise
 
 
 class _Run:
@@ -149,7 +156,7 @@ class _Run:
         leaders = [self.nodes.index(name) for name in dict.fromkeys(self.nodes)]
         speeds: dict[str, list[float]] = {self.nodes[rank]: [] for rank in leaders}
         errors: dict[tuple[str, str], str] = {}
-        for number, pairs in enumerate(rounds(len(leaders)), 1):
+        for number, pairs in enumerate(measure.rounds(len(leaders)), 1):
             ranks = [(leaders[a], leaders[b]) for a, b in pairs]
             if not self._round(f"transfers, round {number}", ranks, speeds, errors):
                 return False
@@ -189,7 +196,7 @@ class _Run:
         return self._settle("all-reduce", mine, take, CHECK + GRACE)
 
     def end(self, held: ExitStack) -> int:
-        """Print, name bad nodes in a file, and leave; should anything hang before ``held`` closes, in half a minute."""
+        """Print, name bad nodes in a file, and leave."""
         code, bad = 0, self.report.bad
         if self.call.rank == 0:
             code = 0 if self.report.fit else 1
@@ -197,10 +204,7 @@ class _Run:
             self.call.tell("end", (code, bad))
         else:
             code, bad = self.call.hear("end")
-        deadline = threading.Timer(2 * GRACE, os._exit, (code,))
-        deadline.daemon = True
-        deadline.start()
-        held.callback(deadline.cancel)
+        _leave_in_time(held, code)
         # rank 0's node may be one that cannot write
         writer = next((rank for rank, node in enumerate(self.nodes) if node and node not in bad), 0)
         outcome = within(CHECK / 2, lambda: _name_bad(self.demands, bad)) if writer == self.call.rank else None
@@ -210,6 +214,10 @@ class _Run:
             if written is None or written.error:
                 print(f"scale-mae: warning: {self.demands.bad_nodes} could not be written", file=sys.stderr)
             within(CHECK / 2, lambda: _finish(self.demands))
+            self.call.tell("over", None)
+        else:
+            with suppress(LostError):  # a launcher that ends the job with its first failed process must not end rank 0 early
+                self.call.hear("over")
         return code
 
     def _print(self) -> None:
@@ -241,19 +249,6 @@ class _Run:
         return {name: values[self.nodes.index(name)] for name in dict.fromkeys(self.nodes)}
 
 
-def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Pairs of neighbours on a ring, in rounds in which nobody is twice.
-
-    >>> rounds(4)
-    [[(0, 1), (2, 3)], [(1, 2), (3, 0)]]
-    """
-    if nodes < 3:
-        return [[(0, 1)]] if nodes == 2 else []
-    ring = [(node, (node + 1) % nodes) for node in range(nodes)]
-    even, odd = ring[: nodes - 1 : 2], ring[1 : nodes - nodes % 2 : 2]
-    return [even, odd, ring[-1:]] if nodes % 2 else [even, odd]
-
-
 def _without_rank_0(demands: Demands, error: str) -> int:
     """Rank 0 does not answer. Unless it turns out to have ended, which means that this process is apart, its node is bad."""
     deadline = time.monotonic() + GRACE
@@ -266,6 +261,14 @@ def _without_rank_0(demands: Demands, error: str) -> int:
     within(CHECK, lambda: _name_bad(demands, [node]))
     print(f"scale-mae: error: node {node} of rank 0 does not answer ({error}); leave it out", file=sys.stderr, flush=True)
     return 1
+
+
+def _leave_in_time(held: ExitStack, code: int) -> None:
+    """Should anything hang before ``held`` closes, end this process."""
+    timer = threading.Timer(2 * GRACE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    held.callback(timer.cancel)
 
 
 def _name_bad(demands: Demands, names: list[str]) -> None:

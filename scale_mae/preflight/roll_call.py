@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -113,6 +114,14 @@ class RollCall:
         """Post a last value. Rank 0, which keeps the store, waits for those of ``ranks`` and gives them."""
         self._post(f"left/{self.rank}", value)
         return {} if self.rank else self._collect("left", ranks, GRACE)
+
+    def linger(self) -> None:
+        """Others: end after rank 0 has called this, since a launcher may end a job with its first failed process."""
+        if self.rank == 0:
+            self.store.set("over", "")
+            return
+        with suppress(RuntimeError):
+            self.store.wait(["over"], timedelta(seconds=GRACE))
 
     def _post(self, key: str, value: Any) -> None:
         try:

@@ -214,10 +214,7 @@ class _Run:
             if written is None or written.error:
                 print(f"scale-mae: warning: {self.demands.bad_nodes} could not be written", file=sys.stderr)
             within(CHECK / 2, lambda: _finish(self.demands))
-            self.call.tell("over", None)
-        else:
-            with suppress(LostError):  # a launcher that ends the job with its first failed process must not end rank 0 early
-                self.call.hear("over")
+        self.call.linger()
         return code
 
     def _print(self) -> None:

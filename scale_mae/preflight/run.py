@@ -99,26 +99,23 @@ class _Run:
         return not self.missing
 
     def look(self, seen: Outcome[measure.Seen]) -> bool:
-        """What each finds alone, then the clocks, read when all are told to go on; whether a process group makes sense."""
-        demands, rank = self.demands, self.call.rank
+        """The clocks, read when all have just been told to go on; then what each finds alone. Whether to connect."""
+        stamp = time.time()
+        if not self._settle("clocks", stamp, lambda all_: judge.clocks(self.report, self._by_node(all_)), GRACE):
+            return False
+        demands = self.demands
         places = {"run-dir": demands.run_dir, "/tmp": Path("/tmp"), "/dev/shm": Path("/dev/shm")}
         if demands.local_dir:
             places["local-dir"] = demands.local_dir
-        file = demands.mark.with_name(f"{demands.mark.name}-{rank}.bin")
+        file = demands.mark.with_name(f"{demands.mark.name}-{self.call.rank}.bin")
         product = within(CHECK, lambda: measure.multiply(self.device))
         try:
-            local = Local(
-                seen,
-                product,
-                within(CHECK, lambda: measure.write_and_read(file)) if self.first else None,
-                within(CHECK, lambda: measure.room(places)) if self.first else None,
-            )
-            go_on = self._settle("local checks", local, self._judge_local, 3 * CHECK + GRACE)
-            stamp = time.time()
+            written = within(CHECK, lambda: measure.write_and_read(file)) if self.first else None
+            free = within(CHECK, lambda: measure.room(places)) if self.first else None
+            return self._settle("local checks", Local(seen, product, written, free), self._judge_local, 3 * CHECK + GRACE)
         finally:
             if self.first:
                 within(CHECK, lambda: file.unlink(missing_ok=True))
-        return self._settle("clocks", stamp, lambda all_: judge.clocks(self.report, self._by_node(all_)), GRACE) and go_on
 
     def _judge_local(self, all_: list[Local]) -> bool:
         report, folder = self.report, self.demands.folder

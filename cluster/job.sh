@@ -76,7 +76,7 @@ launch() {
 }
 
 if $preflight; then
-  launch preflight --run-dir "$run"
+  launch preflight --run-dir "$run"@preflight_options@
   code=$?
   if [ $code != 0 ]; then
     bad=$(paste -sd, "$run/slurm/bad_nodes" 2>/dev/null)

@@ -7,10 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from scale_mae.config import UserError, json_schema, load_config, recipes
+from scale_mae.preflight.command import add_arguments as add_preflight_arguments
+from scale_mae.preflight.command import run_command as run_preflight
 from scale_mae.progress import Bar
+from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
 
 WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
 EPILOG = """\
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
 
-    _add_job_commands(add)
+    add_job_commands(add)
 
     sub = add("index", "Find and check all images of a source, once, for any number of runs. Interrupted, it goes on.")
     sub.add_argument("source", metavar="SOURCE")
@@ -77,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
 
     add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
+    text = "Look over all nodes of a job just before it trains, and name the bad ones in DIR/slurm/bad_nodes."
+    add_preflight_arguments(add("preflight", text))
     add("schema", "Print the JSON Schema of a recipe, for editors.")
     return parser
 
@@ -101,35 +105,6 @@ def _add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> 
     sub = add("inspect", "Say what a run directory, checkpoint, export or file of weights is, and whether it is sound.")
     sub.add_argument("path", metavar="PATH")
     sub.add_argument("--json", action="store_true", help="for programs")
-
-
-def _add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Those that speak to Slurm."""
-    sub = add("submit", "Submit a run as a Slurm job that continues through time limits and preemption (cluster/README.md).")
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
-    sub.add_argument("--nodes", metavar="N|MIN-MAX", help="with a range, each start takes as many as there are")
-    sub.add_argument("--gpus-per-node", type=_count, metavar="G", help="and processes of a node")
-    sub.add_argument("--cpus", type=_count, metavar="N", help="processes of a node without GPUs")
-    sub.add_argument("--time", metavar="HH:MM:SS", help="limit of one job")
-    sub.add_argument("--partition", metavar="P")
-    sub.add_argument("--account", metavar="A")
-    sub.add_argument("--qos", metavar="Q")
-    sub.add_argument("--container", metavar="IMAGE", help="a .sif file (Apptainer), a .sqsh file or registry#name:tag (pyxis)")
-    sub.add_argument("--exclude-bad-nodes", action="store_true", default=None, help="that preflight names, at the next start")
-    sub.add_argument(
-        "--chain", type=_count, default=1, metavar="K", help="K jobs one after the other, where jobs cannot requeue"
-    )
-    sub.add_argument("--dry-run", action="store_true", help="print the job script and stop")
-
-    sub = add("status", "How runs stand: state, step, loss, speed, time left, newest checkpoint, restarts.")
-    sub.add_argument(
-        "run", nargs="?", default="runs", metavar="RUN", help="a run directory, or a folder of them (default: runs)"
-    )
-    sub.add_argument("--json", action="store_true", help="for programs")
-
-    sub = add("cancel", "Stop a run after a checkpoint, and keep its jobs from starting again.")
-    sub.add_argument("run", metavar="RUN")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,49 +169,6 @@ def pretrain(args: argparse.Namespace) -> int:
     from scale_mae.train import pretrain as run
 
     run(config)
-    return 0
-
-
-def submit(args: argparse.Namespace) -> int:
-    """``scale-mae submit``."""
-    from scale_mae.slurm.site import load_site
-    from scale_mae.slurm.submit import prepare, script_path, submit
-
-    config = load_config(args.recipe, args.overrides)
-    keys = ("nodes", "gpus_per_node", "cpus", "time", "partition", "account", "qos", "exclude_bad_nodes")
-    options = {key: getattr(args, key) for key in keys} | {"image": args.container}
-    if args.chain > 1:
-        options["requeue"] = False
-    job = prepare(config, load_site(Path(config.run.dir), options))
-    if args.dry_run:
-        print(job.script, end="")
-        return 0
-    for number in submit(job, args.chain):
-        print(f"job {number}: {job.run_dir}/slurm/job-{number}.log")
-    print(f"run directory: {job.run_dir} (log.txt, log.jsonl); script: {script_path(job.run_dir)}")
-    print(f"scale-mae status {config.run.dir}    scale-mae cancel {config.run.dir}")
-    return 0
-
-
-def status(args: argparse.Namespace) -> int:
-    """``scale-mae status``."""
-    from dataclasses import asdict
-
-    from scale_mae.slurm.runs import find_runs, show, standing
-
-    found = [standing(run) for run in find_runs(Path(args.run))]
-    if args.json:
-        print(json.dumps([asdict(one) for one in found], indent=2, default=str))
-    else:
-        show(found)
-    return 0
-
-
-def cancel(args: argparse.Namespace) -> int:
-    """``scale-mae cancel``."""
-    from scale_mae.slurm.runs import cancel
-
-    print(cancel(Path(args.run)))
     return 0
 
 
@@ -350,9 +282,7 @@ def _warn(message: str) -> None:
 
 COMMANDS = {
     "pretrain": pretrain,
-    "submit": submit,
-    "status": status,
-    "cancel": cancel,
+    **JOB_COMMANDS,
     "index": index,
     "pack": pack,
     "convert": convert,
@@ -361,5 +291,6 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "knn": knn,
     "doctor": doctor,
+    "preflight": run_preflight,
     "schema": schema,
 }

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,12 @@ class Finding(NamedTuple):
 
 def examine() -> int:
     """Print all findings; 0 when none is a problem, else 1."""
-    findings = list(find())
+    return report(find())
+
+
+def report(findings: Iterable[Finding]) -> int:
+    """Print findings and how many are problems; 0 when none is, else 1."""
+    findings = list(findings)
     for finding in findings:
         mark = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}[finding.level]
         print(f"{mark}  {finding.what}{': ' + finding.advice if finding.advice else ''}")

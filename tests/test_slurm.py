@@ -14,7 +14,7 @@ from slurm_cluster import SlurmCluster
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.config import UserError
-from scale_mae.engine.distributed import _first_host, _tasks_here
+from scale_mae.engine.distributed import _first_host, tasks_here
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
@@ -129,7 +129,7 @@ def test_tasks_here_counts_what_slurm_started(cluster):
     tasks = Counter(tuple(line.split()) for line in done.stdout.splitlines())
     assert sum(tasks.values()) == 3, done.stderr
     for (node, tasks_per_node), count in tasks.items():
-        assert _tasks_here(tasks_per_node, int(node)) == count
+        assert tasks_here(tasks_per_node, int(node)) == count
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_tasks_here_counts_what_slurm_started(cluster):
     [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,1", [2, 1]), ("1(x12)", [1] * 12), ("3,4(x2)", [3, 4, 4])],
 )
 def test_tasks_here(tasks_per_node, counts):
-    assert [_tasks_here(tasks_per_node, node) for node in range(len(counts))] == counts
+    assert [tasks_here(tasks_per_node, node) for node in range(len(counts))] == counts
 
 
 @pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -131,40 +132,51 @@ class Ballot:
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
     """Join the other processes; leave them at the end.
+
+    Args:
+        timeout: how long to wait for the others, here and in every collective.
+        store: where to meet, when the processes have met already.
 
     Raises:
         UserError: rank variables that make no sense.
     """
     rank, size, local_rank = _ranks()
-    cuda = torch.cuda.is_available()
-    # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
-    gpu = local_rank if local_rank < torch.cuda.device_count() else 0
-    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
+    device = own_device()
     left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
     # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(gpu if cuda else local_rank)}
-    if cuda:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank if device.index is None else device.index),
+    }
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    backend = "nccl" if cuda else "gloo"
-    if size == 1 and "MASTER_ADDR" not in os.environ:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if store is None and size == 1 and "MASTER_ADDR" not in os.environ:
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's list of exports
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=timeout))
     finally:
-        from deepspeed import comm  # slow to import, and whoever only asks for the rank does not need it
-
+        comm = sys.modules.get("deepspeed.comm")  # where training has imported it
         # torch's own function would leave DeepSpeed with groups that are gone
-        (comm if comm.is_initialized() else dist).destroy_process_group()
+        (comm if comm and comm.is_initialized() else dist).destroy_process_group()
         for name in left:
             os.environ.pop(name, None)
+
+
+def own_device() -> torch.device:
+    """Where this process's tensors live; nothing is allocated there yet."""
+    _, _, local_rank = _ranks()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
+    return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -186,7 +198,7 @@ def _ranks() -> tuple[int, int, int]:
             # below the range from which the kernel hands out ports
             port = 20000 + int(env["SLURM_JOB_ID"]) * 31 % 12000 + int(env["SLURM_STEP_ID"]) % 31
             env.setdefault("MASTER_PORT", str(port))
-            env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
+            env.setdefault("LOCAL_WORLD_SIZE", str(tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
             return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
@@ -194,17 +206,26 @@ def _ranks() -> tuple[int, int, int]:
 
 
 def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list such as ``gpu[03-05,9],cpu1``."""
+    """First host of a Slurm node list; that of a list without brackets needs no program."""
+    return hosts(nodes)[0]
+
+
+def hosts(nodes: str) -> list[str]:
+    """Hosts of a Slurm node list such as ``gpu[03-05,9],cpu1``.
+
+    Raises:
+        UserError: brackets, and no scontrol to expand them.
+    """
     if "[" not in nodes:
-        return nodes.split(",", maxsplit=1)[0]
+        return nodes.split(",")
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise UserError(f"cannot expand SLURM_STEP_NODELIST={nodes} without scontrol; set MASTER_ADDR yourself") from None
-    return listed.stdout.split()[0]
+    return listed.stdout.split()
 
 
-def _tasks_here(tasks_per_node: str, node: int) -> int:
+def tasks_here(tasks_per_node: str, node: int) -> int:
     """Tasks of one node from Slurm's run-length form ``4(x2),3``."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):

@@ -83,6 +83,8 @@ class Site(Section):
     """Whether a job may put itself back into the queue."""
     preflight: bool = True
     """Look over the nodes before each start."""
+    preflight_options: tuple[str, ...] = ()
+    """Further options of ``scale-mae preflight``."""
     exclude_bad_nodes: bool = False
     """Leave out what preflight finds unfit when the job starts again."""
     vain_restarts: int = Field(3, ge=0)

@@ -36,7 +36,7 @@ class Job:
     """A job to be submitted.
 
     Attributes:
-        config: with absolute run directory.
+        config: with the run directory as an absolute path.
         site: where and how.
         script: text of the job script.
     """
@@ -66,7 +66,7 @@ def prepare(config: Config, site: Site) -> Job:
         raise SubmitError(
             f"{run_dir} holds a run of another config ({differences[0]}); choose another run.dir or the same values"
         )
-    return Job(config, site, render(run_dir, site, counts))
+    return Job(config, site, render(config, site, counts))
 
 
 def script_path(run_dir: Path) -> Path:
@@ -108,8 +108,9 @@ def lead_seconds(run_dir: Path, time: str) -> int:
     return min(lead, limit // 4) if limit else lead
 
 
-def render(run_dir: Path, site: Site, counts: list[int]) -> str:
+def render(config: Config, site: Site, counts: list[int]) -> str:
     """The job script."""
+    run_dir = Path(config.run.dir)
     values = {
         "directives": "\n".join(f"#SBATCH {option}" for option in _directives(run_dir, site)),
         "script": shlex.quote(str(script_path(run_dir))),
@@ -118,6 +119,7 @@ def render(run_dir: Path, site: Site, counts: list[int]) -> str:
         "preflight": str(site.preflight).lower(),
         "exclude": str(site.exclude_bad_nodes).lower(),
         "vain": str(site.vain_restarts),
+        "preflight_options": _preflight_options(config, site),
         "node_counts": " ".join(map(str, counts)),
         "setup": site.setup.rstrip(),
         "environment": _environment(site),
@@ -126,6 +128,11 @@ def render(run_dir: Path, site: Site, counts: list[int]) -> str:
         "inside": shlex.join([*_apptainer(run_dir, site), *_python(site), "-m", "scale_mae"]),
     }
     return re.sub(r"@(\w+)@", lambda found: values[found[1]], (CLUSTER / SCRIPT).read_text())
+
+
+def _preflight_options(config: Config, site: Site) -> str:
+    local = ["--local-dir", config.checkpoint.local_dir] if config.checkpoint.local_dir else []
+    return "".join(f" {shlex.quote(option)}" for option in [*local, *site.preflight_options])
 
 
 def _directives(run_dir: Path, site: Site) -> list[str]:
@@ -212,11 +219,13 @@ def _own_deepspeed(config: Config, folder: Path) -> Config:
 
 
 def submit(job: Job, chain: int = 1) -> list[int]:
-    """Submit a job, or several that wait for each other; their numbers.
+    """Submit a job, or ``chain`` of them that wait for each other; their numbers.
 
     Raises:
         SubmitError: a job of this run is in the queue already, or Slurm refuses.
     """
+    if chain < 1:
+        raise SubmitError(f"--chain {chain}: not a number of jobs")
     if live := queued(job.run_dir):
         numbers = ", ".join(map(str, live))
         raise SubmitError(f"{job.run_dir}: job {numbers} of this run is in the queue; scale-mae cancel it first")

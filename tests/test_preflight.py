@@ -1,0 +1,415 @@
+"""Preflight on real ranks, each of which plays a node of its own: whatever is wrong with one, that one is named, no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from slurm_cluster import SlurmCluster
+
+from scale_mae.preflight import judge, measure, roll_call, run
+from scale_mae.preflight.command import Demands
+from scale_mae.preflight.measure import Gpu, Seen
+from scale_mae.preflight.roll_call import Outcome, within
+
+PREFLIGHT = [sys.executable, "-m", "scale_mae", "preflight", "--need-gb=0.1", "--min-mbps=1"]
+H100 = [Gpu(f"uuid-{n}", "H100", 80 * 2**30) for n in range(8)]
+A100 = [Gpu(f"uuid-{n}", "A100", 80 * 2**30) for n in range(8)]
+ENOUGH = {"need_gb": 0.1, "min_mbps": 0.1}
+
+
+# -- faults, each injected at the edge of one rank's process
+
+
+def clock_off(demands):
+    right = time.time
+    time.time = lambda: right() + 10
+    return demands
+
+
+def elsewhere(demands):
+    return Demands(demands.run_dir.with_name("not_shared"), **ENOUGH)
+
+
+def unwritable(demands):
+    file = demands.run_dir.with_name("file")
+    file.touch()
+    return Demands(file / "run", **ENOUGH)
+
+
+def full_disk(demands):
+    right = shutil.disk_usage
+    shutil.disk_usage = lambda path: right(path)._replace(free=10**7)
+    return demands
+
+
+def stuck_disk(demands):
+    os.fsync = lambda file: time.sleep(30)
+    return demands
+
+
+def slow_network(demands):
+    right = measure.send_and_receive
+    measure.send_and_receive = lambda *words: (time.sleep(0.3), right(*words))
+    return demands
+
+
+def broken_network(demands):
+    def fail(*words):
+        raise RuntimeError("connection reset by peer")
+
+    measure.send_and_receive = fail
+    return demands
+
+
+def unreachable(demands):
+    right = dist.new_group
+
+    def late(ranks=None, **options):
+        if ranks and int(os.environ["RANK"]) in ranks:
+            time.sleep(3)  # until the other one gives up
+        return right(ranks, **options)
+
+    dist.new_group = late
+    return demands
+
+
+def wrong_products(demands):
+    right = torch.Tensor.__matmul__
+
+    def wrong(a, b):
+        c = right(a, b)
+        if c.dim() == 2:
+            c[17, 3] += 1
+        return c
+
+    torch.Tensor.__matmul__ = wrong
+    return demands
+
+
+def hang(demands):
+    time.time = lambda: time.sleep(6)  # in the main thread, when the clocks are read
+    return demands
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        clock_off,
+        elsewhere,
+        unwritable,
+        full_disk,
+        stuck_disk,
+        slow_network,
+        broken_network,
+        unreachable,
+        wrong_products,
+        hang,
+    )
+}
+
+
+def as_node(demands, faults, check, grace, absent, seen):
+    """(exit code, what is printed) of preflight on this rank, which is a node called node0, node1, ..."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank in absent:
+        return None, ""
+    os.environ |= {"SLURMD_NODENAME": f"node{rank}", "SLURM_STEP_NODELIST": ",".join(f"node{r}" for r in range(size))}
+    measure.FILE_BYTES = 4 * 10**6
+    run.CHECK, run.GRACE, roll_call.GRACE = check, grace, grace
+    if seen:
+        measure.look = lambda device: seen[rank]
+    for fault in faults.get(rank, ()):
+        demands = FAULTS[fault](demands)
+    with redirect_stdout(io.StringIO()) as printed:
+        code = run.preflight(demands)
+    return code, printed.getvalue()
+
+
+@pytest.fixture
+def fly(tmp_path):
+    """``fly(size, {rank: [fault]})``: (bad nodes in the file, all that is printed); every rank ends with the same code."""
+
+    def run_it(size, faults, wanted_code, ranks_that_count=None, check=20.0, grace=15.0, absent=(), seen=None, **options):
+        demands = Demands(tmp_path / "run", **(ENOUGH | options))
+        outcomes = run_ranks(size, as_node, demands, faults, check, grace, absent, seen, timeout=60)
+        counted = [outcomes[rank] for rank in ranks_that_count or range(size)]
+        assert {code for code, _ in counted} == {wanted_code}, outcomes
+        assert not list(tmp_path.rglob("*.bin")), "a trial file was left"
+        named = demands.bad_nodes.read_text().split() if demands.bad_nodes.exists() else []
+        return named, "".join(text for _, text in outcomes)
+
+    return run_it
+
+
+def problems(printed):
+    return [line for line in printed.splitlines() if line.startswith("PROBLEM")]
+
+
+def test_fit_nodes_pass_and_an_old_verdict_goes(fly, tmp_path):
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/bad_nodes").write_text("node1\n")
+    named, printed = fly(4, {}, 0)
+    assert named == problems(printed) == []
+    assert not (tmp_path / "run/slurm/bad_nodes").exists()
+    for said in ("4 processes on 4 nodes: node0, node1, node2, node3", "is shared", "GB/s each way", "GB/s of bus bandwidth"):
+        assert said in printed
+    assert printed.endswith("no problems\n")
+
+
+def test_every_fault_is_told_of_its_node_and_of_no_other(fly):
+    faults = {1: ["clock_off"], 3: ["elsewhere"], 4: ["unwritable"], 5: ["full_disk"]}
+    named, printed = fly(6, faults, 1)
+    assert sorted(named) == ["node1", "node3", "node4", "node5"]
+    told = problems(printed)
+    assert "bad nodes, named in" in printed
+    for node, reason in (("node1", "clock is off by +10.0 s"), ("node3", "not seen"), ("node4", "Not a directory")):
+        assert [line for line in told if f"node {node}: " in line and reason in line], told
+    assert len([line for line in told if "node node5: 0.0 GB free" in line]) == 2, told  # the run directory and /tmp
+    assert len(told) == 5, told
+
+
+def test_rank_0_may_be_the_one_apart_and_another_node_writes_the_names(fly):
+    named, printed = fly(3, {0: ["elsewhere"]}, 1)
+    assert named == ["node0"]
+    assert len(problems(printed)) == 1
+
+
+def test_what_every_node_has_is_blamed_on_none(fly):
+    named, printed = fly(2, {}, 1, need_gb=1e9, min_mbps=1e9, min_gbps=1e9)
+    assert named == []
+    assert [line for line in problems(printed) if "every node" in line and "1e+09 are wanted" in line]
+    assert len(problems(printed)) == 3
+
+
+def test_of_two_clocks_either_may_be_right(fly):
+    named, printed = fly(2, {1: ["clock_off"]}, 1)
+    assert named == []
+    assert "the clocks of node0 and node1 differ by 10.0 s" in printed
+
+
+def test_a_disk_that_hangs_does_not_hang_preflight(fly):
+    began = time.monotonic()
+    named, printed = fly(3, {2: ["stuck_disk"]}, 1, check=3.0)
+    assert named == ["node2"]
+    assert "no end in 3 s" in printed
+    assert time.monotonic() - began < 25
+
+
+def test_a_wrong_product_is_found_by_one_element(fly):
+    named, printed = fly(3, {1: ["wrong_products"]}, 1)
+    assert named == ["node1"]
+    assert "wrong in float32, bfloat16" in printed
+    assert "bandwidth is not measured" in printed
+
+
+def test_a_node_with_fewer_gpus_is_named(fly):
+    seen = [Seen(tuple(H100), ()), Seen(tuple(H100), ()), Seen(tuple(H100[:7]), ())]
+    named, printed = fly(3, {}, 1, seen=seen)
+    assert named == ["node2"]
+    assert "has 7 GPUs: H100 (80 GiB) where others have 8 GPUs: H100 (80 GiB)" in printed
+
+
+def test_the_slow_node_is_named_and_only_it(fly):
+    named, printed = fly(4, {1: ["slow_network"]}, 1)
+    assert named == ["node1"]
+    assert "node node1: exchanges at best" in problems(printed)[0]
+
+
+def test_a_node_that_no_transfer_reaches_is_named(fly):
+    named, printed = fly(6, {2: ["unreachable"]}, 1, check=4.0)
+    assert named == ["node2"]
+    assert "exchanges at best 0 GB/s" in printed
+
+
+def test_two_nodes_that_cannot_exchange_are_told_and_neither_is_blamed(fly):
+    named, printed = fly(2, {1: ["broken_network"]}, 1, check=4.0)
+    assert named == []
+    assert "nodes node0 and node1 cannot exchange data" in printed
+
+
+def test_a_process_that_never_comes_is_named_in_time(fly):
+    began = time.monotonic()
+    named, printed = fly(3, {}, 1, ranks_that_count=(0, 1), absent=(2,), timeout=3.0)
+    assert named == ["node2"]
+    assert "node node2: did not come in 3 s" in printed
+    assert time.monotonic() - began < 20
+
+
+def test_a_process_that_stops_answering_is_named(fly):
+    named, printed = fly(3, {1: ["hang"]}, 1, ranks_that_count=(0, 2), grace=3.0)
+    assert named == ["node1"]
+    assert "node node1: no answer in 3 s (clocks)" in printed
+
+
+def test_without_rank_0_its_node_is_named(fly):
+    named, _ = fly(3, {}, 1, ranks_that_count=(1, 2), absent=(0,), timeout=2.0, grace=1.0)
+    assert named == ["node0"]
+
+
+# -- parts
+
+
+@pytest.mark.parametrize("nodes", range(1, 12))
+def test_each_node_meets_two_others_and_is_in_one_pair_at_a_time(nodes):
+    met = {node: set() for node in range(nodes)}
+    for pairs in measure.rounds(nodes):
+        busy = [node for pair in pairs for node in pair]
+        assert len(busy) == len(set(busy))
+        for a, b in pairs:
+            met[a].add(b)
+            met[b].add(a)
+    assert all(len(others) == min(2, nodes - 1) for others in met.values())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "bad", "problem"),
+    [
+        ([H100, H100], [], False),
+        ([H100, H100, [], H100], ["n2"], True),
+        ([H100[:7], H100], ["n0"], True),  # of two, the one with fewer
+        ([H100, A100], [], True),
+        ([H100, H100, A100], ["n2"], True),
+        ([[], []], [], False),
+    ],
+)
+def test_accelerators_that_differ(gpus, bad, problem):
+    report = judge.Report([f"n{n}" for n in range(len(gpus))])
+    judge.accelerators(report, [Outcome(Seen(tuple(of_node), ())) for of_node in gpus])
+    assert (report.bad, report.fit) == (bad, not problem)
+
+
+def test_each_process_may_see_its_own_gpu_only():
+    report = judge.Report(["a", "a", "b", "b"])
+    judge.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in H100[:4]])
+    assert report.findings == [("ok", "2 GPUs: H100 (80 GiB) on every node", "")]
+
+
+def test_more_processes_than_gpus_on_every_node_is_the_job_s_fault():
+    report = judge.Report(["a", "a", "b", "b"])
+    judge.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in (H100[0], H100[0], H100[1], H100[1])])
+    assert report.bad == []
+    assert "--ntasks-per-node" in report.findings[0].advice
+
+
+def test_a_gpu_slower_than_the_others_is_named():
+    report = judge.Report(["a", "b", "c"])
+    speeds = [Outcome(measure.Product((), teraflops)) for teraflops in (700.0, 680.0, 400.0)]
+    judge.arithmetic(report, speeds, on_gpu=True)
+    assert report.bad == ["c"]
+    shared_machines = judge.Report(["a", "b", "c"])
+    judge.arithmetic(shared_machines, speeds, on_gpu=False)
+    assert shared_machines.fit
+
+
+def test_what_the_driver_knows_against_a_gpu(monkeypatch):
+    errors = {name: type(name, (Exception,), {}) for name in ("NVMLError_NotSupported", "NVMLError_NoPermission")}
+
+    def no_rows(gpu):
+        raise errors["NVMLError_NotSupported"]
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEccErrors=lambda gpu, kind, counter: 3,
+        nvmlDeviceGetRemappedRows=lambda gpu: (0, 1, 1, 0),
+        nvmlDeviceGetComputeRunningProcesses=lambda gpu: [SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=1)],
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(free=20, total=80),
+        NVML_MEMORY_ERROR_TYPE_UNCORRECTED=1,
+        NVML_VOLATILE_ECC=0,
+        **errors,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    told = list(measure.nvml_troubles("1234"))
+    assert [word in line for word, line in zip(("3 uncorrected", "waits for a reset", "process 1", "25%"), told, strict=True)]
+    nvml.nvmlDeviceGetRemappedRows = no_rows
+    assert len(list(measure.nvml_troubles("1234"))) == 3
+
+
+def test_an_action_has_a_limited_time():
+    assert within(5, lambda: 1) == Outcome(1)
+    assert within(5, lambda: 1 / 0) == Outcome(None, "division by zero")
+    assert within(0.1, lambda: time.sleep(1)) == Outcome(None, "no end in 0.1 s")
+    assert roll_call.hanging()
+
+
+def test_a_file_that_reads_otherwise_than_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "FILE_BYTES", 10**6)
+    written = measure.write_and_read(tmp_path / "a")
+    assert measure.unseen(tmp_path, {"n": written}, seconds=0) == []
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: b"other")
+    with pytest.raises(OSError, match="not what was written"):
+        measure.write_and_read(tmp_path / "a")
+
+
+# -- the command
+
+
+def test_the_command_alone_prints_json(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*PREFLIGHT, "--run-dir", str(tmp_path), "--json"], capture_output=True, text=True, env=env, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["fit"]
+    assert facts["bad_nodes"] == []
+    (figures,) = facts["nodes"].values()
+    assert figures.keys() >= {"matmul_tflops", "write_mbps", "read_mbps", "run_dir_free_gb", "tmp_free_gb"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.env["OMP_NUM_THREADS"] = "1"
+        yield cluster
+
+
+@pytest.mark.service("slurm-wlm", "munge")
+def test_srun_looks_over_two_nodes_in_a_minute(cluster, tmp_path):
+    began = time.monotonic()
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", *PREFLIGHT, "--run-dir", str(tmp_path / "run")]
+    done = cluster.run(*command, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr + cluster.logs()
+    assert time.monotonic() - began < 60
+    assert "2 processes on 2 nodes: 127.0.0.1, 127.0.0.2" in done.stdout
+    assert done.stdout.endswith("no problems\n")
+    assert not (tmp_path / "run/slurm/bad_nodes").exists()
+
+
+@pytest.mark.service("slurm-wlm", "munge")
+def test_srun_names_the_node_whose_process_does_not_come(cluster, tmp_path):
+    script = f"[ $SLURM_PROCID = 1 ] && exec sleep 60; exec {' '.join(PREFLIGHT)} --timeout=5 --run-dir={tmp_path}/run"
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "sh", "-c", script]
+    done = cluster.run(*command, timeout=100)
+    assert done.returncode != 0
+    assert "node 127.0.0.2: did not come in 5 s" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "run/slurm/bad_nodes").read_text() == "127.0.0.2\n"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_looked_at_and_multiplies_right():
+    device = torch.device("cuda", 0)
+    seen = measure.look(device)
+    assert len(seen.gpus) == torch.cuda.device_count()
+    product = measure.multiply(device)
+    assert product.wrong == ()
+    assert product.teraflops > 1
+
+
+@pytest.mark.gpu
+def test_preflight_on_a_gpu(fly):
+    named, printed = fly(1, {}, 0)
+    assert named == []
+    assert "1 GPUs" in printed

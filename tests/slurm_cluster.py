@@ -87,7 +87,7 @@ class SlurmCluster:
             self._start("slurmctld", "-D")
             for node in self.nodes:
                 self._start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
-            self._wait("nodes", lambda: self._node_states() == ["idle"] * len(self.nodes))
+            self._wait("nodes", lambda: self.node_states() == ["idle"] * len(self.nodes))
             on_failure.pop_all()
         return self
 
@@ -170,7 +170,8 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _node_states(self) -> list[str]:
+    def node_states(self) -> list[str]:
+        """Of all nodes, in Slurm's words; empty while it does not answer."""
         with suppress(subprocess.TimeoutExpired):
             return self.run("sinfo", "--Node", "--noheader", "--format=%T", timeout=10).stdout.split()
         return []
@@ -180,7 +181,7 @@ class SlurmCluster:
         while not ready():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > deadline:
-                why = f"{', '.join(dead)} ended" if dead else f"not ready in {self.timeout:.0f} s: {self._node_states()}"
+                why = f"{', '.join(dead)} ended" if dead else f"not ready in {self.timeout:.0f} s: {self.node_states()}"
                 raise SlurmError(f"{what}: {why}\n{self.logs()}")
             time.sleep(0.2)
 

@@ -19,7 +19,7 @@ from scale_mae.cli import main
 
 PATIENCE = 180  # seconds
 ROOT = Path(__file__).parent.parent
-SITE = "preflight: {preflight}\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
+SITE = "preflight: {preflight}\npreflight_options: [--need-gb=1, --min-mbps=1]\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
 RUN = ["train.duration=400 steps", "checkpoint.every=400 steps"]
 service = pytest.mark.service("slurm-wlm", "munge")
 
@@ -84,13 +84,18 @@ def said(run):
 def undisturbed(cluster, tmp_path_factory):
     """Losses of the run on two nodes that nothing disturbs, submitted like the others."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    write_site(folder)
+    write_site(folder, preflight="true")
     command = [sys.executable, "-m", "scale_mae", "submit", "debug", "run.dir=run", *RUN, "--nodes=2"]
     done = subprocess.run(
         command, cwd=folder, env=cluster.env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return finish(cluster, folder / "run")
+    losses = finish(cluster, folder / "run")
+    (output,) = (folder / "run" / "slurm").glob("job-*.log")
+    assert all(f"{node}" in output.read_text() for node in cluster.nodes)
+    assert "no problems" in output.read_text()
+    assert max(losses) == 400
+    return losses
 
 
 def attempts(run):
@@ -127,7 +132,7 @@ def kill_a_rank(cluster, node):
 
 
 @service
-@pytest.mark.slow
+@pytest.mark.long
 def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed, here, capsys):
     run = here / "run"
     (number,) = submit(capsys, run)
@@ -156,7 +161,7 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed,
 
 
 @service
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_fewer_nodes_it_goes_on_with_fewer(cluster, undisturbed, here, capsys):
     run, gone = here / "run", cluster.nodes[1]
     (job,) = submit(capsys, run, nodes="1-2")
@@ -165,11 +170,31 @@ def test_with_fewer_nodes_it_goes_on_with_fewer(cluster, undisturbed, here, caps
     cluster.run("scancel", "--signal=TERM", str(job))
     losses = finish(cluster, run)
     cluster.run("scontrol", "update", f"NodeName={gone}", "State=RESUME")
+    wait(cluster, run, "the node is back", lambda: cluster.node_states() == ["idle", "idle"])
     assert {step: loss for step, (loss,) in losses.items()} == pytest.approx(
         {step: loss for step, (loss,) in undisturbed.items()}, rel=1e-5
     )
     assert read_manifest(checkpoints(run)[-1]).world_size == 1
     assert [line.split("nodes=")[1].split()[0] for line in attempts(run)] == ["127.0.0.[1-2]", "127.0.0.1"]
+
+
+@service
+@pytest.mark.long
+def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys):
+    run, bad = here / "run", cluster.nodes[1]
+    limited = f"import os, resource\nif os.environ.get('SLURMD_NODENAME') == '{bad}':\n"
+    limited += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"  # as a full quota would, on that node only
+    (here / "faulty").mkdir()
+    (here / "faulty" / "sitecustomize.py").write_text(limited)
+    write_site(here, preflight="true")
+    with (here / "site.yaml").open("a") as file:
+        file.write(f"setup: export PYTHONPATH={here}/faulty\n")
+    (first,) = submit(capsys, run, "--exclude-bad-nodes", nodes="1-2")
+    finish(cluster, run)
+    nodes = [(line.split("job=")[1].split()[0], line.split("nodes=")[1].split()[0]) for line in attempts(run)]
+    assert nodes == [(str(first), "127.0.0.[1-2]"), (str(first + 1), "127.0.0.1")]
+    assert f"unfit are {bad}; see {run}/slurm/job-{first}.log; job {first + 1} goes on without them" in said(run)
+    assert (run / "slurm" / "jobs").read_text().split() == [str(first), str(first + 1)]
 
 
 @service
@@ -186,7 +211,7 @@ def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     assert "failed: 3 restarts in a row made no progress" in capsys.readouterr().out
     # the same command again begins to count anew
     write_site(here)
-    submit(capsys, run)
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
     finish(cluster, run)
 
 

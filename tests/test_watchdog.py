@@ -123,7 +123,7 @@ def train_and_signal(config, number):
 def test_a_signal_to_any_rank_stops_all_after_one_save(tmp_path, number):
     results = run_ranks(2, train_and_signal, make_config(tmp_path, **LONG), number)
     assert len({r.step for r in results}) == 1
-    assert 3 <= results[0].step < 10
+    assert 1 <= results[0].step < 10
     assert results[1].stopped == f"stopped by {number.name} after step {results[1].step}"
     assert results[0].stopped.startswith("stopped by a signal on another process")
     assert [c.name for c in checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]

@@ -165,7 +165,7 @@ def show(found: list[Standing]) -> None:
         table.add_column(key, overflow="fold", justify="left" if key in ("run", "state", "checkpoint") else "right")
     for row in rows:
         table.add_row(*(Text(value) for value in row.values()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _row(s: Standing) -> dict[str, str]:

@@ -1,0 +1,220 @@
+"""Job scripts and site files, without Slurm: what is written for each kind of site."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scale_mae.cli import main
+from scale_mae.config import UserError, load_config
+from scale_mae.slurm.runs import duration, find_runs, show, standing
+from scale_mae.slurm.site import Site, SiteError, load_site, seconds
+from scale_mae.slurm.submit import CLUSTER, lead_seconds, node_counts, prepare, set_aside
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(folder, **site):
+    """A checked job script."""
+    job = prepare(load_config("debug", {"run.dir": str(folder / "my run"), "train.global_batch": 64}), Site(**site))
+    assert subprocess.run(["bash", "-n"], input=job.script, text=True, capture_output=True, check=False).stderr == ""
+    assert not re.search(r"@\w+@", job.script)
+    return job.script
+
+
+def launched(text, folder, *programs):
+    """What the script's ``launch`` would start, a word a line, with programs in place of those that are not here."""
+    for name in programs:
+        stand_in = folder / "bin" / name
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@"\n')
+        stand_in.chmod(0o755)
+    function = text[text.index("launch() {") : text.index("\n}\n", text.index("launch() {")) + 3]
+    program = f"PATH={folder}/bin:$PATH nodes=2 run='{folder}/my run'\n{function}\nlaunch pretrain \"$run/slurm/config.yaml\"\n"
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_without_a_container_this_python_runs(folder):
+    text = script(folder, gpus_per_node=4, cpus_per_task=7, partition="gpu", account="me", sbatch=["--constraint=h100"])
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    for wanted in (
+        "--nodes=1",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--cpus-per-task=7",
+        "--partition=gpu",
+        "--requeue",
+    ):
+        assert wanted in directives
+    assert "--constraint=h100" in directives
+    assert f"--output='{folder}/my run/slurm/job-%j.log'" in directives
+    words = launched(text, folder, "srun")
+    assert words[:4] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
+    assert "--kill-on-bad-exit=1" in words
+    assert words[-5:] == [sys.executable, "-m", "scale_mae", "pretrain", f"{folder}/my run/slurm/config.yaml"]
+
+
+def test_pyxis_is_told_by_srun_and_apptainer_wraps_the_program(folder):
+    mounts = ["/data", "/a:/b"]
+    text = script(folder, gpus_per_node=8, container={"image": "site#scale-mae:1", "mounts": mounts})
+    words = launched(text, folder, "srun")
+    own = f"{folder}/my run:{folder}/my run,{folder}:{folder},/data:/data,/a:/b"
+    assert "--container-image=site#scale-mae:1" in words
+    assert f"--container-mounts={own}" in words
+    assert words[-5:-1] == ["python3", "-m", "scale_mae", "pretrain"]
+    assert "--container" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+
+    text = script(folder, gpus_per_node=8, container={"image": "/img/mae.sif", "mounts": mounts})
+    words = launched(text, folder, "srun")
+    inside = words[words.index("apptainer") :]
+    assert inside[:3] == ["apptainer", "exec", "--nv"]
+    assert inside[3:11:2] == ["--bind"] * 4
+    assert inside[-6:-1] == ["/img/mae.sif", "python3", "-m", "scale_mae", "pretrain"]
+
+
+def test_the_environment_and_the_site_go_before_our_defaults(folder):
+    text = script(folder, env={"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib 0"}, setup="module load cuda")
+    assert "export NCCL_DEBUG=INFO" in text
+    assert "export NCCL_SOCKET_IFNAME='ib 0'" in text
+    assert 'export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"' in text
+    assert text.index("module load cuda") < text.index("export NCCL_DEBUG")
+
+
+def test_the_site_file_is_found_where_it_says(folder):
+    for place, partition in ((folder / "config" / "scale_mae", "home"), (folder, "here"), (folder / "run", "run")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "site.yaml").write_text(f"partition: {partition}\nqos: null\n")
+        assert load_site(folder / "run", {"time": "1:00:00", "qos": None}).partition == partition
+    assert load_site(folder / "run", {"partition": "mine"}).partition == "mine"
+
+
+def test_the_example_is_a_site_file(folder):
+    (folder / "site.yaml").write_text((CLUSTER / "site.example.yaml").read_text())
+    site = load_site(folder / "run", {"image": "x.sif"})
+    assert (site.tasks_per_node, site.container.kind, site.container.mounts) == (8, "apptainer", ("/data",))
+    script(folder, **site.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("partion: gpu", {}, "site.yaml: partion: unknown key; keys are partition, account"),
+        ("time: 24:00:00", {}, 'site.yaml: time 86400: put it in quotes, as in "24:00:00"'),
+        ("time: soon", {}, "site.yaml: time soon: not a time limit"),
+        ("nodes: 0", {}, "site.yaml: nodes 0: String should match"),
+        ("- a", {}, "site.yaml: a site file is a mapping of keys, not list"),
+        ("a: [", {}, "site.yaml: cannot be read"),
+        ("{}", {"nodes": "3-2"}, "nodes=3-2: the first number must not be the larger one"),
+        ("{}", {"gpus_per_node": 0}, "--gpus-per-node 0: Input should be greater than 0"),
+    ],
+)
+def test_a_wrong_site_file_is_one_line(folder, text, options, message):
+    (folder / "site.yaml").write_text(text)
+    with pytest.raises(SiteError) as error:
+        load_site(folder / "run", options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:00", 5400),
+        ("1-6", 108000),
+        ("1-06:30", 109800),
+        ("2-00:00:05", 172805),
+        ("infinite", None),
+    ],
+)
+def test_time_limits(text, wanted):
+    assert seconds(text) == wanted
+
+
+def test_nodes_over_which_the_batch_divides():
+    config = load_config("debug", {"train.global_batch": 96, "train.micro_batch": 4})
+    assert node_counts(config, Site(nodes="1-8", gpus_per_node=4)) == [6, 3, 2, 1]
+    with pytest.raises(UserError, match="not divisible"):
+        node_counts(config, Site(nodes="5", gpus_per_node=4))
+    with pytest.raises(UserError, match="not divisible"):
+        node_counts(config, Site(nodes="4-5", gpus_per_node=4))
+
+
+def test_slurm_warns_earlier_where_saves_take_long(tmp_path):
+    assert lead_seconds(tmp_path, "24:00:00") == 120
+    (tmp_path / "log.txt").write_text("x saved a in 200.0 s\nx saved b in 100.0 s; training stood still for 1.0 s of it\n")
+    assert lead_seconds(tmp_path, "24:00:00") == 460
+    assert lead_seconds(tmp_path, "10") == 150
+
+
+def test_code_config_and_deepspeed_file_are_set_aside(folder):
+    own = folder / "mine.json"
+    own.write_text('{"zero_optimization": {"stage": 1}}')
+    config = load_config("debug", {"run.dir": "runs/one", "engine.deepspeed": str(own)})
+    path = set_aside(prepare(config, Site()))
+    own.unlink()
+    (folder / "elsewhere").mkdir()
+    command = [sys.executable, "-m", "scale_mae", "pretrain", str(path.with_name("config.yaml")), "--dry-run"]
+    environment = {"PYTHONPATH": str(path.with_name("code")), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder / "elsewhere", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"deepspeed: {path.with_name('deepspeed.json')}" in done.stdout
+    assert f"dir: {folder}/runs/one" in done.stdout
+    assert (path.with_name("code") / "scale_mae" / "cluster" / "job.sh").is_file()
+
+
+def test_another_config_in_the_run_directory_is_refused(folder):
+    run = folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(load_config("debug", {"run.seed": 7}).to_yaml())
+    with pytest.raises(UserError, match="holds a run of another config"):
+        prepare(load_config("debug", {"run.dir": str(run)}), Site())
+
+
+def test_without_slurm_the_commands_say_so(folder, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert main(["submit", "debug", "run.dir=run"]) == 2
+    assert "sbatch is not on the PATH" in capsys.readouterr().err
+    assert main(["status", "absent"]) == 2
+    assert "absent: no run directory here" in capsys.readouterr().err
+    assert main(["status", "run"]) == 0
+    assert "not started" in capsys.readouterr().out
+    assert main(["cancel", "run"]) == 2
+    assert "nothing of this run is running" in capsys.readouterr().err
+
+
+def test_submit_status_and_cancel_import_no_torch(folder):
+    program = (
+        "import sys, scale_mae.slurm.submit, scale_mae.slurm.runs, scale_mae.slurm.site; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'deepspeed')))"
+    )
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_a_table_of_runs(folder, capsys):
+    for name in ("one", "two"):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "config.yaml").write_text("")
+    line = '{"step": 30, "total_steps": 60, "loss": 0.25, "images_per_s": 99.6, "time_left_s": 7300.0}'
+    (folder / "runs" / "one" / "log.jsonl").write_text(line + '\n{"step": 3')  # killed while it wrote
+    (folder / "runs" / "one" / "outcome").write_text("failed: loss is not finite at step 31\n")
+    show([standing(run) for run in find_runs(Path("runs"))])
+    one, two = capsys.readouterr().out.splitlines()[1:3]
+    for wanted in ("runs/one", "failed: loss is not finite at step 31", "30 of 60 (50%)", "0.2500", "100", "2 h 1 min"):
+        assert wanted in one
+    assert "not started" in two
+
+
+def test_durations():
+    assert [duration(s) for s in (12, 300, 12000, 183600)] == ["12 s", "5 min", "3 h 20 min", "2 d 3 h"]

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from layouts import copy_as
 from safetensors.torch import save_file
 from strangers import Stranger
 
@@ -24,7 +25,7 @@ SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export"
 def run_dir(runs, tmp_path):
     """A copy of a run with two checkpoints."""
     folder = shutil.copytree(runs["zero3", "bf16"][0], tmp_path / "run") / "checkpoints"
-    shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(9))
+    copy_as(folder / checkpoint_name(3), 9)
     return tmp_path / "run"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +17,16 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from scale_mae.checkpoint.convert import flush_all, give_name
 from scale_mae.checkpoint.export import build_encoder, model_from_config
 from scale_mae.checkpoint.facts import METADATA_KEY, TIMM_NAMES, describe
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
 from scale_mae.checkpoint.foreign import Weights, is_decoder, locate_weights, read_weights
 from scale_mae.checkpoint.formats import SAFETENSORS
+from scale_mae.checkpoint.publish import publish
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles, write_tensors
 from scale_mae.config import Config, UserError
 from scale_mae.engine.distributed import World
-from scale_mae.lock import alone
 from scale_mae.model.mae import MAE, TABLES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
@@ -118,22 +116,15 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
     model, note = initial_model(config, warn)
     state = model.state_dict()
     facts = describe(config, 0) | {"format": "state_dict", "dtype": "fp32", "began_with": note}
-    staging = out.with_name(f".{out.name}.tmp")
-    with alone(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            lazily = {name: Lazy(tuple(t.shape), t.dtype, t.detach) for name, t in state.items()}
-            write_tensors(staging / out.name, lazily, {METADATA_KEY: json.dumps(facts)})
-            written = TensorFiles(staging / out.name)
-            if not all(torch.equal(written[name], t) for name, t in state.items()):
-                raise UserError(f"{out}: not written; it reads back otherwise than it was written")
-            flush_all(staging)
-            give_name(staging, staging / out.name, out)
-        except OSError as error:
-            raise UserError(f"{out}: not written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    lazily = {name: Lazy(tuple(t.shape), t.dtype, t.detach) for name, t in state.items()}
+
+    def check(target: Path) -> None:
+        written = TensorFiles(target)
+        if not all(torch.equal(written[name], t) for name, t in state.items()):
+            raise UserError(f"{out}: not written; it reads back otherwise than it was written")
+
+    nbytes = sum(tensor.nbytes for tensor in lazily.values())
+    publish(out, nbytes, lambda target: write_tensors(target, lazily, {METADATA_KEY: json.dumps(facts)}), check)
     return note
 
 

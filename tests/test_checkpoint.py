@@ -22,6 +22,7 @@ from scale_mae.checkpoint import store
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.export import load_mae, read_export
 from scale_mae.checkpoint.facts import describe
+from scale_mae.checkpoint.foreign import locate_weights, read_weights
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
@@ -229,6 +230,24 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
     assert newest_good(tmp_path / "new", print) is None
     with pytest.raises(CheckpointError, match="no such run directory or checkpoint"):
         locate(tmp_path / "new", print)
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "manifest.json config.yaml"])
+@pytest.mark.parametrize("use", ["convert", "load", "init"])
+def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, tmp_path, lost, use):
+    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    for name in lost.split():
+        (checkpoint / name).unlink()
+    uses = {
+        "convert": lambda path: convert(path, "state_dict", tmp_path / "x.safetensors"),
+        "load": load_encoder,
+        "init": lambda path: read_weights(locate_weights(path, print)),
+    }
+    with pytest.raises(CheckpointError, match=r"step-00000009: not a checkpoint \(no readable manifest.json\)"):
+        uses[use](checkpoint)
+    with pytest.raises(CheckpointError, match=rf"checkpoints: holds checkpoints; give one of them, or {run_dir}$"):
+        uses[use](run_dir / "checkpoints")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):

@@ -90,6 +90,10 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     complains(run_dir, capsys, "all 2 checkpoints are damaged and set aside")
 
 
+def test_a_folder_of_checkpoints_points_to_the_run(run_dir, capsys):
+    complains(run_dir / "checkpoints", capsys, f"holds checkpoints; give one of them, or {run_dir}")
+
+
 @pytest.mark.parametrize("victim", ["manifest.json", "config.yaml", "deepspeed/zero_pp_rank_1_mp_rank_00_model_states.pt"])
 def test_a_damaged_checkpoint_still_tells_what_it_can(run_dir, victim, capsys):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)

@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
 from scale_mae.checkpoint.publish import publish
-from scale_mae.checkpoint.store import FOLDER, MANIFEST, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import is_ours, locate, read_config, read_manifest
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -66,7 +66,7 @@ def convert(
     """
     out = Path(out)
     folder = _check_request(to, out, dtype, pool, max_shard_gb)
-    if _is_ours(Path(checkpoint)):  # seconds, while checksums are taken
+    if is_ours(Path(checkpoint)):  # seconds, while checksums are taken
         threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()
     source = _open(Path(checkpoint), to, dtype, image_size, pool, warn)
     source = replace(source, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
@@ -121,14 +121,10 @@ def _replaceable(folder: Path) -> bool:
         return False
 
 
-def _is_ours(path: Path) -> bool:
-    return (path / FOLDER).is_dir() or (path / MANIFEST).is_file()
-
-
 def _open(
     path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool, warn: Callable[[str], None]
 ) -> Source:
-    if path.is_dir() and not _is_ours(path):
+    if path.is_dir() and not is_ours(path):
         return _open_foreign(path, to, dtype, image_size)
     checkpoint = locate(path, warn)
     config = read_config(checkpoint)

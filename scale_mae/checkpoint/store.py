@@ -99,6 +99,20 @@ def _is_name(name: str) -> bool:
     return re.fullmatch(rf"{PREFIX}\d+", name, re.ASCII) is not None
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a run directory, its folder of checkpoints or a checkpoint, be it without manifest."""
+    if (path / FOLDER).is_dir() or (path / MANIFEST).is_file() or _holds_checkpoints(path):
+        return True
+    from scale_mae.engine import TAG  # imports torch, which commands that only list checkpoints do without
+
+    named = _is_name(path.name.removeprefix(DAMAGED).partition(".")[0])
+    return (path / TAG).is_dir() and (named or (path / "config.yaml").is_file())
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    return path.name == FOLDER and path.is_dir() and bool(checkpoints(path.parent))
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -143,6 +157,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         manifest = Manifest.of_text((checkpoint / MANIFEST).read_bytes().decode())
     except OSError:
+        if _holds_checkpoints(checkpoint):
+            raise CheckpointError(f"{checkpoint}: holds checkpoints; give one of them, or {checkpoint.parent}") from None
         raise CheckpointError(f"{checkpoint}: not a checkpoint (no readable {MANIFEST})") from None
     except Exception:  # whatever a few changed bytes make of JSON
         raise CheckpointError(f"{checkpoint / MANIFEST}: damaged") from None

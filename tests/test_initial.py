@@ -254,6 +254,26 @@ def test_damaged_and_strange_files_are_one_line(tmp_path):
         begin(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("form", ["a file", "one of two files"])
+def test_a_bit_in_the_middle_of_an_archive_is_found(tmp_path, form):
+    state = trained()
+    path = victim = tmp_path / "pytorch_model.bin"
+    if form == "a file":
+        torch.save(state, path)
+    else:
+        places = {name: f"part-{number % 2}.bin" for number, name in enumerate(state)}
+        for part in sorted(set(places.values())):
+            torch.save({name: state[name] for name in state if places[name] == part}, victim := tmp_path / part)
+        (path := tmp_path / "w.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    begin(path)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    for use in (begin, load_encoder):
+        with pytest.raises(CheckpointError, match=rf"{victim.name}: damaged \(.*/data/\d+\)"):
+            use(path)
+
+
 class Evil:
     def __init__(self, mark):
         self.mark = mark

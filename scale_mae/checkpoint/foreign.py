@@ -88,7 +88,10 @@ def read_weights(path: Path) -> Weights:
         return Weights(
             path, tensors, left_out, Origin(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step), lambda: ""
         )
-    return weights_of(path, open_weights(path))
+    opened = open_weights(path)
+    if damage := opened.damage():
+        raise CheckpointError(damage)
+    return weights_of(path, opened)
 
 
 def weights_of(path: Path, opened: Opened) -> Weights:

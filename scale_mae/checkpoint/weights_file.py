@@ -64,6 +64,24 @@ class Opened:
         sums = [sha256(file) for file in self.files]
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
+    @property
+    def archives(self) -> list[Path]:
+        """Those files that are zip archives, the only ones with checksums."""
+        return [file for file in self.files if zipfile.is_zipfile(file)]
+
+    def damage(self) -> str | None:
+        """The first file that differs from its checksums, and where, in one line. Reads them all."""
+        return next((f"{file}: damaged ({entry})" for file in self.archives if (entry := bad_entry(file))), None)
+
+
+def bad_entry(file: Path) -> str | None:
+    """The first entry of a zip archive that differs from its checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
+        return str(error)
+
 
 def open_weights(path: Path) -> Opened:
     """Open a file or folder of weights.

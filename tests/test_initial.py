@@ -441,6 +441,64 @@ def test_what_a_transformers_folder_says_is_compared(tmp_path):
         begin(tmp_path)
 
 
+JUNK = ["abc", 5, 0, -3, 2.5, 1e999, True, None, [], {}, [0, 0], [-32, -32], "nan", 10**30]
+
+
+def says(folder, file, *keys):
+    """Let a JSON file say junk under some keys, one after the other; yields which."""
+    whole = json.loads((folder / file).read_text())
+    for key in keys:
+        for junk in JUNK:
+            content = copy.deepcopy(whole)
+            *outer, last = key.split("/")
+            functools.reduce(dict.__getitem__, outer, content)[last] = junk
+            (folder / file).write_text(json.dumps(content))
+            yield key, junk
+        content = copy.deepcopy(whole)
+        del functools.reduce(dict.__getitem__, outer, content)[last]
+        (folder / file).write_text(json.dumps(content))
+        yield key, "nothing"
+    (folder / file).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm", "ours"])
+def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path, kind):
+    """It is one line, or does not matter: then what was loaded computes finite numbers."""
+    folder = tmp_path / "f"
+    if kind == "ours":
+        convert(runs["zero2", "fp32"][0], "timm", folder)
+        keys = [f"timm_kwargs/{key}" for key in json.loads((folder / "scale_mae.json").read_text())["timm_kwargs"]]
+        keys += ["timm_name", "timm_kwargs", "image_size", "mean", "std", "layer_norm_eps", "step", "interpolation", "config"]
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors")  # the facts lie in both
+        file = "scale_mae.json"
+    elif kind == "timm":
+        timm.models.save_for_hf(timm_encoder(num_classes=0), str(folder))
+        keys, file = (
+            ["architecture", "model_args", "model_args/num_heads", "model_args/img_size", "pretrained_cfg/std"],
+            "config.json",
+        )
+    else:
+        from transformers import ViTConfig, ViTModel
+
+        stir(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(folder)
+        keys, file = ["num_attention_heads", "image_size", "layer_norm_eps", "hidden_act", "architectures"], "config.json"
+    refused = set()
+    for key, junk in says(folder, file, *keys):
+        try:
+            encoder = load_encoder(folder)
+        except CheckpointError as error:
+            assert "\n" not in str(error), (key, junk)  # noqa: PT017
+            refused.add((key, str(junk)))
+        else:
+            images = torch.zeros(1, 3, *encoder.pretrained_cfg["input_size"][1:])
+            assert encoder.forward_features(images).isfinite().all(), (key, junk)
+    heads = {"ours": "timm_kwargs/num_heads", "timm": "model_args/num_heads", "transformers": "num_attention_heads"}[kind]
+    assert refused >= {(heads, junk) for junk in ("abc", "5", "0", "-3", "2.5", "True", "[]")}
+    assert kind != "ours" or refused >= {("timm_name", "nothing"), ("timm_kwargs", "abc"), ("mean", "[]")}
+    load_encoder(folder)
+
+
 # ---------------------------------------------------------------- our own
 
 

@@ -102,8 +102,14 @@ def weights_of(path: Path, opened: Opened) -> Weights:
     """
     huggingface = any(_is_tensor(name, THEIRS) for name in opened.tensors)
     tensors, left_out = (_huggingface_names if huggingface else _our_names)(_pooled(opened), path)
-    origin = origin_of(opened, huggingface, any(map(is_decoder, tensors)))
+    width, decoder_width = (_width(tensors, name) for name in ("patch_embed.proj.weight", "decoder_embed.weight"))
+    origin = origin_of(opened, huggingface, width, decoder_width if any(map(is_decoder, tensors)) else None)
     return Weights(path, tensors, left_out, origin, opened.digest)
+
+
+def _width(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Rows of a tensor; 0 where it is not there."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].dim() else 0
 
 
 def _pooled(opened: Opened) -> Mapping[str, Tensor]:

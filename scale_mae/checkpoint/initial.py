@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from scale_mae.checkpoint.export import build_encoder, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, TIMM_NAMES, describe
+from scale_mae.checkpoint.facts import METADATA_KEY, POOLING, TIMM_NAMES, describe
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
 from scale_mae.checkpoint.foreign import Weights, is_decoder, locate_weights, read_weights
 from scale_mae.checkpoint.formats import SAFETENSORS
@@ -137,21 +137,28 @@ def read_encoder(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any
     weights = read_weights(locate_weights(path, warn))
     weights = replace(weights, tensors={name: t for name, t in weights.tensors.items() if not is_decoder(name)})
     facts = dict(weights.origin.ours or _facts(weights, (1, 1)))
-    if facts["timm_name"] not in TIMM_NAMES.values() or facts["timm_kwargs"].keys() - TIMM_ARGUMENTS:  # timm would do as told
-        raise CheckpointError(f"{weights.path}: what it says of itself is damaged")
-    check_names(_wanted(facts), weights)
+    check_names(_wanted(facts, weights.path), weights)
     if not weights.origin.ours:
         facts = _facts(weights, grid_of(weights))
-    tensors = {name: checked(weights, name, t) for name, t in _wanted(facts).items()}
+    tensors = {name: checked(weights, name, t) for name, t in _wanted(facts, weights.path).items()}
     if facts["timm_kwargs"]["global_pool"] == "avg":  # timm calls the final norm so then
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): t for name, t in tensors.items()}
     return facts, tensors
 
 
-def _wanted(facts: dict[str, Any]) -> dict[str, Tensor]:
+def _wanted(facts: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Empty tensors of the encoder that facts describe, under the names of class-token pooling."""
-    with torch.device("meta"):
-        return dict(build_encoder(facts | {"timm_kwargs": facts["timm_kwargs"] | {"global_pool": "token"}}).state_dict())
+    try:
+        if facts["timm_name"] not in TIMM_NAMES.values() or facts["timm_kwargs"].keys() - TIMM_ARGUMENTS:
+            raise ValueError("it describes no encoder of a MAE")  # timm would do as told
+        if facts["timm_kwargs"]["global_pool"] not in POOLING or facts["timm_kwargs"]["num_classes"]:
+            raise ValueError("its encoder has a head")
+        with torch.device("meta"):
+            encoder = build_encoder(facts | {"timm_kwargs": facts["timm_kwargs"] | {"global_pool": "token"}})
+    except Exception as error:  # timm checks little of what it is given
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: what it says of itself is damaged ({reason[:200]})") from None
+    return dict(encoder.state_dict())
 
 
 def _facts(weights: Weights, grid: tuple[int, int]) -> dict[str, Any]:

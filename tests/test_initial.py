@@ -146,6 +146,13 @@ MISFITS = {
         {f"blocks.{i}.attn.qkv.bias": WITHOUT for i in range(6)},
         "blocks.0.attn.qkv.bias and 5 more is missing; its attention has no biases",
     ),
+    "an attention bias": ({"blocks.2.attn.qkv.bias": WITHOUT}, "blocks.2.attn.qkv.bias is missing$"),
+    "integers": ({"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)}, "blocks.1.norm1.bias holds int64, not weights"),
+    "integers in a table": ({"pos_embed": torch.ones(1, 17, 96, dtype=torch.uint8)}, "pos_embed holds uint8, not weights"),
+    "NaN in a table": (
+        {"decoder_pos_embed": torch.full((1, 17, 64), torch.nan)},
+        "decoder_pos_embed holds values that are not f",
+    ),
     "the norm behind": (
         {"norm.weight": WITHOUT, "norm.bias": WITHOUT, "fc_norm.weight": torch.ones(96)},
         r"norm.weight and 1 more is missing; it was fine-tuned with mean pooling",
@@ -289,6 +296,33 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, legacy):
     with pytest.raises(CheckpointError, match=r"w\.pth: refused, since it wants posix.mkdir when it is read"):
         begin(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"a": [1, 2, 3]}),
+        pickle.dumps({"a": Path("x")}),
+        pickle.dumps({"a": range(3)}, protocol=2),
+        pickle.dumps({"a": {1, 2}}, protocol=4),
+        b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01cposix\nsystem\nq\x02s.",
+        b"\x80\x02\xff.",
+        b"\x80\x04.",
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_torchs_advice_to_read_without_restriction_is_never_shown(tmp_path, content, zipped):
+    path = tmp_path / "raw.pkl.pt"
+    path.write_bytes(content)
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, entry in (("data.pkl", content), ("version", b"3\n"), ("byteorder", b"little")):
+                archive.writestr(f"x/{name}", entry)
+    for use in (begin, load_encoder):
+        with pytest.raises(CheckpointError) as caught:
+            use(path)
+        assert not re.search("weights_only|torch.load|trusted|file an issue|documentation|\\n", str(caught.value))
+        assert "()" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- timm
@@ -684,6 +718,8 @@ def test_init_writes_what_a_run_begins_with(tmp_path, capsys, monkeypatch):
     assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["initial.safetensors", "timm.safetensors"]
     config = load_config("debug", ["model.image_size=64", "run.seed=5", "model.init_from=timm.safetensors"])
+    assert main(["inspect", "initial.safetensors"]) == 0
+    assert re.search(r"^began with +timm.safetensors \(ViT", capsys.readouterr().out, re.M)
     model, _ = initial_model(config, print)
     assert_equal(load_file("initial.safetensors"), model.state_dict())
     again, _ = begin("initial.safetensors", nano(image_size=(64, 64)))

@@ -56,7 +56,7 @@ def convert(
         image_size: (height, width) to interpolate the position tables to.
         pool: how an encoder makes one vector of an image: ``token`` or ``avg``.
         max_shard_gb: largest file in a folder of ``state_dict`` (default: 5).
-        warn: told of damaged checkpoints that were passed over.
+        warn: told of damaged checkpoints that were passed over, and of what a stranger's left out.
 
     Returns:
         ``out``.
@@ -125,7 +125,7 @@ def _open(
     path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool, warn: Callable[[str], None]
 ) -> Source:
     if path.is_dir() and not is_ours(path):
-        return _open_foreign(path, to, dtype, image_size)
+        return _open_foreign(path, to, dtype, image_size, warn)
     checkpoint = locate(path, warn)
     config = read_config(checkpoint)
     facts = describe(config, read_manifest(checkpoint).step, image_size, pool) | {"format": to, "dtype": dtype}
@@ -136,11 +136,13 @@ def _open(
     return Source(weights, dtype, facts, config, _rounded(weights, reader, to, dtype))
 
 
-def _open_foreign(path: Path, to: str, dtype: str, image_size: tuple[int, int] | None) -> Source:
+def _open_foreign(path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, warn: Callable[[str], None]) -> Source:
     reader = ZeroReader(find_folder(path))
     if to != "state_dict" or image_size:
         what = f"--to {to}" if to != "state_dict" else "--image-size"
         raise UserError(f"{path}: not a checkpoint of scale-mae; {what} needs to know the model (use --to state_dict)")
+    if reader.without_frozen:
+        warn(f"{path}: saved with exclude_frozen_parameters; its frozen parameters, if it has any, are not in it")
     weights = _lazily(reader)
     facts = {"format": to, "dtype": dtype, "step": reader.step, "zero_stage": reader.stage, "world_size": reader.world_size}
     return Source(weights, dtype, facts, None, _rounded(weights, reader, to, dtype))

@@ -117,7 +117,9 @@ def _sizes(weights: Weights) -> Report:
 def _told(facts: Mapping[str, Any]) -> Report:
     """What an export of ours says of itself, but for the whole config."""
     names = ("format", "dtype", "image_size", "patch_size", "pooling", "norm_pixel", "mean", "std", "step", "config_digest")
-    return {name.replace("_", " "): facts[name] for name in (*names, "began_with", "position_tables") if name in facts}
+    told = {name.replace("_", " "): facts[name] for name in (*names, "position_tables") if name in facts}
+    began = facts.get("began_with")
+    return told | ({"began with": str(began).removeprefix("began with ")} if began else {})
 
 
 def _program(file: Path, kind: str) -> Report:

@@ -24,6 +24,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import FACTS_FILE, METADATA_KEY
 from scale_mae.checkpoint.store import CheckpointError, sha256
 from scale_mae.checkpoint.tensor_file import TensorFiles
+from scale_mae.checkpoint.zero_files import reason
 from scale_mae.config import UserError
 
 # where training code puts the tensors when the file holds more than those, most usual first
@@ -239,13 +240,9 @@ def _unpickle(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: refused, since it wants {wanted[1]} when it is read; only plain tensors and values are let in"
             ) from None
-        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:

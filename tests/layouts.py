@@ -1,10 +1,14 @@
 """A short run in every layout that DeepSpeed writes for us, with the live weights, for whatever reads checkpoints."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from ranks import run_ranks
 from test_train import make_config
+
+from scale_mae.checkpoint.store import MANIFEST, checkpoint_name, read_manifest
 
 LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
 
@@ -42,3 +46,10 @@ def make_runs(folder):
     configs = [make_config(folder / f"{s}-{p}", **setting, **{"engine.deepspeed": s, "train.precision": p}) for s, p in LAYOUTS]
     live = run_ranks(2, train_and_tell, configs)[0]
     return {layout: (Path(c.run.dir), weights) for layout, c, weights in zip(LAYOUTS, configs, live, strict=True)}
+
+
+def copy_as(checkpoint, step):
+    """A copy beside a checkpoint that passes for one of another step."""
+    copy = Path(shutil.copytree(checkpoint, checkpoint.with_name(checkpoint_name(step))))
+    (copy / MANIFEST).write_text(replace(read_manifest(checkpoint), step=step).to_text())
+    return copy

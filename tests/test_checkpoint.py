@@ -1,13 +1,17 @@
 """Checkpoints: committed whole, verified, read at every stage and precision, converted."""
 
+import errno
 import json
+import os
+import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from layouts import LAYOUTS
+from layouts import LAYOUTS, copy_as
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,6 +22,7 @@ from scale_mae.checkpoint import store
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.export import load_mae, read_export
 from scale_mae.checkpoint.facts import describe
+from scale_mae.checkpoint.foreign import locate_weights, read_weights
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
@@ -106,7 +111,7 @@ def run_dir(runs, tmp_path):
     source, _ = runs["zero2", "fp32"]
     shutil.copytree(source, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(9))
+    copy_as(folder / checkpoint_name(3), 9)
     return tmp_path / "run"
 
 
@@ -137,12 +142,84 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victi
     assert load_mae(locate(run_dir, print))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}', "[" * 100_000, "\xff", "1" * 5000])
 def test_a_damaged_manifest_is_found(run_dir, content):
     manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
-    manifest.unlink() if content is None else manifest.write_text(content)
+    manifest.unlink() if content is None else manifest.write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError, match="manifest.json"):
         verify(manifest.parent)
+    assert newest_good(run_dir, lambda _: None).name == checkpoint_name(3)
+
+
+def test_every_bit_of_a_manifest_counts(run_dir):
+    manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            manifest.write_bytes(content)
+            with pytest.raises(CheckpointError, match="manifest.json: damaged"):
+                verify(manifest.parent)
+    manifest.write_bytes(whole)
+    assert verify(manifest.parent).step == 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 12},
+        {"step": "9"},
+        {"step": True},
+        {"world_size": 2.0},
+        {"versions": {"torch": 2}},
+        {"versions": []},
+        {"config_digest": None},
+        {"files": {}},
+        {"files": []},
+        {"files": {"config.yaml": {"bytes": "1", "sha256": ""}}},
+        {"files": {"config.yaml": {"bytes": 1}}},
+        {"files": {"config.yaml": None}},
+    ],
+)
+def test_a_manifest_whose_own_checksum_holds_is_looked_at_all_the_same(run_dir, changes):
+    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    content = replace(store.read_manifest(checkpoint), **changes)
+    (checkpoint / "manifest.json").write_text(content.to_text())
+    with pytest.raises(CheckpointError, match="manifest.json: damaged"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENAMETOOLONG])
+def test_what_the_disk_refuses_counts_as_damage(run_dir, monkeypatch, number):
+    """Of a file of the newest checkpoint the disk does not even give the size."""
+    real, victim = Path.stat, run_dir / "checkpoints" / checkpoint_name(9) / "config.yaml"
+
+    def stat(self, **options):
+        if self == victim:
+            raise OSError(number, os.strerror(number))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(CheckpointError, match=f"config.yaml: cannot be read .{os.strerror(number)}"):
+        verify(victim.parent)
+    assert newest_good(run_dir, lambda _: None).name == checkpoint_name(3)
+
+
+def test_a_bit_anywhere_in_any_file_is_found(run_dir):
+    checkpoint, generator = run_dir / "checkpoints" / checkpoint_name(9), random.Random(0)
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        for place in (0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(8))):
+            content = bytearray(whole)
+            content[place] ^= 1 << generator.randrange(8)
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match=path.name):
+                verify(checkpoint)
+        path.write_bytes(whole)
+    verify(checkpoint)
 
 
 def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
@@ -153,6 +230,24 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
     assert newest_good(tmp_path / "new", print) is None
     with pytest.raises(CheckpointError, match="no such run directory or checkpoint"):
         locate(tmp_path / "new", print)
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "manifest.json config.yaml"])
+@pytest.mark.parametrize("use", ["convert", "load", "init"])
+def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, tmp_path, lost, use):
+    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    for name in lost.split():
+        (checkpoint / name).unlink()
+    uses = {
+        "convert": lambda path: convert(path, "state_dict", tmp_path / "x.safetensors"),
+        "load": load_encoder,
+        "init": lambda path: read_weights(locate_weights(path, print)),
+    }
+    with pytest.raises(CheckpointError, match=r"step-00000009: not a checkpoint \(no readable manifest.json\)"):
+        uses[use](checkpoint)
+    with pytest.raises(CheckpointError, match=rf"checkpoints: holds checkpoints; give one of them, or {run_dir}$"):
+        uses[use](run_dir / "checkpoints")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):

@@ -146,6 +146,13 @@ MISFITS = {
         {f"blocks.{i}.attn.qkv.bias": WITHOUT for i in range(6)},
         "blocks.0.attn.qkv.bias and 5 more is missing; its attention has no biases",
     ),
+    "an attention bias": ({"blocks.2.attn.qkv.bias": WITHOUT}, "blocks.2.attn.qkv.bias is missing$"),
+    "integers": ({"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)}, "blocks.1.norm1.bias holds int64, not weights"),
+    "integers in a table": ({"pos_embed": torch.ones(1, 17, 96, dtype=torch.uint8)}, "pos_embed holds uint8, not weights"),
+    "NaN in a table": (
+        {"decoder_pos_embed": torch.full((1, 17, 64), torch.nan)},
+        "decoder_pos_embed holds values that are not f",
+    ),
     "the norm behind": (
         {"norm.weight": WITHOUT, "norm.bias": WITHOUT, "fc_norm.weight": torch.ones(96)},
         r"norm.weight and 1 more is missing; it was fine-tuned with mean pooling",
@@ -254,6 +261,26 @@ def test_damaged_and_strange_files_are_one_line(tmp_path):
         begin(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("form", ["a file", "one of two files"])
+def test_a_bit_in_the_middle_of_an_archive_is_found(tmp_path, form):
+    state = trained()
+    path = victim = tmp_path / "pytorch_model.bin"
+    if form == "a file":
+        torch.save(state, path)
+    else:
+        places = {name: f"part-{number % 2}.bin" for number, name in enumerate(state)}
+        for part in sorted(set(places.values())):
+            torch.save({name: state[name] for name in state if places[name] == part}, victim := tmp_path / part)
+        (path := tmp_path / "w.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    begin(path)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    for use in (begin, load_encoder):
+        with pytest.raises(CheckpointError, match=rf"{victim.name}: damaged \(.*/data/\d+\)"):
+            use(path)
+
+
 class Evil:
     def __init__(self, mark):
         self.mark = mark
@@ -269,6 +296,33 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, legacy):
     with pytest.raises(CheckpointError, match=r"w\.pth: refused, since it wants posix.mkdir when it is read"):
         begin(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"a": [1, 2, 3]}),
+        pickle.dumps({"a": Path("x")}),
+        pickle.dumps({"a": range(3)}, protocol=2),
+        pickle.dumps({"a": {1, 2}}, protocol=4),
+        b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01cposix\nsystem\nq\x02s.",
+        b"\x80\x02\xff.",
+        b"\x80\x04.",
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_torchs_advice_to_read_without_restriction_is_never_shown(tmp_path, content, zipped):
+    path = tmp_path / "raw.pkl.pt"
+    path.write_bytes(content)
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, entry in (("data.pkl", content), ("version", b"3\n"), ("byteorder", b"little")):
+                archive.writestr(f"x/{name}", entry)
+    for use in (begin, load_encoder):
+        with pytest.raises(CheckpointError) as caught:
+            use(path)
+        assert not re.search("weights_only|torch.load|trusted|file an issue|documentation|\\n", str(caught.value))
+        assert "()" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- timm
@@ -419,6 +473,64 @@ def test_what_a_transformers_folder_says_is_compared(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"blocks\.4\.attn\.qkv\.bias: key missing"):
         begin(tmp_path)
+
+
+JUNK = ["abc", 5, 0, -3, 2.5, 1e999, True, None, [], {}, [0, 0], [-32, -32], "nan", 10**30]
+
+
+def says(folder, file, *keys):
+    """Let a JSON file say junk under some keys, one after the other; yields which."""
+    whole = json.loads((folder / file).read_text())
+    for key in keys:
+        for junk in JUNK:
+            content = copy.deepcopy(whole)
+            *outer, last = key.split("/")
+            functools.reduce(dict.__getitem__, outer, content)[last] = junk
+            (folder / file).write_text(json.dumps(content))
+            yield key, junk
+        content = copy.deepcopy(whole)
+        del functools.reduce(dict.__getitem__, outer, content)[last]
+        (folder / file).write_text(json.dumps(content))
+        yield key, "nothing"
+    (folder / file).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm", "ours"])
+def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path, kind):
+    """It is one line, or does not matter: then what was loaded computes finite numbers."""
+    folder = tmp_path / "f"
+    if kind == "ours":
+        convert(runs["zero2", "fp32"][0], "timm", folder)
+        keys = [f"timm_kwargs/{key}" for key in json.loads((folder / "scale_mae.json").read_text())["timm_kwargs"]]
+        keys += ["timm_name", "timm_kwargs", "image_size", "mean", "std", "layer_norm_eps", "step", "interpolation", "config"]
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors")  # the facts lie in both
+        file = "scale_mae.json"
+    elif kind == "timm":
+        timm.models.save_for_hf(timm_encoder(num_classes=0), str(folder))
+        keys, file = (
+            ["architecture", "model_args", "model_args/num_heads", "model_args/img_size", "pretrained_cfg/std"],
+            "config.json",
+        )
+    else:
+        from transformers import ViTConfig, ViTModel
+
+        stir(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(folder)
+        keys, file = ["num_attention_heads", "image_size", "layer_norm_eps", "hidden_act", "architectures"], "config.json"
+    refused = set()
+    for key, junk in says(folder, file, *keys):
+        try:
+            encoder = load_encoder(folder)
+        except CheckpointError as error:
+            assert "\n" not in str(error), (key, junk)  # noqa: PT017
+            refused.add((key, str(junk)))
+        else:
+            images = torch.zeros(1, 3, *encoder.pretrained_cfg["input_size"][1:])
+            assert encoder.forward_features(images).isfinite().all(), (key, junk)
+    heads = {"ours": "timm_kwargs/num_heads", "timm": "model_args/num_heads", "transformers": "num_attention_heads"}[kind]
+    assert refused >= {(heads, junk) for junk in ("abc", "5", "0", "-3", "2.5", "True", "[]")}
+    assert kind != "ours" or refused >= {("timm_name", "nothing"), ("timm_kwargs", "abc"), ("mean", "[]")}
+    load_encoder(folder)
 
 
 # ---------------------------------------------------------------- our own
@@ -606,6 +718,8 @@ def test_init_writes_what_a_run_begins_with(tmp_path, capsys, monkeypatch):
     assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["initial.safetensors", "timm.safetensors"]
     config = load_config("debug", ["model.image_size=64", "run.seed=5", "model.init_from=timm.safetensors"])
+    assert main(["inspect", "initial.safetensors"]) == 0
+    assert re.search(r"^began with +timm.safetensors \(ViT", capsys.readouterr().out, re.M)
     model, _ = initial_model(config, print)
     assert_equal(load_file("initial.safetensors"), model.state_dict())
     again, _ = begin("initial.safetensors", nano(image_size=(64, 64)))

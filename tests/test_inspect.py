@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from layouts import copy_as
 from safetensors.torch import save_file
 from strangers import Stranger
 
@@ -24,7 +25,7 @@ SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export"
 def run_dir(runs, tmp_path):
     """A copy of a run with two checkpoints."""
     folder = shutil.copytree(runs["zero3", "bf16"][0], tmp_path / "run") / "checkpoints"
-    shutil.copytree(folder / checkpoint_name(3), folder / checkpoint_name(9))
+    copy_as(folder / checkpoint_name(3), 9)
     return tmp_path / "run"
 
 
@@ -87,6 +88,10 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     assert [(c["step"], c["problem"]) for c in report["checkpoints"]] == [(3, None)]
     (run_dir / "checkpoints" / checkpoint_name(3)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(3)}")
     complains(run_dir, capsys, "all 2 checkpoints are damaged and set aside")
+
+
+def test_a_folder_of_checkpoints_points_to_the_run(run_dir, capsys):
+    complains(run_dir / "checkpoints", capsys, f"holds checkpoints; give one of them, or {run_dir}")
 
 
 @pytest.mark.parametrize("victim", ["manifest.json", "config.yaml", "deepspeed/zero_pp_rank_1_mp_rank_00_model_states.pt"])

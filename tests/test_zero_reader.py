@@ -212,6 +212,14 @@ def test_a_stranger_converts_to_the_very_same_tensors(strangers, tmp_path):
         assert torch.equal(written[name], expected), name
 
 
+@pytest.mark.parametrize("layout", ["zero2-without-frozen", "zero2-bf16", "zero3-bf16", "zero1-bf16", "zero0-bf16"])
+def test_frozen_parameters_that_were_left_out_are_told(strangers, tmp_path, layout):
+    warnings = []
+    convert(strangers[layout].folder, "state_dict", tmp_path / "x.safetensors", warn=warnings.append)
+    assert bool(warnings) == (layout == "zero2-without-frozen")
+    assert all("saved with exclude_frozen_parameters" in line for line in warnings)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -449,6 +457,7 @@ def test_damaged_files_are_named(copy, victim, spoil):
     with pytest.raises(CheckpointError, match=rf"{victim}: cannot be read \(.+\)$") as caught:
         ZeroReader(folder)
     assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["a shard missing", "an earlier shard"])

@@ -12,14 +12,13 @@ training; a thread does the rest.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -204,7 +203,7 @@ class Saver:
         return self.nbytes
 
     def _name(self, manifest: Manifest, staging: Path, final: Path) -> None:
-        (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        (staging / MANIFEST).write_text(manifest.to_text())
         flush(staging / MANIFEST)
         for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
             flush(folder)

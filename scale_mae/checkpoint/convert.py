@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
-from scale_mae.checkpoint.store import FOLDER, MANIFEST, flush, locate, read_config, read_manifest
+from scale_mae.checkpoint.publish import publish
+from scale_mae.checkpoint.store import is_ours, locate, read_config, read_manifest
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
 from scale_mae.engine import TAG
-from scale_mae.lock import alone
 from scale_mae.model.positions import resize_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +56,7 @@ def convert(
         image_size: (height, width) to interpolate the position tables to.
         pool: how an encoder makes one vector of an image: ``token`` or ``avg``.
         max_shard_gb: largest file in a folder of ``state_dict`` (default: 5).
-        warn: told of damaged checkpoints that were passed over.
+        warn: told of damaged checkpoints that were passed over, and of what a stranger's left out.
 
     Returns:
         ``out``.
@@ -70,29 +66,22 @@ def convert(
     """
     out = Path(out)
     folder = _check_request(to, out, dtype, pool, max_shard_gb)
-    if _is_ours(Path(checkpoint)):  # seconds, while checksums are taken
+    if is_ours(Path(checkpoint)):  # seconds, while checksums are taken
         threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()
     source = _open(Path(checkpoint), to, dtype, image_size, pool, warn)
     source = replace(source, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
-    staging = out.with_name(f".{out.name}.tmp")
-    with alone(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            target = staging / out.name
-            (target if folder else staging).mkdir(parents=True)
-            FORMATS[to].write(source, target)
-            if folder:
-                names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
-                (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
-            with ThreadPoolExecutor(1, "flush") as thread:  # the disk has work while the processor compares
-                flushed = thread.submit(flush_all, staging)
-                _verify(source, to, target, out)
-                flushed.result()
-            give_name(staging, target, out)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{out}: not written ({' '.join(str(error).split())})") from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    layout = FORMATS[to]
+    values = (source.exported if layout.whole else source.encoder).values()
+
+    def write(target: Path) -> None:
+        if not folder:
+            return layout.write(source, target)
+        target.mkdir()
+        layout.write(source, target)
+        names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
+        (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
+
+    publish(out, layout.copies * sum(t.nbytes for t in values), write, lambda target: _verify(source, to, target, out))
     return out
 
 
@@ -132,15 +121,11 @@ def _replaceable(folder: Path) -> bool:
         return False
 
 
-def _is_ours(path: Path) -> bool:
-    return (path / FOLDER).is_dir() or (path / MANIFEST).is_file()
-
-
 def _open(
     path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool, warn: Callable[[str], None]
 ) -> Source:
-    if path.is_dir() and not _is_ours(path):
-        return _open_foreign(path, to, dtype, image_size)
+    if path.is_dir() and not is_ours(path):
+        return _open_foreign(path, to, dtype, image_size, warn)
     checkpoint = locate(path, warn)
     config = read_config(checkpoint)
     facts = describe(config, read_manifest(checkpoint).step, image_size, pool) | {"format": to, "dtype": dtype}
@@ -151,11 +136,13 @@ def _open(
     return Source(weights, dtype, facts, config, _rounded(weights, reader, to, dtype))
 
 
-def _open_foreign(path: Path, to: str, dtype: str, image_size: tuple[int, int] | None) -> Source:
+def _open_foreign(path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, warn: Callable[[str], None]) -> Source:
     reader = ZeroReader(find_folder(path))
     if to != "state_dict" or image_size:
         what = f"--to {to}" if to != "state_dict" else "--image-size"
         raise UserError(f"{path}: not a checkpoint of scale-mae; {what} needs to know the model (use --to state_dict)")
+    if reader.without_frozen:
+        warn(f"{path}: saved with exclude_frozen_parameters; its frozen parameters, if it has any, are not in it")
     weights = _lazily(reader)
     facts = {"format": to, "dtype": dtype, "step": reader.step, "zero_stage": reader.stage, "world_size": reader.world_size}
     return Source(weights, dtype, facts, None, _rounded(weights, reader, to, dtype))
@@ -236,23 +223,3 @@ def _compare_bits(source: Source, target: Path, out: Path) -> None:
         same = wanted.shape == got.shape and wanted.dtype == got.dtype
         if not same or not torch.equal(wanted.reshape(-1).view(torch.uint8), got.reshape(-1).view(torch.uint8)):
             raise UserError(f"{out}: not written; {name} reads back otherwise than it is in the checkpoint")
-
-
-def give_name(staging: Path, target: Path, out: Path) -> None:
-    """Rename what has been flushed; a folder that is replaced steps aside for the moment."""
-    files = sorted(p for p in staging.rglob("*") if p.is_file())
-    if target.is_dir():
-        if out.is_dir():
-            out.rename(staging / "replaced")
-        target.rename(out)
-    else:
-        for path in sorted(files, key=lambda p: p == target):  # the file itself comes after those that it names
-            os.replace(path, out.with_name(path.name))
-    flush(out.parent)
-
-
-def flush_all(folder: Path) -> None:
-    """Bring all files of a folder, and their names in it, to the disk."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in [*files, *({p.parent for p in files})]:
-        flush(path)

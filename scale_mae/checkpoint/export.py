@@ -105,7 +105,11 @@ def untrained_encoder(path: str | Path, warn: Callable[[str], None] = print) -> 
     if "config" not in facts:
         raise UserError(f"{path}: the weights that it began with are not known, since scale_mae did not train it")
     tree = facts["config"] | {"model": facts["config"]["model"] | {"image_size": facts["image_size"]}}
-    model, _ = initial_model(Config.model_validate(tree), warn)
+    try:
+        config = Config.model_validate(tree)
+    except ValueError:
+        raise CheckpointError(f"{path}: what it says of itself is damaged (its config)") from None
+    model, _ = initial_model(config, warn)
     encoder = build_encoder(facts)
     encoder.load_state_dict(encoder_weights(model.state_dict()), strict=True)
     return encoder

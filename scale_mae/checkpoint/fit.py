@@ -59,7 +59,7 @@ def check_names(wanted: Collection[str], weights: Weights) -> None:
             why = "; of a decoder all or nothing has to be there"
         elif name.startswith("norm.") and any("fc_norm." in left for left in weights.left_out):
             why = "; it was fine-tuned with mean pooling, which has its norm behind the pooling (fc_norm)"
-        elif name.endswith("qkv.bias"):
+        elif name.endswith("qkv.bias") and not any(own.endswith("qkv.bias") for own in have if not is_decoder(own)):
             why = "; its attention has no biases"
         raise CheckpointError(f"{weights.path}: {name}{more(missing)} is missing{why}")
 
@@ -81,7 +81,7 @@ def check_heads(weights: Weights, heads: int, decoder_heads: int) -> None:
 
 
 def checked(weights: Weights, name: str, wanted: Tensor) -> Tensor:
-    """A tensor in fp32, of the shape of ``wanted`` and finite.
+    """A tensor of floating-point numbers in fp32, of the shape of ``wanted`` and finite.
 
     Raises:
         CheckpointError: it is not; both shapes and the key to change.
@@ -90,6 +90,13 @@ def checked(weights: Weights, name: str, wanted: Tensor) -> Tensor:
     if found.shape != wanted.shape:
         advice = _advice(weights, name, found, wanted)
         raise CheckpointError(f"{weights.path}: {name} has shape {list(found.shape)}, the model {list(wanted.shape)}: {advice}")
+    return _in_fp32(weights, name)
+
+
+def _in_fp32(weights: Weights, name: str) -> Tensor:
+    found = weights.tensors[name]
+    if not found.is_floating_point():
+        raise CheckpointError(f"{weights.path}: {name} holds {str(found.dtype).removeprefix('torch.')}, not weights")
     found = found.float()
     if not found.isfinite().all():
         raise CheckpointError(f"{weights.path}: {name} holds values that are not finite")
@@ -182,11 +189,11 @@ def fit_table(weights: Weights, name: str, wanted: Tensor, grids: Mapping[str, t
             f"{weights.path}: {name} has shape {list(table.shape)}, which does not fit {old[0]} x {old[1]} patches "
             f"of width {wanted.shape[2]}"
         )
-    told = []
+    values, told = _in_fp32(weights, name), []
     if is_sincos(table, old):
-        table = sincos_table(table.shape[2], old)
+        values = sincos_table(table.shape[2], old)
     else:
         told.append(f"its {name} is not the sine-cosine one: kept, and not trained")
     if old != new:
         told.append(f"{name} interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
-    return resize_table(table.float(), old, new), told
+    return resize_table(values, old, new), told

@@ -17,7 +17,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import describe
 from scale_mae.checkpoint.huggingface import from_huggingface
 from scale_mae.checkpoint.origin import Origin, of_ours, origin_of
-from scale_mae.checkpoint.store import FOLDER, MANIFEST, CheckpointError, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest
 from scale_mae.checkpoint.weights_file import Opened, open_weights
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -71,7 +71,7 @@ def locate_weights(path: str | Path, warn: Callable[[str], None]) -> Path:
         CheckpointError: a run directory without a good checkpoint, or a damaged checkpoint.
     """
     path = Path(path)
-    return locate(path, warn) if (path / FOLDER).is_dir() or (path / MANIFEST).is_file() else path
+    return locate(path, warn) if is_ours(path) else path
 
 
 def read_weights(path: Path) -> Weights:
@@ -80,7 +80,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         CheckpointError: nothing usable there; one line.
     """
-    if (path / MANIFEST).is_file():
+    if is_ours(path):
         return _own_checkpoint(path)
     if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
         reader = ZeroReader(find_folder(path))
@@ -88,7 +88,10 @@ def read_weights(path: Path) -> Weights:
         return Weights(
             path, tensors, left_out, Origin(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step), lambda: ""
         )
-    return weights_of(path, open_weights(path))
+    opened = open_weights(path)
+    if damage := opened.damage():
+        raise CheckpointError(damage)
+    return weights_of(path, opened)
 
 
 def weights_of(path: Path, opened: Opened) -> Weights:
@@ -99,8 +102,14 @@ def weights_of(path: Path, opened: Opened) -> Weights:
     """
     huggingface = any(_is_tensor(name, THEIRS) for name in opened.tensors)
     tensors, left_out = (_huggingface_names if huggingface else _our_names)(_pooled(opened), path)
-    origin = origin_of(opened, huggingface, any(map(is_decoder, tensors)))
+    width, decoder_width = (_width(tensors, name) for name in ("patch_embed.proj.weight", "decoder_embed.weight"))
+    origin = origin_of(opened, huggingface, width, decoder_width if any(map(is_decoder, tensors)) else None)
     return Weights(path, tensors, left_out, origin, opened.digest)
+
+
+def _width(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Rows of a tensor; 0 where it is not there."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].dim() else 0
 
 
 def _pooled(opened: Opened) -> Mapping[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # timm takes seconds to import; convert() does it meanwhile
     from scale_mae.checkpoint.parity import Outputs, Probe
 
 SAFETENSORS = ".safetensors"
+ONNX_BYTES = 1.5e9
 EXTRA = "pip install 'scale-mae[export]'"
 
 
@@ -69,6 +72,7 @@ class Format:
         images: computed at once when it is verified.
         write: makes the file or folder.
         outputs: what it computes.
+        copies: how often its values lie on the disk while it is written.
     """
 
     suffix: str | None
@@ -77,6 +81,7 @@ class Format:
     images: int
     write: Callable[[Source, Path], None]
     outputs: Callable[[Source, Path, Probe], Outputs]
+    copies: int = 1
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -216,7 +221,9 @@ def _at_two_batch_sizes(probe: Probe, run: Callable[[Tensor], Any]) -> Outputs:
 def _write_torch_export(source: Source, target: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(_Program(source), (_example(source),), dynamic_shapes={"images": {0: batch}})
-    torch.export.save(program, target, extra_files={f"{METADATA_KEY}.json": source.metadata[METADATA_KEY]})
+    content = io.BytesIO()  # on a full disk torch would end the process
+    torch.export.save(program, content, extra_files={f"{METADATA_KEY}.json": source.metadata[METADATA_KEY]})
+    target.write_bytes(content.getbuffer())
 
 
 @torch.inference_mode()
@@ -239,8 +246,10 @@ def _write_onnx(source: Source, target: Path) -> None:
     )
     assert program
     program.model.metadata_props.update(source.metadata)
-    # a file of this format holds 2 GB at most; what is more lies beside it
-    program.save(target, external_data=sum(t.nbytes for t in source.encoder.values()) > 1.5e9)
+    # a file of this format holds 2 GB at most; what is more lies beside it, under a name that no earlier file refers to
+    named = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+    program.save(named, external_data=sum(t.nbytes for t in source.encoder.values()) > ONNX_BYTES)
+    named.rename(target)
 
 
 def _onnxruntime() -> Any:
@@ -265,7 +274,7 @@ FORMATS: dict[str, Format] = {
     "timm": Format(SAFETENSORS, True, False, 1, _write_timm, _timm),
     "vit_mae": Format(None, True, True, 1, _write_huggingface("vit_mae"), _huggingface),
     "vit": Format(None, True, False, 1, _write_huggingface("vit"), _huggingface),
-    "mae": Format(".pth", False, True, 1, _write_mae, _mae),
+    "mae": Format(".pth", False, True, 1, _write_mae, _mae, copies=2),
     "state_dict": Format(SAFETENSORS, True, True, 1, _write_state_dict, _state_dict),
     "onnx": Format(".onnx", False, False, 3, _write_onnx, _onnx),
     "torch_export": Format(".pt2", False, False, 3, _write_torch_export, _torch_export),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +17,16 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from scale_mae.checkpoint.convert import flush_all, give_name
 from scale_mae.checkpoint.export import build_encoder, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, TIMM_NAMES, describe
+from scale_mae.checkpoint.facts import METADATA_KEY, POOLING, TIMM_NAMES, describe
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
 from scale_mae.checkpoint.foreign import Weights, is_decoder, locate_weights, read_weights
 from scale_mae.checkpoint.formats import SAFETENSORS
+from scale_mae.checkpoint.publish import publish
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles, write_tensors
 from scale_mae.config import Config, UserError
 from scale_mae.engine.distributed import World
-from scale_mae.lock import alone
 from scale_mae.model.mae import MAE, TABLES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
@@ -118,22 +116,15 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
     model, note = initial_model(config, warn)
     state = model.state_dict()
     facts = describe(config, 0) | {"format": "state_dict", "dtype": "fp32", "began_with": note}
-    staging = out.with_name(f".{out.name}.tmp")
-    with alone(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            lazily = {name: Lazy(tuple(t.shape), t.dtype, t.detach) for name, t in state.items()}
-            write_tensors(staging / out.name, lazily, {METADATA_KEY: json.dumps(facts)})
-            written = TensorFiles(staging / out.name)
-            if not all(torch.equal(written[name], t) for name, t in state.items()):
-                raise UserError(f"{out}: not written; it reads back otherwise than it was written")
-            flush_all(staging)
-            give_name(staging, staging / out.name, out)
-        except OSError as error:
-            raise UserError(f"{out}: not written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    lazily = {name: Lazy(tuple(t.shape), t.dtype, t.detach) for name, t in state.items()}
+
+    def check(target: Path) -> None:
+        written = TensorFiles(target)
+        if not all(torch.equal(written[name], t) for name, t in state.items()):
+            raise UserError(f"{out}: not written; it reads back otherwise than it was written")
+
+    nbytes = sum(tensor.nbytes for tensor in lazily.values())
+    publish(out, nbytes, lambda target: write_tensors(target, lazily, {METADATA_KEY: json.dumps(facts)}), check)
     return note
 
 
@@ -146,21 +137,28 @@ def read_encoder(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any
     weights = read_weights(locate_weights(path, warn))
     weights = replace(weights, tensors={name: t for name, t in weights.tensors.items() if not is_decoder(name)})
     facts = dict(weights.origin.ours or _facts(weights, (1, 1)))
-    if facts["timm_name"] not in TIMM_NAMES.values() or facts["timm_kwargs"].keys() - TIMM_ARGUMENTS:  # timm would do as told
-        raise CheckpointError(f"{weights.path}: what it says of itself is damaged")
-    check_names(_wanted(facts), weights)
+    check_names(_wanted(facts, weights.path), weights)
     if not weights.origin.ours:
         facts = _facts(weights, grid_of(weights))
-    tensors = {name: checked(weights, name, t) for name, t in _wanted(facts).items()}
+    tensors = {name: checked(weights, name, t) for name, t in _wanted(facts, weights.path).items()}
     if facts["timm_kwargs"]["global_pool"] == "avg":  # timm calls the final norm so then
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): t for name, t in tensors.items()}
     return facts, tensors
 
 
-def _wanted(facts: dict[str, Any]) -> dict[str, Tensor]:
+def _wanted(facts: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Empty tensors of the encoder that facts describe, under the names of class-token pooling."""
-    with torch.device("meta"):
-        return dict(build_encoder(facts | {"timm_kwargs": facts["timm_kwargs"] | {"global_pool": "token"}}).state_dict())
+    try:
+        if facts["timm_name"] not in TIMM_NAMES.values() or facts["timm_kwargs"].keys() - TIMM_ARGUMENTS:
+            raise ValueError("it describes no encoder of a MAE")  # timm would do as told
+        if facts["timm_kwargs"]["global_pool"] not in POOLING or facts["timm_kwargs"]["num_classes"]:
+            raise ValueError("its encoder has a head")
+        with torch.device("meta"):
+            encoder = build_encoder(facts | {"timm_kwargs": facts["timm_kwargs"] | {"global_pool": "token"}})
+    except Exception as error:  # timm checks little of what it is given
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: what it says of itself is damaged ({reason[:200]})") from None
+    return dict(encoder.state_dict())
 
 
 def _facts(weights: Weights, grid: tuple[int, int]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from scale_mae.checkpoint.inspect_weights import PROBLEM, Report, by, bytes_in, 
 from scale_mae.checkpoint.store import (
     DAMAGED,
     FOLDER,
-    MANIFEST,
     CheckpointError,
     checkpoints,
+    is_ours,
     read_config,
     read_manifest,
     verify,
@@ -45,7 +45,7 @@ def inspect(path: str | Path) -> Report:
     try:
         if (path / FOLDER).is_dir():
             return _run(path)
-        if (path / MANIFEST).is_file() or (path / TAG).is_dir():
+        if is_ours(path):
             return _checkpoint(path)
         if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
             return _deepspeed(path)

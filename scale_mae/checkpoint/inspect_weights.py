@@ -16,7 +16,7 @@ from scale_mae.checkpoint.facts import FACTS_FILE, METADATA_KEY
 from scale_mae.checkpoint.fit import depth
 from scale_mae.checkpoint.foreign import Weights, weights_of
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.checkpoint.weights_file import ONNX, PROGRAM, container, main_file, open_weights, read_facts
+from scale_mae.checkpoint.weights_file import ONNX, PROGRAM, bad_entry, container, main_file, open_weights, read_facts
 from scale_mae.config import UserError
 
 Report = dict[str, Any]
@@ -75,14 +75,13 @@ def _weights(path: Path) -> Report:
         report["not a plain ViT"] = str(error).removeprefix(f"{path}: ")
     else:
         report |= {"kind": weights.origin.kind, **_sizes(weights)}
-    zipped = [file for file in opened.files if zipfile.is_zipfile(file)]
-    damaged = next((f"{file}: damaged ({entry})" for file in zipped if (entry := _bad_entry(file))), None)
+    damaged = opened.damage()
     return report | {
         **_told(opened.facts),
         **counts(headers),
         "files": len(opened.files),
         "bytes": bytes_in(opened.files),
-        "verified": None if damaged else "CRC-32 of every entry" if zipped else NO_CHECKSUMS,
+        "verified": None if damaged else "CRC-32 of every entry" if opened.archives else NO_CHECKSUMS,
         PROBLEM: damaged or _missing(path, opened.facts),
     }
 
@@ -94,15 +93,6 @@ def _missing(path: Path, facts: Mapping[str, Any]) -> str | None:
     return next(
         (f"{path / name}: missing from the export" for name in facts.get("files", ()) if not (path / name).exists()), None
     )
-
-
-def _bad_entry(file: Path) -> str | None:
-    """The first entry of a zip archive that differs from its checksum."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
-        return str(error)
 
 
 def _sizes(weights: Weights) -> Report:
@@ -127,7 +117,9 @@ def _sizes(weights: Weights) -> Report:
 def _told(facts: Mapping[str, Any]) -> Report:
     """What an export of ours says of itself, but for the whole config."""
     names = ("format", "dtype", "image_size", "patch_size", "pooling", "norm_pixel", "mean", "std", "step", "config_digest")
-    return {name.replace("_", " "): facts[name] for name in (*names, "began_with", "position_tables") if name in facts}
+    told = {name.replace("_", " "): facts[name] for name in (*names, "position_tables") if name in facts}
+    began = facts.get("began_with")
+    return told | ({"began with": str(began).removeprefix("began with ")} if began else {})
 
 
 def _program(file: Path, kind: str) -> Report:
@@ -146,7 +138,7 @@ def _program(file: Path, kind: str) -> Report:
 
 def _exported(file: Path) -> tuple[Report, Report, list[Path], str]:
     """Of a ``.pt2``: our facts, its tensors, its files, how it was verified."""
-    if entry := _bad_entry(file):
+    if entry := bad_entry(file):
         raise CheckpointError(f"{file}: damaged ({entry})")
     with zipfile.ZipFile(file) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}

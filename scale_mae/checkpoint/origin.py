@@ -6,8 +6,9 @@ Shapes tell widths, depths and patches; attention heads, norm epsilon and pixel 
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +48,26 @@ class Origin:
     ours: Mapping[str, Any] | None = None
 
 
-def origin_of(opened: Opened, huggingface: bool, decoder: bool) -> Origin:
+def origin_of(opened: Opened, huggingface: bool, width: int, decoder_width: int | None) -> Origin:
     """What is known of the weights in a file or folder.
 
     Args:
         opened: the file or folder.
         huggingface: whether the tensors have transformers' names.
-        decoder: whether a MAE's decoder is there.
+        width: of the encoder.
+        decoder_width: of a MAE's decoder, 0 if it cannot be told; None: no part of one is there.
 
     Raises:
         CheckpointError: a config that is damaged, or one of a model that computes otherwise than a plain ViT.
     """
+    origin, place = _origin(opened, huggingface, decoder_width is not None), opened.files[0].parent
+    for heads, wide in ((origin.heads, width), (origin.decoder_heads, decoder_width)):
+        if heads and wide and wide % heads:
+            raise CheckpointError(f"{place}: what it says of itself is damaged ({heads} attention heads for a width of {wide})")
+    return origin
+
+
+def _origin(opened: Opened, huggingface: bool, decoder: bool) -> Origin:
     try:
         if "config" in opened.facts:
             return of_ours(opened.facts, "scale-mae export")
@@ -65,7 +75,7 @@ def origin_of(opened: Opened, huggingface: bool, decoder: bool) -> Origin:
             return _of_huggingface(opened.config, opened.processor)
         if isinstance(opened.config.get("architecture"), str):
             return _of_timm(opened.config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{opened.files[0].parent}: what it says of itself is damaged ({error!r})") from None
     return _of_reference(opened, decoder)
 
@@ -75,12 +85,12 @@ def of_ours(facts: Mapping[str, Any], kind: str) -> Origin:
     model = facts["config"]["model"]
     return Origin(
         kind,
-        heads=int(facts["timm_kwargs"]["num_heads"]),
-        decoder_heads=int(model["decoder_heads"]),
+        heads=_heads(facts["timm_kwargs"]["num_heads"]),
+        decoder_heads=_heads(model["decoder_heads"]),
         image_size=_pair(facts["image_size"]),
-        layer_norm_eps=float(facts["layer_norm_eps"]),
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
+        layer_norm_eps=_positive(facts["layer_norm_eps"]),
+        mean=_channels(facts["mean"], _finite),
+        std=_channels(facts["std"], _positive),
         step=int(facts["step"]),
         ours=facts,
     )
@@ -93,12 +103,12 @@ def _of_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> 
     side = config.get("image_size")
     return Origin(
         f"Hugging Face {(config.get('architectures') or ['ViT'])[0]}",
-        heads=config.get("num_attention_heads"),
-        decoder_heads=config.get("decoder_num_attention_heads"),
+        heads=_heads(config.get("num_attention_heads")),
+        decoder_heads=_heads(config.get("decoder_num_attention_heads")),
         image_size=None if side is None else _pair(side),
-        layer_norm_eps=float(config.get("layer_norm_eps", HUGGINGFACE_EPS)),
-        mean=_channels(processor.get("image_mean")),
-        std=_channels(processor.get("image_std")),
+        layer_norm_eps=_positive(config.get("layer_norm_eps", HUGGINGFACE_EPS)),
+        mean=_channels(processor.get("image_mean"), _finite),
+        std=_channels(processor.get("image_std"), _positive),
     )
 
 
@@ -120,11 +130,11 @@ def _of_timm(config: Mapping[str, Any]) -> Origin:
     side = args.get("img_size")
     return Origin(
         f"timm {name}",
-        heads=int(args.get("num_heads", block.attn.num_heads)),
+        heads=_heads(args.get("num_heads", block.attn.num_heads)),
         image_size=None if side is None else _pair(side),
         layer_norm_eps=float(block.norm1.eps),
-        mean=_channels(pretrained.get("mean")),
-        std=_channels(pretrained.get("std")),
+        mean=_channels(pretrained.get("mean"), _finite),
+        std=_channels(pretrained.get("std"), _positive),
     )
 
 
@@ -141,19 +151,39 @@ def _of_reference(opened: Opened, decoder: bool) -> Origin:
         kind += f", epoch {epoch}" if isinstance(epoch, int) else ""
     else:
         kind = "ViT with timm's names"
-    image_size = _pair(side) if isinstance(side, int) else None
+    image_size = _pair(side) if isinstance(side, int) and side > 0 else None
     # a DeepSpeed checkpoint of others that was converted holds its step and nothing else
     return Origin(kind, known.heads if known else None, image_size=image_size, step=opened.facts.get("step"))
 
 
+def _heads(count: Any) -> int | None:
+    if count is not None and (type(count) is not int or count < 1):
+        raise ValueError(f"{count!r} attention heads")
+    return count
+
+
 def _pair(side: Any) -> tuple[int, int]:
     height, width = (side, side) if isinstance(side, int) else side
+    if int(height) < 1 or int(width) < 1:
+        raise ValueError(f"images of {height} x {width}")
     return int(height), int(width)
 
 
-def _channels(values: Any) -> tuple[float, ...] | None:
+def _channels(values: Any, number: Callable[[Any], float]) -> tuple[float, ...] | None:
     if values is None:
         return None
     if len(values) != 3:
         raise ValueError(f"{len(values)} channels")
-    return tuple(float(v) for v in values)
+    return tuple(map(number, values))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value} is no number")
+    return float(value)
+
+
+def _positive(value: Any) -> float:
+    if _finite(value) <= 0:
+        raise ValueError(f"{value} is not positive")
+    return float(value)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
 
+    def to_text(self) -> str:
+        """The content of ``manifest.json``: itself, and under ``digest`` the SHA-256 of all that as compact JSON, sorted."""
+        content = asdict(self)
+        compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return json.dumps(content | {"digest": hashlib.sha256(compact.encode()).hexdigest()}, indent=1)
+
+    @classmethod
+    def of_text(cls, text: str) -> Manifest:
+        """From what :meth:`to_text` gave.
+
+        Raises:
+            ValueError: another text, be it by a space.
+            Exception: any other; nested too deep, for instance.
+        """
+        content = json.loads(text)
+        manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+        counts = (manifest.step, manifest.world_size, manifest.zero_stage)
+        texts = (manifest.config_digest, *manifest.versions.values())
+        if {type(count) for count in counts} != {int} or {type(text) for text in texts} != {str}:
+            raise ValueError
+        if manifest.to_text() != text or not manifest.files:
+            raise ValueError
+        for file in manifest.files.values():
+            if file.keys() != {"bytes", "sha256"} or (type(file["bytes"]), type(file["sha256"])) != (int, str):
+                raise ValueError
+        return manifest
+
 
 def checkpoint_name(step: int) -> str:
     """Folder name of a step: ``step-00000100``."""
@@ -64,7 +92,25 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / FOLDER).glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit())
+    return sorted(p for p in (run_dir / FOLDER).glob(f"{PREFIX}*") if p.is_dir() and _is_name(p.name))
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(rf"{PREFIX}\d+", name, re.ASCII) is not None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a run directory, its folder of checkpoints or a checkpoint, be it without manifest."""
+    if (path / FOLDER).is_dir() or (path / MANIFEST).is_file() or _holds_checkpoints(path):
+        return True
+    from scale_mae.engine import TAG  # imports torch, which commands that only list checkpoints do without
+
+    named = _is_name(path.name.removeprefix(DAMAGED).partition(".")[0])
+    return (path / TAG).is_dir() and (named or (path / "config.yaml").is_file())
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    return path.name == FOLDER and path.is_dir() and bool(checkpoints(path.parent))
 
 
 def sha256(path: Path) -> str:
@@ -106,17 +152,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is not one.
+        CheckpointError: there is none, it is damaged, or it is that of another step than the folder's name tells.
     """
     try:
-        manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text()))
-        if not all(facts.keys() == {"bytes", "sha256"} for facts in manifest.files.values()):
-            raise TypeError
-        return manifest
+        manifest = Manifest.of_text((checkpoint / MANIFEST).read_bytes().decode())
     except OSError:
+        if _holds_checkpoints(checkpoint):
+            raise CheckpointError(f"{checkpoint}: holds checkpoints; give one of them, or {checkpoint.parent}") from None
         raise CheckpointError(f"{checkpoint}: not a checkpoint (no readable {MANIFEST})") from None
-    except (ValueError, TypeError, AttributeError):
+    except Exception:  # whatever a few changed bytes make of JSON
         raise CheckpointError(f"{checkpoint / MANIFEST}: damaged") from None
+    if _is_name(checkpoint.name) and step_of(checkpoint) != manifest.step:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: damaged (it is that of step {manifest.step})")
+    return manifest
 
 
 def read_config(checkpoint: Path) -> Config:
@@ -145,14 +193,15 @@ def verify(checkpoint: Path) -> Manifest:
 
 
 def _verify_file(path: Path, facts: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing from the checkpoint")
-    if path.stat().st_size != facts["bytes"]:
-        raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, {facts['bytes']} were written)")
     try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise CheckpointError(f"{path}: damaged ({size} bytes, {facts['bytes']} were written)")
         same = sha256(path) == facts["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing from the checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not same:
         raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
 

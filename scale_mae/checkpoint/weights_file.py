@@ -24,6 +24,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import FACTS_FILE, METADATA_KEY
 from scale_mae.checkpoint.store import CheckpointError, sha256
 from scale_mae.checkpoint.tensor_file import TensorFiles
+from scale_mae.checkpoint.zero_files import reason
 from scale_mae.config import UserError
 
 # where training code puts the tensors when the file holds more than those, most usual first
@@ -63,6 +64,24 @@ class Opened:
         """The SHA-256 of the file in hexadecimal; for several, that of their checksums one after the other."""
         sums = [sha256(file) for file in self.files]
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    @property
+    def archives(self) -> list[Path]:
+        """Those files that are zip archives, the only ones with checksums."""
+        return [file for file in self.files if zipfile.is_zipfile(file)]
+
+    def damage(self) -> str | None:
+        """The first file that differs from its checksums, and where, in one line. Reads them all."""
+        return next((f"{file}: damaged ({entry})" for file in self.archives if (entry := bad_entry(file))), None)
+
+
+def bad_entry(file: Path) -> str | None:
+    """The first entry of a zip archive that differs from its checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
+        return str(error)
 
 
 def open_weights(path: Path) -> Opened:
@@ -221,13 +240,9 @@ def _unpickle(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: refused, since it wants {wanted[1]} when it is read; only plain tensors and values are let in"
             ) from None
-        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:

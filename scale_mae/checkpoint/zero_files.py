@@ -178,10 +178,17 @@ def _load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # what a damaged file makes of a pickle can raise anything
-        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: cannot be read (not DeepSpeed's)")
     return content
+
+
+def reason(error: Exception) -> str:
+    """Why torch could not load a file, in one line, without its advice to lift the restriction."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    text = re.split(r"Check the documentation|Please use `torch.serialization|, and we don't|[^.]*weights_only", text)[0]
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _stand_in(name: str) -> Any:

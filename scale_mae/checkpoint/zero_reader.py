@@ -31,6 +31,7 @@ class ZeroReader(Mapping[str, Tensor]):
         world_size: processes that wrote it.
         step: optimizer steps, those skipped for fp16 overflow included (DeepSpeed's ``global_steps``).
         state: what our training code stored beside the states; empty for others' checkpoints.
+        without_frozen: it was saved with ``exclude_frozen_parameters``. Stages 2 and 3 alone tell, and not which are missing.
         parameters: names of those with an fp32 master, in the order of iteration; tied ones by all their names.
 
     Raises:
@@ -54,6 +55,7 @@ class ZeroReader(Mapping[str, Tensor]):
         self.state: dict[str, Any] = model.get("scale_mae", {})
         self._module: dict[str, Tensor] = {n: t for n, t in model["module"].items() if isinstance(t, Tensor)}
         self._frozen: dict[str, Any] = (model.get("frozen_param_shapes") or {}) if self.stage == 3 else {}
+        self.without_frozen = self.stage >= 2 and "frozen_param_shapes" in model and model["frozen_param_shapes"] is None
         buffers = set(model["buffer_names"])
         self._layout = self._find_layout(buffers)
         self._own_names = self._untie(buffers)

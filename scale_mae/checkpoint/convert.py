@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -152,16 +152,16 @@ def _lazily(reader: ZeroReader) -> dict[str, Lazy]:
     """A checkpoint's tensors; now and then the pages read for earlier ones are given back."""
     mapped = 0
 
-    def read(name: str) -> Tensor:
+    def stretches(name: str) -> Iterator[Tensor]:
         nonlocal mapped
         if mapped >= RELEASE_EVERY:
             reader.release()
             mapped = 0
-        tensor = reader[name]
-        mapped += tensor.nbytes
-        return tensor
+        for part in reader.stretches(name):
+            mapped += part.nbytes
+            yield part
 
-    return {name: Lazy(reader.shape(name), reader.dtype(name), partial(read, name)) for name in reader}
+    return {name: Lazy(reader.shape(name), reader.dtype(name), partial(stretches, name)) for name in reader}
 
 
 def _resized(config: Config, weights: dict[str, Lazy], image_size: tuple[int, int]) -> tuple[Config, dict[str, Lazy]]:
@@ -172,7 +172,7 @@ def _resized(config: Config, weights: dict[str, Lazy], image_size: tuple[int, in
 
     def resized(table: Lazy) -> Lazy:
         shape = (1, 1 + math.prod(new), table.shape[2])
-        return replace(table, shape=shape, read=lambda: resize_table(table.read(), old, new))
+        return replace(table, shape=shape, stretches=lambda: [resize_table(table.read(), old, new).reshape(-1)])
 
     tables = {name: resized(weights[name]) for name in TABLES}
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables

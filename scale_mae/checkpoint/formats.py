@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scale_mae.checkpoint.facts import METADATA_KEY, timm_config
 from scale_mae.checkpoint.huggingface import ARCHITECTURES, Kind, model_config, preprocessor_config, to_huggingface
-from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles, map_tensors, write_folder, write_tensors
+from scale_mae.checkpoint.tensor_file import Lazy, map_tensors, write_folder, write_tensors
 from scale_mae.config import Config, UserError
 
 if TYPE_CHECKING:  # timm takes seconds to import; convert() does it meanwhile
@@ -105,7 +105,7 @@ def _timm(source: Source, target: Path, probe: Probe) -> Outputs:
     with torch.device("meta"):
         folder = target.is_dir()
         encoder = timm.create_model(f"local-dir:{target}").eval() if folder else build_encoder(source.facts)
-    with streamed(encoder, TensorFiles(target)):
+    with streamed(encoder, map_tensors(target)):
         return timm_outputs(encoder, probe)
 
 
@@ -117,7 +117,7 @@ def _write_state_dict(source: Source, target: Path) -> None:
 
 
 def _state_dict(source: Source, target: Path, probe: Probe) -> Outputs:
-    return _mae_with(source, TensorFiles(target), probe)
+    return _mae_with(source, map_tensors(target), probe)
 
 
 def _mae_with(source: Source, weights: Mapping[str, Tensor], probe: Probe) -> Outputs:

@@ -93,7 +93,9 @@ def to_huggingface(tensors: Mapping[str, Lazy], kind: Kind) -> dict[str, Lazy]:
 
 def _third(tensor: Lazy, which: int) -> Lazy:
     rows = tensor.shape[0] // 3
-    return replace(tensor, shape=(rows, *tensor.shape[1:]), read=lambda: tensor.read()[which * rows :][:rows])
+    return replace(
+        tensor, shape=(rows, *tensor.shape[1:]), stretches=lambda: [tensor.read()[which * rows :][:rows].reshape(-1)]
+    )
 
 
 def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,6 +97,10 @@ def initial_model(config: Config, warn: Callable[[str], None]) -> tuple[MAE, str
     return model, begin_with(model, read_weights(locate_weights(source, warn))) if source else ""
 
 
+def _flat(tensor: Tensor) -> list[Tensor]:
+    return [tensor.detach().reshape(-1)]
+
+
 def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) -> str:
     """Write all weights that a run of ``config`` begins with, under our names, with the facts about them.
 
@@ -116,7 +121,7 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
     model, note = initial_model(config, warn)
     state = model.state_dict()
     facts = describe(config, 0) | {"format": "state_dict", "dtype": "fp32", "began_with": note}
-    lazily = {name: Lazy(tuple(t.shape), t.dtype, t.detach) for name, t in state.items()}
+    lazily = {name: Lazy(tuple(t.shape), t.dtype, partial(_flat, t)) for name, t in state.items()}
 
     def check(target: Path) -> None:
         written = TensorFiles(target)

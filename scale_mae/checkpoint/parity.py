@@ -93,9 +93,12 @@ def streamed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(lambda m, _, prefix=f"{name}.": fill(m, prefix)))
             handles.append(module.register_forward_hook(lambda m, *_: drain(m)))
     fill(model, "")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a few tokens are sooner computed than shared out
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         drain(model)
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,17 +38,26 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is made when asked for: its ``shape`` and ``dtype``, known before, and how to ``read`` it."""
+    """A tensor that is made when asked for: its ``shape`` and ``dtype``, known before, and its values.
+
+    ``stretches`` gives the values, flattened and in order, in one piece or several; nothing has to be copied to join them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    stretches: Callable[[], Iterable[Tensor]]
 
     def to(self, dtype: torch.dtype | None) -> Lazy:
         """The same rounded to ``dtype``, if it has a fraction to round; None changes nothing."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+        return replace(self, dtype=dtype, stretches=lambda: (part.to(dtype) for part in self.stretches()))
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        parts = list(self.stretches())
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
+        return whole.reshape(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -84,11 +93,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str
     with open(path, "wb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            values = tensor.read().detach().contiguous()
-            assert values.shape == tensor.shape
-            assert values.dtype == tensor.dtype
-            _write(file, values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b"")
-            del values  # before the next one is read
+            left = math.prod(tensor.shape)
+            for values in tensor.stretches():
+                assert values.dtype == tensor.dtype
+                left -= values.numel()
+                _write(file, values.detach().contiguous().view(torch.uint8).numpy().data if values.numel() else b"")
+            assert left == 0
 
 
 def _write(file: BinaryIO, content: bytes | memoryview) -> None:
@@ -127,7 +137,10 @@ def write_folder(folder: Path, tensors: Mapping[str, Lazy], metadata: Mapping[st
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, as memory that is read from the file when it is used, each apart from the others."""
+    """All tensors of a safetensors file of ours, or of all in a folder, as memory that is read from the file when it is used,
+    each apart from the others."""
+    if path.is_dir():
+        return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in map_tensors(file).items()}
     dtypes = {name: dtype for dtype, name in _NAMES.items()}
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, as torch wants it; nothing writes

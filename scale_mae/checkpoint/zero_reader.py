@@ -133,18 +133,25 @@ class ZeroReader(Mapping[str, Tensor]):
             CheckpointError: the optimizer has no such state.
             KeyError: no such parameter.
         """
+        found = list(self._stretches(name, key, start, stop))
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+
+    def stretches(self, name: str) -> Iterator[Tensor]:
+        """All values of any tensor, flattened, in order, in the stretches in which they lie in the files: nothing is copied."""
+        yield from self._stretches(name) if name in self._trained else [self[name].reshape(-1)]
+
+    def _stretches(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         own = self._own_names.get(name, name)
         start, stop, _ = slice(start, stop).indices(math.prod(self._layout.shapes[own]))
-        found, begin = [], 0
+        begin = 0
         for rank, group, place, size in self._layout.pieces(own):
             low, high = max(start, begin), min(stop, begin + size)
             if low < high:
                 vector = self._layout.master(rank, group) if key == "fp32" else self._layout.state(rank, group).get(key)
                 if vector is None:
                     raise CheckpointError(f"{self.folder}: its optimizer holds no {key} of {name}")
-                found.append(vector.detach().reshape(-1).narrow(0, place + low - begin, high - low).float())
+                yield vector.detach().reshape(-1).narrow(0, place + low - begin, high - low).float()
             begin += size
-        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def optimizer_step(self, name: str) -> float | None:
         """The optimizer's own count of a parameter's updates; None before the first.

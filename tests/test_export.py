@@ -1,5 +1,7 @@
 """Every format, loaded as its users load it, computes what the checkpoint computes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +10,7 @@ import torch
 from scale_mae import UserError
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.export import load_mae
+from scale_mae.checkpoint.formats import FORMATS
 from scale_mae.checkpoint.store import locate
 from scale_mae.checkpoint.tensor_file import TensorFiles
 
@@ -68,6 +71,40 @@ def test_programs_take_any_batch(live, tmp_path):
         expected = mae.features(IMAGES[:count])
         np.testing.assert_allclose(session.run(None, {"images": IMAGES[:count].numpy()})[0], expected, atol=1e-4)
         torch.testing.assert_close(program(IMAGES[:count])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}
+
+
+def slightly_wrong(tensor):
+    """In fp32 a hundredth more; in 16 bits the last bit of one value."""
+
+    def read():
+        values = tensor.read().clone()
+        if values.dtype == torch.float32:
+            return values * 1.01
+        values.view(torch.int16).view(-1)[-1] ^= 1
+        return values
+
+    return replace(tensor, read=read)
+
+
+WRONG = [(to, dtype) for to in FORMATS for dtype in ("fp32", "bf16", "fp16") if to != "onnx" or dtype == "fp32"]
+
+
+@pytest.mark.parametrize(("to", "dtype"), WRONG)
+def test_a_file_with_one_wrong_weight_gets_no_name(live, tmp_path, monkeypatch, to, dtype):
+    """Of ONNX in fp16 a forward pass alone is compared; it would have to be more wrong than this."""
+    layout = FORMATS[to]
+    for name in ["blocks.3.mlp.fc1.weight", *(["decoder_embed.weight"] if layout.whole else [])]:
+
+        def write(source, target, name=name):
+            layout.write(replace(source, exported={**source.exported, name: slightly_wrong(source.exported[name])}), target)
+
+        monkeypatch.setitem(FORMATS, to, replace(layout, write=write))
+        with pytest.raises(UserError, match=r"x[.\w]*: not written; .* (differs from the checkpoint's|reads back otherwise)"):
+            convert(live[0], to, tmp_path / f"x{SUFFIX.get(to, '')}", dtype=dtype)
+        assert not list(tmp_path.iterdir())
 
 
 def test_another_image_size_interpolates_both_tables(live, tmp_path):

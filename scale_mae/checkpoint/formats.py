@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_mae.checkpoint.facts import METADATA_KEY, timm_config
 from scale_mae.checkpoint.huggingface import ARCHITECTURES, Kind, model_config, preprocessor_config, to_huggingface
-from scale_mae.checkpoint.tensor_file import Lazy, map_tensors, write_folder, write_tensors
+from scale_mae.checkpoint.programs import (
+    EXTRA,
+    onnx_outputs,
+    torch_export_outputs,
+    torch_export_tensors,
+    write_onnx,
+    write_torch_export,
+)
+from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles, map_tensors, write_folder, write_tensors
 from scale_mae.config import Config, UserError
 
 if TYPE_CHECKING:  # timm takes seconds to import; convert() does it meanwhile
     from scale_mae.checkpoint.parity import Outputs, Probe
 
 SAFETENSORS = ".safetensors"
-ONNX_BYTES = 1.5e9
-EXTRA = "pip install 'scale-mae[export]'"
+Tensors = tuple[Mapping[str, Lazy], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Format:
         images: computed at once when it is verified.
         write: makes the file or folder.
         outputs: what it computes.
+        tensors: what is in it, and the same read back from it, under the same names; None where it cannot be read back.
         copies: how often its values lie on the disk while it is written.
     """
 
@@ -81,6 +87,7 @@ class Format:
     images: int
     write: Callable[[Source, Path], None]
     outputs: Callable[[Source, Path, Probe], Outputs]
+    tensors: Callable[[Source, Path], Tensors] | None
     copies: int = 1
 
 
@@ -138,9 +145,13 @@ def _write_mae(source: Source, target: Path) -> None:
     passing.unlink()
 
 
+def _mae_tensors(target: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = torch.load(target, map_location="cpu", mmap=True, weights_only=True)["model"]
+    return tensors
+
+
 def _mae(source: Source, target: Path, probe: Probe) -> Outputs:
-    content = torch.load(target, map_location="cpu", mmap=True, weights_only=True)
-    return _mae_with(source, content["model"], probe)
+    return _mae_with(source, _mae_tensors(target), probe)
 
 
 def _write_huggingface(kind: Kind) -> Callable[[Source, Path], None]:
@@ -152,6 +163,10 @@ def _write_huggingface(kind: Kind) -> Callable[[Source, Path], None]:
         _write_json(target / "preprocessor_config.json", preprocessor_config(source.facts))
 
     return write
+
+
+def _huggingface_tensors(kind: Kind) -> Callable[[Source, Path], Tensors]:
+    return lambda source, target: (to_huggingface(source.exported, kind), TensorFiles(target))
 
 
 def _transformers() -> Any:
@@ -187,95 +202,14 @@ def _huggingface(source: Source, target: Path, probe: Probe) -> Outputs:
     return {"loss": output.loss, "pred": output.logits}
 
 
-class _Program(nn.Module):
-    """An encoder as a program: fp32 images to fp32 ``tokens`` and ``embedding``, whatever the type of its weights."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__()
-        from scale_mae.checkpoint.export import build_encoder
-
-        with torch.device("meta"):
-            self.encoder = build_encoder(source.facts)
-        weights = {name: tensor.read() for name, tensor in source.encoder.items()}
-        self.encoder.load_state_dict(weights, strict=True, assign=True)
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` to ``[B, 1 + L, D]`` and ``[B, D]``."""
-        tokens = self.encoder.forward_features(images.to(self.encoder.cls_token.dtype))
-        return tokens.float(), self.encoder.forward_head(tokens, pre_logits=True).float()
-
-
-def _example(source: Source) -> Tensor:
-    return torch.zeros(2, 3, *source.facts["image_size"])
-
-
-def _at_two_batch_sizes(probe: Probe, run: Callable[[Tensor], Any]) -> Outputs:
-    """All images at once, the first one replaced by what it gives alone: a fixed batch size would show."""
-    tokens, embedding = (torch.as_tensor(part).clone() for part in run(probe.images))
-    for part, alone in zip((tokens, embedding), run(probe.images[:1]), strict=True):
-        part[:1] = torch.as_tensor(alone)
-    return {"tokens": tokens, "embedding": embedding}
-
-
-def _write_torch_export(source: Source, target: Path) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(_Program(source), (_example(source),), dynamic_shapes={"images": {0: batch}})
-    content = io.BytesIO()  # on a full disk torch would end the process
-    torch.export.save(program, content, extra_files={f"{METADATA_KEY}.json": source.metadata[METADATA_KEY]})
-    target.write_bytes(content.getbuffer())
-
-
-@torch.inference_mode()
-def _torch_export(source: Source, target: Path, probe: Probe) -> Outputs:
-    return _at_two_batch_sizes(probe, torch.export.load(target).module())
-
-
-def _write_onnx(source: Source, target: Path) -> None:
-    if source.dtype == "bf16":
-        raise UserError("--to onnx --dtype bf16: onnxruntime has no bf16 arithmetic on CPUs to verify it with; use fp16")
-    _onnxruntime()
-    program = torch.onnx.export(
-        _Program(source),
-        (_example(source),),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["tokens", "embedding"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-    )
-    assert program
-    program.model.metadata_props.update(source.metadata)
-    # a file of this format holds 2 GB at most; what is more lies beside it, under a name that no earlier file refers to
-    named = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
-    program.save(named, external_data=sum(t.nbytes for t in source.encoder.values()) > ONNX_BYTES)
-    named.rename(target)
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-
-        assert onnx
-        assert onnxscript
-    except ImportError as error:
-        raise UserError(f"{error.name}, which --to onnx needs, is not installed; {EXTRA}") from None
-    return onnxruntime
-
-
-def _onnx(source: Source, target: Path, probe: Probe) -> Outputs:
-    session = _onnxruntime().InferenceSession(target, providers=["CPUExecutionProvider"])
-    return _at_two_batch_sizes(probe, lambda images: session.run(None, {"images": images.numpy()}))
-
-
 FORMATS: dict[str, Format] = {
-    "timm": Format(SAFETENSORS, True, False, 1, _write_timm, _timm),
-    "vit_mae": Format(None, True, True, 1, _write_huggingface("vit_mae"), _huggingface),
-    "vit": Format(None, True, False, 1, _write_huggingface("vit"), _huggingface),
-    "mae": Format(".pth", False, True, 1, _write_mae, _mae, copies=2),
-    "state_dict": Format(SAFETENSORS, True, True, 1, _write_state_dict, _state_dict),
-    "onnx": Format(".onnx", False, False, 3, _write_onnx, _onnx),
-    "torch_export": Format(".pt2", False, False, 3, _write_torch_export, _torch_export),
+    "timm": Format(SAFETENSORS, True, False, 1, _write_timm, _timm, lambda s, target: (s.encoder, TensorFiles(target))),
+    "vit_mae": Format(None, True, True, 1, _write_huggingface("vit_mae"), _huggingface, _huggingface_tensors("vit_mae")),
+    "vit": Format(None, True, False, 1, _write_huggingface("vit"), _huggingface, _huggingface_tensors("vit")),
+    "mae": Format(".pth", False, True, 1, _write_mae, _mae, lambda s, target: (s.exported, _mae_tensors(target)), copies=2),
+    "state_dict": Format(
+        SAFETENSORS, True, True, 1, _write_state_dict, _state_dict, lambda s, target: (s.exported, TensorFiles(target))
+    ),
+    "onnx": Format(".onnx", False, False, 3, write_onnx, onnx_outputs, None),
+    "torch_export": Format(".pt2", False, False, 3, write_torch_export, torch_export_outputs, torch_export_tensors),
 }

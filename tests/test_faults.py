@@ -278,6 +278,40 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+# ---------------------------------------------------------------- a local folder that fails on one rank
+
+
+def train_with_a_blocked_folder(config, rank):
+    """Before the second save, a file lies where this rank's local folder was; after it, no longer."""
+    from scale_mae.checkpoint.commit import Saver
+
+    real = Saver.save
+
+    def save(self, step, write):
+        self.drain()
+        (folder,) = Path(config.checkpoint.local_dir).iterdir()
+        place, blocked = folder / f"rank-{rank}", step == 8 and os.environ["RANK"] == str(rank)
+        if blocked:
+            shutil.rmtree(place, ignore_errors=True)
+            place.write_text("")
+        real(self, step, write)
+        if blocked:
+            place.unlink()
+
+    Saver.save = save
+    return train(config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_begin_a_local_save_holds_up_no_other(tmp_path, rank):
+    config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
+    results = run_ranks(2, train_with_a_blocked_folder, config, rank, timeout=60)
+    assert [result.finished for result in results] == [True] * 2
+    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [4, 10]
+    assert log(tmp_path / "run", "checkpoint_failures")[9] == (1,)
+    assert "File exists" in (tmp_path / "run" / "log.txt").read_text()
+
+
 # ---------------------------------------------------------------- a full disk, a read-only one
 
 
@@ -302,13 +336,13 @@ def strike_disks(folder, index, nbytes):
             told.append([str(run_dir.parent), str(error)])
 
     torch.set_num_threads(1)
-    told, real, save = [], commit._check_space, commit.Saver.save
+    told, real, save = [], commit.check_space, commit.Saver.save
     start(folder / "whole" / "run")
     for name in ("full", "overrun"):
         disk = folder / name
         disk.mkdir()
         mount("-t", "tmpfs", "-o", f"size={int(1.5 * nbytes)}", "tmpfs", disk)
-        commit._check_space = real if name == "full" else lambda *_: None
+        commit.check_space = real if name == "full" else lambda *_: None
         start(disk / "run")
         mount("-o", f"remount,size={5 * nbytes}", disk)
         start(disk / "run")

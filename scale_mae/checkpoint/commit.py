@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from scale_mae import __version__
+from scale_mae.checkpoint.local import LocalFolder, check_space, lost
 from scale_mae.checkpoint.store import (
     FOLDER,
     MANIFEST,
@@ -102,15 +103,9 @@ class Saver:
         self.error: CheckpointError | None = None
         self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._publishing: threading.Thread | None = None
-        self._local: Path | None = None
+        self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
-            # the run's path names its folder, so that runs may share a disk; each process has its own part of it
-            run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-            self._local = Path(config.checkpoint.local_dir) / f"scale_mae-{run}" / f"rank-{world.rank}"
-            if world.local_rank == 0:
-                shutil.rmtree(self._local.parent, ignore_errors=True)  # left by a process that was killed
-            world.barrier()
-            world.together(lambda: _lost(self._clear_local, self._local))
+            self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
             self._behind = world.separate()
 
     def save(self, step: int, write: Write) -> None:
@@ -122,9 +117,11 @@ class Saver:
             if local is None:
                 path = self._commit(self.world, step, write)
             else:
-                written = self.world.together(lambda: _lost(lambda: self._write_local(write), local))
-        except CheckpointError as lost:
-            error = lost
+                # a round of its own: who cannot even begin must not be missed in the barriers of ``write``
+                self.world.together(lambda: lost(lambda: self._prepare_local(local), local.path))
+                written = self.world.together(lambda: lost(lambda: write(local.path), local.path))
+        except CheckpointError as loss:
+            error = loss
         stalled = time.perf_counter() - began
         if path or error:
             self._end(Saved(path, error, stalled, stalled))
@@ -149,16 +146,20 @@ class Saver:
         if kind is None or issubclass(kind, UserError):  # others may mean that a process is gone, and nobody to wait for
             self.drain()
 
+    def _prepare_local(self, local: LocalFolder) -> None:
+        local.prepare()
+        check_space(local.path, self.nbytes // self.world.size)
+
     def _publish(self, step: int, written: list[Path], began: float, stalled: float) -> None:
         local = self._local
         assert local
         try:
-            path, error = self._commit(self._behind, step, lambda staging: [_copy(p, local, staging) for p in written]), None
-        except CheckpointError as lost:
-            path, error = None, lost
+            path, error = self._commit(self._behind, step, lambda to: [_copy(p, local.path, to) for p in written]), None
+        except CheckpointError as loss:
+            path, error = None, loss
         except Exception as trouble:  # in a thread of its own nobody would hear of it
             path, error = None, CheckpointError(f"{self.folder / checkpoint_name(step)}: not published ({trouble})")
-        shutil.rmtree(local, ignore_errors=True)
+        local.clear()
         self._end(Saved(path, error, time.perf_counter() - began, stalled))
 
     def _end(self, saved: Saved) -> None:
@@ -171,13 +172,13 @@ class Saver:
         final = self.folder / checkpoint_name(step)
         staging = final.with_name(f".{final.name}.tmp")
         try:
-            world.on_main(lambda: _lost(lambda: self._prepare(staging), final))
-            written = world.together(lambda: _lost(lambda: write(staging), final))
+            world.on_main(lambda: lost(lambda: self._prepare(staging), final))
+            written = world.together(lambda: lost(lambda: write(staging), final))
             mine = written + ([staging / "config.yaml"] if world.is_main else [])
-            sums = world.together(lambda: _lost(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
+            sums = world.together(lambda: lost(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
             files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
             manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), _versions(), files)
-            world.on_main(lambda: _lost(lambda: self._name(manifest, staging, final), final))
+            world.on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -190,7 +191,7 @@ class Saver:
         staging.parent.mkdir(parents=True, exist_ok=True)
         for left_over in staging.parent.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
-        _check_space(staging.parent, self._size())
+        check_space(staging.parent, self._size())
         staging.mkdir()
         (staging / "config.yaml").write_text(self.config.to_yaml())
 
@@ -228,32 +229,6 @@ class Saver:
                 shutil.rmtree(hidden)
             except OSError:
                 continue  # tried again after the next save
-
-    def _clear_local(self) -> None:
-        assert self._local
-        shutil.rmtree(self._local, ignore_errors=True)
-        self._local.mkdir(parents=True)
-
-    def _write_local(self, write: Write) -> list[Path]:
-        assert self._local
-        self._clear_local()
-        _check_space(self._local, self.nbytes // self.world.size)
-        return write(self._local)
-
-
-def _lost(action: Callable[[], Any], final: Path | None) -> Any:
-    """Run ``action``; what the disk has against it becomes the loss of this checkpoint, not of the run."""
-    try:
-        return action()
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise CheckpointError(f"{final}: not written ({reason}); earlier checkpoints are untouched") from error
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
 
 
 def _copy(path: Path, source: Path, target: Path) -> Path:

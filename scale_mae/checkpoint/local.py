@@ -1,0 +1,69 @@
+"""A folder on each node's own disk that a save goes to first; from there a thread brings it to the run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.engine.distributed import World
+
+
+class LocalFolder:
+    """This process's part of ``checkpoint.local_dir``. All processes make one, and call the same methods.
+
+    Args:
+        root: ``checkpoint.local_dir``.
+        run_dir: its path names a folder in ``root``, so that runs may share a disk.
+        world: the processes.
+
+    Attributes:
+        path: where this process writes.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+
+    def __init__(self, root: str, run_dir: Path, world: World) -> None:
+        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        self.path = Path(root) / f"scale_mae-{run}" / f"rank-{world.rank}"
+        if world.local_rank == 0:
+            shutil.rmtree(self.path.parent, ignore_errors=True)  # left by a process that was killed
+        world.barrier()
+        world.together(lambda: lost(self.prepare, self.path))
+
+    def prepare(self) -> None:
+        """Make it empty."""
+        self.clear()
+        self.path.mkdir(parents=True)
+
+    def clear(self) -> None:
+        """Delete what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Whether the disk of a folder has ``needed`` bytes.
+
+    Raises:
+        OSError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
+
+
+def lost(action: Callable[[], Any], final: Path) -> Any:
+    """Run ``action``; what the disk has against it becomes the loss of the checkpoint ``final``, not of the run.
+
+    Raises:
+        CheckpointError: for an OSError.
+    """
+    try:
+        return action()
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise CheckpointError(f"{final}: not written ({reason}); earlier checkpoints are untouched") from error

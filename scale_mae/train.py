@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
 from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
-from scale_mae.metrics.sinks import Log, make_log
+from scale_mae.metrics.sinks import Log, make_log, to_stderr
 from scale_mae.outcome import Outcome
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
@@ -111,8 +110,7 @@ class _Run:
 
         # The model and its engine, at the step where the run stands
         model = first_model(config, ranks, notes, resumed=bool(checkpoint))
-        # masters and two moments, and the module in its own precision
-        nbytes = sum(p.numel() for p in model.parameters()) * (16 if config.train.precision == "fp32" else 14)
+        parameters = sum(p.numel() for p in model.parameters())
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = failed_saves = 0
@@ -125,7 +123,7 @@ class _Run:
             self.tally = Tally(config.data.max_failures, state["failures"])
             failed_saves, self.slowest_save = int(state["failed_saves"]), state["slowest_save_s"]
             notes.append(f"resumed from {checkpoint}")
-        self.saver = self._saver(nbytes, len(index), failed_saves)
+        self.saver = self._saver(parameters, len(index), failed_saves)
         self._keep_time_to_save()
 
         # Batches, measurements, and where they are told
@@ -149,10 +147,14 @@ class _Run:
         for note in notes:
             self.log.say(note)
 
-    def _saver(self, nbytes: int, images: int, failures: int) -> Saver:
-        keep_every, stage = self.config.checkpoint.keep_every, self.engine.stage
-        every = self.config.steps(keep_every, images) if keep_every else None
-        return Saver(self.dir, self.config, self.ranks, zero_stage=stage, nbytes=nbytes, keep_every=every, failures=failures)
+    def _saver(self, parameters: int, images: int, failures: int) -> Saver:
+        config, stage = self.config, self.engine.stage
+        every = config.steps(config.checkpoint.keep_every, images) if config.checkpoint.keep_every else None
+        module = parameters * (4 if config.train.precision == "fp32" else 2)
+        nbytes = module + parameters * 12  # masters and two moments
+        alone = module if stage else nbytes  # by the first process; without ZeRO, that is everything
+        sizes = {"nbytes": nbytes, "alone": alone}
+        return Saver(self.dir, config, self.ranks, zero_stage=stage, **sizes, keep_every=every, failures=failures)
 
     def _decoder(self, batch: int) -> tuple[decoders.Decoder, decoders.Name, str]:
         """The same kind on every process, its name and why."""
@@ -287,4 +289,4 @@ class _Run:
 
 def _warn(rank: int, message: str) -> None:
     """From any process and thread, at once."""
-    print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    to_stderr(f"rank {rank}: {message}")

@@ -322,9 +322,92 @@ def mount(*args):
     subprocess.run(["mount", *map(str, args)], check=True)
 
 
+def with_own_mounts(function, folder, *args):
+    """Call a function of this module with a folder in a mount namespace of its own, so that no other process is touched."""
+    flags = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    program = f"import pathlib, test_faults as t; t.{function}(pathlib.Path({str(folder)!r}), {demo_index()!r}, *{args!r})"
+    command = ["unshare", *flags, "--mount", sys.executable, "-c", program]
+    here, env = Path(__file__).parent, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=env, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def checkpoint_bytes(run_dir):
+    return sum(p.stat().st_size for p in (run_dir / "checkpoints" / checkpoint_name(STEPS)).rglob("*"))
+
+
+def strike_local_disk(folder, index, nbytes):
+    """Two ranks share a local disk that is too small for both, though not for either; then it grows."""
+    disk = folder / "local"
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={int(0.75 * nbytes)}", "tmpfs", disk)
+    config = with_local(make_config(folder / "run", **{"data.source": index}), disk)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, train, config)
+    assert caught.value.kinds == ["CheckpointError"] * 2
+    assert not store.checkpoints(folder / "run")
+    mount("-o", f"remount,size={2 * nbytes}", disk)
+    assert run_ranks(2, train, config)[0].finished
+
+
+def test_the_room_for_all_ranks_of_a_node_is_looked_at_before_a_local_save(expected, tmp_path):
+    with_own_mounts("strike_local_disk", tmp_path, checkpoint_bytes(expected[0]))
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert len(re.findall(r"checkpoint lost, . so far: .* GB are needed, .* GB are free", text)) == 3, text
+
+
+def strike_logs(folder, index):
+    """The disk of a run directory is full, to the last byte, from step 10 until step 45."""
+    from scale_mae.metrics.sinks import Log
+
+    torch.set_num_threads(1)
+    disk, real = folder / "disk", Log.metrics
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=20m", "tmpfs", disk)
+
+    def metrics(self, values):
+        real(self, values)
+        if values["step"] == 10:
+            subprocess.run(
+                ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k", "status=none"], check=False, stderr=subprocess.DEVNULL
+            )
+        elif values["step"] == 45:
+            (disk / "filler").unlink()
+
+    Log.metrics = metrics
+    setting = {"train.micro_batch": 16, "checkpoint.every": "20 steps", "data.source": index}
+    assert train(train_config(disk / "run", **setting)).finished
+    shutil.copytree(disk / "run", folder / "kept")
+
+
+def test_logs_go_on_after_a_full_disk_and_count_the_checkpoints_it_cost(tmp_path):
+    told = with_own_mounts("strike_logs", tmp_path)
+    failures = log(tmp_path / "kept", "checkpoint_failures")  # every line is whole
+    assert failures.keys() >= {*range(1, 11), *range(46, STEPS + 1)}
+    assert len(failures) < STEPS
+    assert failures[STEPS - 1] == (2,)
+    text = (tmp_path / "kept" / "log.txt").read_text()
+    assert f"step {STEPS}/{STEPS}" in text
+    for name in ("log.txt", "log.jsonl"):
+        assert told.count(f"{name}: cannot be written (No space left on device)") == 1
+        assert told.count(f"{name}: is written again") == 1
+
+
+def test_a_line_that_a_crash_cut_short_is_ended_before_the_next(tmp_path):
+    from scale_mae.metrics.sinks import JsonSink
+
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
+    for step in (2, 3):
+        sink = JsonSink(tmp_path / "log.jsonl")
+        sink.metrics({"step": step})
+        sink.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+
+
 def strike_disks(folder, index, nbytes):
-    """In a mount namespace of its own, so that no other process is touched: disks too small for two checkpoints, which is found
-    out before or while writing; one that becomes read-only; each mended in the end. Tells what each start came to."""
+    """Disks too small for two checkpoints, which is found out before or while writing; one that becomes read-only; each mended
+    in the end. Tells what each start came to."""
     from scale_mae.checkpoint import commit
     from scale_mae.config import UserError
 
@@ -370,12 +453,7 @@ def strike_disks(folder, index, nbytes):
 
 
 def test_a_full_and_a_read_only_disk_cost_checkpoints_but_not_the_run(expected, tmp_path):
-    nbytes = sum(p.stat().st_size for p in (expected[0] / "checkpoints" / checkpoint_name(STEPS)).rglob("*"))
-    flags = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
-    program = f"import pathlib, test_faults as t; t.strike_disks(pathlib.Path({str(tmp_path)!r}), {demo_index()!r}, {nbytes})"
-    command = ["unshare", *flags, "--mount", sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with_own_mounts("strike_disks", tmp_path, checkpoint_bytes(expected[0]))
     right = log(tmp_path / "whole" / "run", "loss", "lr", "grad_norm")
     for name, fate in (("full", "GB are needed, 0.0[0-9]* GB are free"), ("overrun", "No space left|unexpected pos")):
         text = (tmp_path / f"{name} kept" / "log.txt").read_text()

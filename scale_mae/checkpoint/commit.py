@@ -77,6 +77,7 @@ class Saver:
         world: the processes.
         zero_stage: of DeepSpeed.
         nbytes: what a checkpoint takes at most.
+        alone: of these, what the first process alone writes.
         keep_every: ``checkpoint.keep_every`` in steps.
         failures: saves that were lost before this process began; goes on counting.
 
@@ -95,10 +96,12 @@ class Saver:
         *,
         zero_stage: int,
         nbytes: int,
+        alone: int,
         keep_every: int | None = None,
         failures: int = 0,
     ) -> None:
-        self.config, self.world, self.zero_stage, self.nbytes, self.keep_every = config, world, zero_stage, nbytes, keep_every
+        self.config, self.world, self.zero_stage, self.keep_every = config, world, zero_stage, keep_every
+        self.nbytes, self.alone = nbytes, alone
         self.folder, self.failures = run_dir / FOLDER, failures
         self.error: CheckpointError | None = None
         self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
@@ -117,8 +120,8 @@ class Saver:
             if local is None:
                 path = self._commit(self.world, step, write)
             else:
-                # a round of its own: who cannot even begin must not be missed in the barriers of ``write``
-                self.world.together(lambda: lost(lambda: self._prepare_local(local), local.path))
+                # rounds of their own: who cannot even begin must not be missed in the barriers of ``write``
+                local.prepare(self.nbytes, self.alone)
                 written = self.world.together(lambda: lost(lambda: write(local.path), local.path))
         except CheckpointError as loss:
             error = loss
@@ -145,10 +148,6 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, UserError):  # others may mean that a process is gone, and nobody to wait for
             self.drain()
-
-    def _prepare_local(self, local: LocalFolder) -> None:
-        local.prepare()
-        check_space(local.path, self.nbytes // self.world.size)
 
     def _publish(self, step: int, written: list[Path], began: float, stalled: float) -> None:
         local = self._local

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,37 @@ class LocalFolder:
 
     def __init__(self, root: str, run_dir: Path, world: World) -> None:
         run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-        self.path = Path(root) / f"scale_mae-{run}" / f"rank-{world.rank}"
+        self.path, self._world = Path(root) / f"scale_mae-{run}" / f"rank-{world.rank}", world
         if world.local_rank == 0:
             shutil.rmtree(self.path.parent, ignore_errors=True)  # left by a process that was killed
         world.barrier()
-        world.together(lambda: lost(self.prepare, self.path))
+        disks = world.gather(world.together(lambda: lost(self._empty, self.path)))
+        self._sharing = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
 
-    def prepare(self) -> None:
-        """Make it empty."""
-        self.clear()
-        self.path.mkdir(parents=True)
+    def prepare(self, nbytes: int, alone: int) -> None:
+        """Empty it, and look whether its disk has room for what all processes that share it may write.
+
+        Args:
+            nbytes: of a whole checkpoint, at most.
+            alone: of these, what the first process writes; the others are written by all in like shares.
+
+        Raises:
+            CheckpointError: on every process, if any cannot begin.
+        """
+        self._world.together(lambda: lost(self._empty, self.path))
+        needed = (nbytes - alone) * len(self._sharing) // self._world.size + (alone if self._world.is_main else 0)
+        speaks = self._sharing[0] == self._world.rank  # one for each disk, when all have emptied their parts
+        self._world.together(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), self.path))
 
     def clear(self) -> None:
         """Delete what is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _empty(self) -> tuple[str, int]:
+        """The disk it is on."""
+        self.clear()
+        self.path.mkdir(parents=True)
+        return socket.gethostname(), self.path.stat().st_dev
 
 
 def check_space(folder: Path, needed: int) -> None:

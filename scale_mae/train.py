@@ -285,6 +285,8 @@ class _Run:
             stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
             self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
+            for note in saved.notes:
+                self.log.say(note)
 
 
 def _warn(rank: int, message: str) -> None:

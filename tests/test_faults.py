@@ -278,6 +278,33 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+# ---------------------------------------------------------------- what follows a save
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_pointer_that_cannot_be_renewed_loses_no_checkpoint(tmp_path, local):
+    """A folder with something in it, or an empty one, or garbage, lies where ``latest`` goes."""
+    place = tmp_path / "run" / "checkpoints" / "latest"
+    place.mkdir(parents=True)
+    (place / "mine").write_text("")
+    config = make_config(tmp_path / "run", **{"checkpoint.every": "2 steps", "checkpoint.keep": 2})
+    config = with_local(config, tmp_path / "local") if local else config
+    assert run_ranks(2, train, config)[0].finished
+    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [8, 10]
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "checkpoint lost" not in text
+    assert text.count("latest: not renewed (Directory not empty); nothing relies on it") == 5
+    (place / "mine").unlink()
+    assert log(tmp_path / "run", "checkpoint_failures")[10] == (0,)
+
+
+@pytest.mark.parametrize("name", ["latest", "latest.tmp"])
+def test_what_lies_in_the_place_of_the_pointer_is_replaced(tmp_path, name):
+    (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    assert run_ranks(1, train, make_config(tmp_path / "run", **{"train.micro_batch": 16}))[0].finished
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+
+
 # ---------------------------------------------------------------- a local folder that fails on one rank
 
 

@@ -2,8 +2,8 @@
 
     1  every process writes its files, to a hidden folder beside the checkpoints, or first to its node's own disk
     2  every process flushes its files and takes their checksums
-    3  the first process writes the manifest, flushes the folder, renames it, renames the ``latest`` pointer
-    4  it deletes what is no longer kept
+    3  the first process writes the manifest, flushes the folder, renames it
+    4  it renames the ``latest`` pointer and deletes what is no longer kept; failing here loses nothing
 
 Each step begins when all processes are through with the one before. With a node-local folder only the local write holds up
 training; a thread does the rest.
@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -58,12 +58,14 @@ class Saved:
         error: why it was lost.
         seconds: from its beginning until it had its name, or was lost.
         stalled: of these, how long training stood still.
+        notes: what else went wrong.
     """
 
     path: Path | None
     error: CheckpointError | None
     seconds: float
     stalled: float
+    notes: tuple[str, ...] = ()
 
 
 class Saver:
@@ -106,6 +108,7 @@ class Saver:
         self.error: CheckpointError | None = None
         self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._publishing: threading.Thread | None = None
+        self._notes: list[str] = []  # of the save under way
         self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
@@ -164,7 +167,8 @@ class Saver:
     def _end(self, saved: Saved) -> None:
         self.error = saved.error
         self.failures += saved.path is None
-        self._ended.put(saved)
+        self._ended.put(replace(saved, notes=tuple(self._notes)))
+        self._notes.clear()
 
     def _commit(self, world: World, step: int, write: Write) -> Path:
         """The four steps of this module's text."""
@@ -183,7 +187,7 @@ class Saver:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         if world.is_main:
-            self._prune(final)
+            self._after(final)
         return final
 
     def _prepare(self, staging: Path) -> None:
@@ -211,11 +215,25 @@ class Saver:
         if final.exists():  # found damaged when the run was resumed, and could not be moved then
             move_aside(final)
         staging.rename(final)
-        pointer = final.with_name("latest.tmp")
-        pointer.write_text(final.name)
-        flush(pointer)
-        pointer.rename(final.with_name("latest"))
         flush(final.parent)
+
+    def _after(self, newest: Path) -> None:
+        """Point to the newest, delete what is no longer kept. The checkpoint has its name: nothing here can lose it."""
+        pointer, staging = newest.with_name("latest"), newest.with_name("latest.tmp")
+        try:
+            for path in (pointer, staging):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()  # only an empty one
+            staging.write_text(newest.name)
+            flush(staging)
+            staging.rename(pointer)
+            flush(pointer.parent)
+        except OSError as error:
+            self._notes.append(f"{pointer}: not renewed ({error.strerror}); nothing relies on it")
+        try:
+            self._prune(newest)
+        except OSError as error:
+            self._notes.append(f"{newest.parent}: older checkpoints are not deleted ({error.strerror})")
 
     def _prune(self, newest: Path) -> None:
         """Delete what is no longer kept. The newest is whole by now; one that is newer by name is from before a resume."""

@@ -41,16 +41,14 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         if not mine:
             file.seek(0)
             raise UserError(f"{what} by {file.read().strip() or 'another process'}; wait for it, or stop it")
-        try:
-            file.truncate(0)
-            file.write(_me())
-            file.flush()
-        except OSError:
-            pass  # a full disk: the lock holds all the same, only without a name
+        with suppress(OSError):  # a full disk: the lock holds all the same, only without a name
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), _me().encode())  # not through a buffer, which closing would try to write again
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only; a lock that nobody holds keeps nobody out
+                lock.unlink()
 
 
 def _lock(file: TextIO) -> None:

@@ -384,6 +384,23 @@ def test_the_room_for_all_ranks_of_a_node_is_looked_at_before_a_local_save(expec
     assert len(re.findall(r"checkpoint lost, . so far: .* GB are needed, .* GB are free", text)) == 3, text
 
 
+def strike_lock(folder, _):
+    """A lock is taken on a full disk; then the disk becomes read-only."""
+    from scale_mae.lock import alone
+
+    disk = folder / "disk"
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", disk)
+    subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"], check=False)
+    with alone(disk / "lock", "it is in use"):
+        mount("--bind", disk, disk)
+        mount("-o", "remount,ro,bind", disk)
+
+
+def test_a_lock_that_can_be_neither_written_nor_removed_is_no_error(tmp_path):
+    with_own_mounts("strike_lock", tmp_path)
+
+
 def strike_logs(folder, index):
     """The disk of a run directory is full, to the last byte, from step 10 until step 45."""
     from scale_mae.metrics.sinks import Log

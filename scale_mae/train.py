@@ -77,12 +77,14 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config.deepspeed_json()
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, world() as ranks, ExitStack() as held:
-        ranks.on_main(lambda: held.enter_context(alone(run_dir / "run.lock", f"run.dir={run_dir} is in use")))
+        notes: list[str] = []
+        lock = alone(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
+        ranks.on_main(lambda: held.enter_context(lock))
         outcome = Outcome(run_dir)
         if ranks.is_main:
             held.enter_context(outcome.told())
         watchdog = held.enter_context(Watchdog(config.run.watchdog, ranks.rank))
-        result = _Run(config, ranks, stop, watchdog).loop()
+        result = _Run(config, ranks, stop, watchdog, notes).loop()
         if ranks.is_main:
             outcome.tell("finished" if result.finished else result.stopped)
         return result
@@ -91,11 +93,10 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog) -> None:
+    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, notes: list[str]) -> None:
         self.config, self.ranks, self.stop, self.watchdog = config, ranks, stop, watchdog
         accumulation = config.accumulation(ranks.size)
         self.dir = Path(config.run.dir)
-        notes: list[str] = []
 
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))

@@ -216,7 +216,7 @@ def train_all(configs):
     from scale_mae.train import _Run
 
     with world() as ranks, StopRequest() as stop:
-        return [_Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
+        return [_Run(config, ranks, stop, Watchdog(0, 0), []).loop().finished for config in configs]
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_before(expected, tmp_path):
@@ -337,6 +337,23 @@ def test_a_rank_that_cannot_begin_a_local_save_holds_up_no_other(tmp_path, rank)
     assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [4, 10]
     assert log(tmp_path / "run", "checkpoint_failures")[9] == (1,)
     assert "File exists" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def train_without_locks(config):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(95, os.strerror(95))
+
+    fcntl.flock = flock
+    return train(config)
+
+
+def test_a_file_system_without_locks_is_named_in_the_log(tmp_path):
+    config = make_config(tmp_path / "run", **{"train.micro_batch": 16})
+    assert run_ranks(1, train_without_locks, config)[0].finished
+    said = "run.lock: its file system has no locks (Operation not supported); nothing keeps a second job out"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------- a full disk, a read-only one

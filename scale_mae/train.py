@@ -172,7 +172,8 @@ class _Run:
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped = self.schedule.total_steps, ""
-        with self.log, self.saver:
+        with self.log, ExitStack() as last, self.saver:
+            last.callback(self._tell_saves)  # of the save that was under way, whatever ended the run
             feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
@@ -260,6 +261,8 @@ class _Run:
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
+        self.saver.drain()  # what the last one came to belongs into this one
+        self._tell_saves()
         state = {
             "step": self.step,
             "parameter_groups": self.names,

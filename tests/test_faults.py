@@ -21,6 +21,7 @@ from test_train import log, make_config, train, weights
 
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import checkpoint_name
+from scale_mae.checkpoint.zero_reader import ZeroReader
 
 STEPS = 60
 KILLS = 100
@@ -276,6 +277,47 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
     assert [result.finished for result in collect(processes, pipes)] == [True, True]
     check_equal(tmp_path / "run", whole)
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+# ---------------------------------------------------------------- a publication that fails
+
+
+def train_with_a_failing_publication(config, step, bad_image):
+    """The publication of ``step`` fails, after a while; ``bad_image`` ends the run at that step."""
+    from scale_mae.checkpoint.commit import Saver
+    from scale_mae.data.storage import DataError
+    from scale_mae.train import _Run
+
+    commit, one_step = Saver._commit, _Run._one_step
+
+    def fail(self, world, now, write):
+        if now == step:
+            time.sleep(2)
+            raise store.CheckpointError("the disk is gone")
+        return commit(self, world, now, write)
+
+    def end(self, *args):
+        if self.step == step and bad_image:
+            raise DataError("a bad image")
+        return one_step(self, *args)
+
+    Saver._commit, _Run._one_step = fail, end
+    return train(config)
+
+
+def test_a_checkpoint_counts_the_publication_that_failed_just_before(tmp_path):
+    config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
+    assert run_ranks(2, train_with_a_failing_publication, config, 4, False)[0].finished
+    reader = ZeroReader(tmp_path / "run" / "checkpoints" / checkpoint_name(8) / "deepspeed")
+    assert reader.state["failed_saves"] == 1
+
+
+def test_a_run_that_ends_with_an_error_tells_what_became_of_its_last_save(tmp_path):
+    config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
+    with pytest.raises(RankError, match="a bad image"):
+        run_ranks(2, train_with_a_failing_publication, config, 6, True)
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "checkpoint lost, 1 so far: the disk is gone" in text.partition("stopped: a bad image")[0]
 
 
 # ---------------------------------------------------------------- what follows a save

@@ -247,9 +247,10 @@ class _Run:
             raise NonFiniteError(self._non_finite(f"loss is not finite at step {int(bad)}"))
 
     def _non_finite(self, what: str) -> str:
-        last = self.dir / store.FOLDER / store.checkpoint_name(self.saved) if self.saved else "none"
+        self.saver.drain()
+        whole = store.checkpoints(self.dir)  # saves that were lost are none of them
         return (
-            f"{what}; stopped, nothing saved from it (last checkpoint: {last}); "
+            f"{what}; stopped, nothing saved from it (last checkpoint: {whole[-1] if whole else 'none'}); "
             "lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16"
         )
 

@@ -320,6 +320,55 @@ def test_a_run_that_ends_with_an_error_tells_what_became_of_its_last_save(tmp_pa
     assert "checkpoint lost, 1 so far: the disk is gone" in text.partition("stopped: a bad image")[0]
 
 
+def train_with_a_flip(config):
+    """A bit of the second checkpoint flips on its way to the disk of the run directory."""
+    from scale_mae.checkpoint import commit
+
+    real = commit.flush
+
+    def flush(path):
+        if path.name.endswith("optim_states.pt") and checkpoint_name(8) in str(path):
+            flip(path)
+        real(path)
+
+    commit.flush = flush
+    return train(config)
+
+
+def test_what_differs_from_its_local_copy_gets_no_name(tmp_path):
+    config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
+    assert run_ranks(2, train_with_a_flip, config)[0].finished
+    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [4, 10]
+    assert "differs from what was copied" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_local_folder_that_cannot_be_is_named_by_its_key(tmp_path):
+    with pytest.raises(RankError, match=r"checkpoint\.local_dir=/dev/null/x: cannot be written \(Not a directory\); name a"):
+        run_ranks(1, train, with_local(make_config(tmp_path, **{"train.micro_batch": 16}), "/dev/null/x"))
+
+
+def train_and_tell_what_is_flushed(config):
+    """Paths at the time of flushing."""
+    flushed, real = [], os.fsync
+
+    def fsync(handle):
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    os.fsync = fsync
+    train(config)
+    return flushed
+
+
+def test_the_names_of_all_folders_and_the_config_are_flushed(tmp_path):
+    config = make_config(tmp_path / "run", **{"train.micro_batch": 16, "train.duration": "1 steps", "optim.warmup": "0 steps"})
+    (flushed,) = run_ranks(1, train_and_tell_what_is_flushed, config)
+    run, checkpoints = str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")
+    first = next(i for i, path in enumerate(flushed) if path.startswith(checkpoints))
+    assert run in flushed[:first]
+    assert checkpoints in flushed[first:]
+
+
 # ---------------------------------------------------------------- what follows a save
 
 
@@ -435,12 +484,14 @@ def strike_local_disk(folder, index, nbytes):
     assert not store.checkpoints(folder / "run")
     mount("-o", f"remount,size={2 * nbytes}", disk)
     assert run_ranks(2, train, config)[0].finished
+    assert not list(disk.iterdir())
 
 
 def test_the_room_for_all_ranks_of_a_node_is_looked_at_before_a_local_save(expected, tmp_path):
     with_own_mounts("strike_local_disk", tmp_path, checkpoint_bytes(expected[0]))
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert len(re.findall(r"checkpoint lost, . so far: .* GB are needed, .* GB are free", text)) == 3, text
+    lost = r"checkpoint lost, . so far: .*/checkpoints/step-.{8}: not written \(.*/local/.* GB are needed, .* GB are free"
+    assert len(re.findall(lost, text)) == 3, text
 
 
 def strike_lock(folder, _):
@@ -558,7 +609,10 @@ def strike_disks(folder, index, nbytes):
 def test_a_full_and_a_read_only_disk_cost_checkpoints_but_not_the_run(expected, tmp_path):
     with_own_mounts("strike_disks", tmp_path, checkpoint_bytes(expected[0]))
     right = log(tmp_path / "whole" / "run", "loss", "lr", "grad_norm")
-    for name, fate in (("full", "GB are needed, 0.0[0-9]* GB are free"), ("overrun", "No space left|unexpected pos")):
+    for name, fate in (
+        ("full", "GB are needed, 0.0[0-9]* GB are free"),
+        ("overrun", "No space left|disk is full or not writable"),
+    ):
         text = (tmp_path / f"{name} kept" / "log.txt").read_text()
         assert len(re.findall(f"checkpoint lost, . so far: .*({fate})", text)) == 7, text
         assert "step-00000001\n" in text.partition("resumed from")[2]

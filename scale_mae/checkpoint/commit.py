@@ -108,7 +108,9 @@ class Saver:
         self.error: CheckpointError | None = None
         self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._publishing: threading.Thread | None = None
-        self._notes: list[str] = []  # of the save under way
+        # of the save under way
+        self._notes: list[str] = []
+        self._sources: dict[Path, str] = {}  # checksums of what was copied
         self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
@@ -124,8 +126,9 @@ class Saver:
                 path = self._commit(self.world, step, write)
             else:
                 # rounds of their own: who cannot even begin must not be missed in the barriers of ``write``
-                local.prepare(self.nbytes, self.alone)
-                written = self.world.together(lambda: lost(lambda: write(local.path), local.path))
+                final = self.folder / checkpoint_name(step)
+                local.prepare(final, self.nbytes, self.alone)
+                written = self.world.together(lambda: lost(lambda: write(local.path), final, local.path))
         except CheckpointError as loss:
             error = loss
         stalled = time.perf_counter() - began
@@ -151,12 +154,21 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, UserError):  # others may mean that a process is gone, and nobody to wait for
             self.drain()
+            if self._local:
+                self._local.remove()
 
     def _publish(self, step: int, written: list[Path], began: float, stalled: float) -> None:
         local = self._local
         assert local
+
+        def bring(staging: Path) -> list[Path]:
+            self._sources = {
+                staging / p.relative_to(local.path): _copy(p, staging / p.relative_to(local.path)) for p in written
+            }
+            return list(self._sources)
+
         try:
-            path, error = self._commit(self._behind, step, lambda to: [_copy(p, local.path, to) for p in written]), None
+            path, error = self._commit(self._behind, step, bring), None
         except CheckpointError as loss:
             path, error = None, loss
         except Exception as trouble:  # in a thread of its own nobody would hear of it
@@ -178,7 +190,7 @@ class Saver:
             world.on_main(lambda: lost(lambda: self._prepare(staging), final))
             written = world.together(lambda: lost(lambda: write(staging), final))
             mine = written + ([staging / "config.yaml"] if world.is_main else [])
-            sums = world.together(lambda: lost(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
+            sums = world.together(lambda: lost(lambda: self._sums(mine, staging), final))
             files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
             manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), _versions(), files)
             world.on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
@@ -190,8 +202,12 @@ class Saver:
             self._after(final)
         return final
 
+    def _sums(self, mine: list[Path], staging: Path) -> dict[str, Any]:
+        return {str(p.relative_to(staging)): _seal(p, self._sources.get(p)) for p in mine}
+
     def _prepare(self, staging: Path) -> None:
         staging.parent.mkdir(parents=True, exist_ok=True)
+        flush(staging.parent.parent)  # the folder's own name
         for left_over in staging.parent.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
         check_space(staging.parent, self._size())
@@ -248,23 +264,24 @@ class Saver:
                 continue  # tried again after the next save
 
 
-def _copy(path: Path, source: Path, target: Path) -> Path:
-    """Copy a file to the same place under ``target``, and look whether it came through."""
-    out = target / path.relative_to(source)
+def _copy(path: Path, out: Path) -> str:
+    """Copy a file; the checksum of what was read."""
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with open(path, "rb") as reading, open(out, "wb") as writing:
         while block := reading.read(BLOCK):
             digest.update(block)
             writing.write(block)
-    if sha256(out) != digest.hexdigest():
-        raise OSError(f"{out} differs from {path} after copying")
-    return out
+    return digest.hexdigest()
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def _seal(path: Path, source: str | None) -> dict[str, Any]:
+    """Flush a file and take its checksum, which is to be that of its source, if it has one."""
     flush(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    digest = sha256(path)
+    if source not in (None, digest):
+        raise OSError(f"{path} differs from what was copied")
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _versions() -> dict[str, str]:

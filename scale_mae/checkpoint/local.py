@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,41 @@ class LocalFolder:
         if world.local_rank == 0:
             shutil.rmtree(self.path.parent, ignore_errors=True)  # left by a process that was killed
         world.barrier()
-        disks = world.gather(world.together(lambda: lost(self._empty, self.path)))
+        disks = world.gather(world.together(lambda: self._first(root)))
         self._sharing = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
 
-    def prepare(self, nbytes: int, alone: int) -> None:
+    def prepare(self, final: Path, nbytes: int, alone: int) -> None:
         """Empty it, and look whether its disk has room for what all processes that share it may write.
 
         Args:
+            final: the checkpoint that is lost if not.
             nbytes: of a whole checkpoint, at most.
             alone: of these, what the first process writes; the others are written by all in like shares.
 
         Raises:
             CheckpointError: on every process, if any cannot begin.
         """
-        self._world.together(lambda: lost(self._empty, self.path))
+        self._world.together(lambda: lost(self._empty, final, self.path))
         needed = (nbytes - alone) * len(self._sharing) // self._world.size + (alone if self._world.is_main else 0)
         speaks = self._sharing[0] == self._world.rank  # one for each disk, when all have emptied their parts
-        self._world.together(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), self.path))
+        self._world.together(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), final, self.path))
 
     def clear(self) -> None:
         """Delete what is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Delete it; the last process deletes the run's folder with it."""
+        self.clear()
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
+    def _first(self, root: str) -> tuple[str, int]:
+        try:
+            return self._empty()
+        except OSError as error:
+            where = "name a folder on each node's own disk, or none"
+            raise CheckpointError(f"checkpoint.local_dir={root}: cannot be written ({error.strerror}); {where}") from None
 
     def _empty(self) -> tuple[str, int]:
         """The disk it is on."""
@@ -74,8 +89,13 @@ def check_space(folder: Path, needed: int) -> None:
         raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
 
 
-def lost(action: Callable[[], Any], final: Path) -> Any:
+def lost(action: Callable[[], Any], final: Path, where: Path | None = None) -> Any:
     """Run ``action``; what the disk has against it becomes the loss of the checkpoint ``final``, not of the run.
+
+    Args:
+        action: what may fail.
+        final: the checkpoint.
+        where: the place that was written to, if it is another.
 
     Raises:
         CheckpointError: for an OSError.
@@ -84,4 +104,5 @@ def lost(action: Callable[[], Any], final: Path) -> Any:
         return action()
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise CheckpointError(f"{final}: not written ({reason}); earlier checkpoints are untouched") from error
+        place = f"{where}: " if where else ""
+        raise CheckpointError(f"{final}: not written ({place}{reason}); earlier checkpoints are untouched") from error

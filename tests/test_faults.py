@@ -22,6 +22,7 @@ from test_train import log, make_config, train, weights
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import checkpoint_name
 from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.config import load_config
 
 STEPS = 60
 KILLS = 100
@@ -260,6 +261,19 @@ def test_a_run_whose_checkpoints_are_all_bad_never_starts_anew(expected, tmp_pat
         run_ranks(1, train, train_config(run_dir, **{"train.micro_batch": 8}))
 
 
+@pytest.mark.parametrize("left", [b"", bytes(700), b"\xff\xfe", None])
+def test_a_config_that_a_power_cut_spoilt_comes_back_from_the_newest_checkpoint(expected, tmp_path, left):
+    run_dir = shutil.copytree(expected[0], tmp_path / "run")
+    config = run_dir / "config.yaml"
+    config.unlink() if left is None else config.write_bytes(left)
+    with pytest.raises(RankError, match=r"holds a run of another config \(run\.seed: 0 -> 3\)"):
+        run_ranks(2, train, train_config(run_dir, **{"run.seed": 3}))
+    assert run_ranks(2, train, train_config(run_dir))[0].finished
+    said = f"config.yaml was missing, empty or damaged; restored from {run_dir}/checkpoints/{checkpoint_name(STEPS)}"
+    assert said in (run_dir / "log.txt").read_text()
+    assert load_config(config) == train_config(run_dir)
+
+
 # ---------------------------------------------------------------- two at once
 
 
@@ -366,6 +380,7 @@ def test_the_names_of_all_folders_and_the_config_are_flushed(tmp_path):
     run, checkpoints = str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")
     first = next(i for i, path in enumerate(flushed) if path.startswith(checkpoints))
     assert run in flushed[:first]
+    assert f"{run}/config.tmp" in flushed[:first]
     assert checkpoints in flushed[first:]
 
 

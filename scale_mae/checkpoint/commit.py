@@ -131,6 +131,8 @@ class Saver:
                 written = self.world.together(lambda: lost(lambda: write(local.path), final, local.path))
         except CheckpointError as loss:
             error = loss
+            if local:
+                local.clear()  # a part of it would only fill the disk
         stalled = time.perf_counter() - began
         if path or error:
             self._end(Saved(path, error, stalled, stalled))

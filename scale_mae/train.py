@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,10 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, notes: list[str]) -> None:
+    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
         self.config, self.ranks, self.stop, self.watchdog = config, ranks, stop, watchdog
         accumulation = config.accumulation(ranks.size)
-        self.dir = Path(config.run.dir)
+        self.dir, notes = Path(config.run.dir), [*said]
 
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))

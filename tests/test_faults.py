@@ -220,7 +220,7 @@ def train_all(configs):
     from scale_mae.train import _Run
 
     with world() as ranks, StopRequest() as stop:
-        return [_Run(config, ranks, stop, Watchdog(0, 0), []).loop().finished for config in configs]
+        return [_Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_before(expected, tmp_path):

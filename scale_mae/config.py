@@ -339,13 +339,17 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
             to a mapping of keys) to values.
 
     Raises:
-        ConfigError: unknown recipe or key, wrong type, or values that do not fit together.
+        ConfigError: unknown recipe or key, a file that cannot be read, wrong type, or values that do not fit together.
     """
     name = str(recipe)
     path = SHIPPED / "recipes" / f"{name}.yaml" if name in recipes() else Path(name)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError):
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; give a YAML file") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except OSError:
         hint = _did_you_mean(name, recipes())
         raise ConfigError(f"recipe {name!r} not found{hint}; shipped: {', '.join(recipes())}; or give a YAML file") from None
     except yaml.YAMLError as error:
@@ -364,6 +368,19 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         raise ConfigError(_one_line(error)) from None
     run_dir = config.run.dir.replace("{recipe}", path.stem)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+
+
+def saved_config(path: Path) -> Config | None:
+    """What :meth:`Config.to_yaml` wrote; None where there is no file, or only what a power cut left of it.
+
+    Raises:
+        ConfigError: keys or values that this version does not know.
+    """
+    try:
+        whole = isinstance(yaml.safe_load(path.read_text()), dict)
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return load_config(path) if whole else None
 
 
 def _override_items(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

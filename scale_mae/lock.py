@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -14,13 +15,18 @@ from typing import TextIO
 from scale_mae.config import UserError
 
 
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def alone(lock: Path, what: str) -> Iterator[None]:
+def alone(lock: Path, what: str, warn: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Hold a lock. The kernel (on NFS the server) lets go of it when this process ends, however it ends.
 
     Args:
         lock: the file, deleted in the end; its folder is made.
         what: to tell the second one, such as "runs/demo is in use"; who has it is added.
+        warn: told of a file system that has no locks.
 
     Raises:
         UserError: another process holds it, or nothing can be written there.
@@ -36,21 +42,20 @@ def alone(lock: Path, what: str) -> Iterator[None]:
             mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # not one that its holder has just removed
         except (BlockingIOError, FileNotFoundError):
             mine = False
-        except OSError:
-            mine = True  # a file system without locks
+        except OSError as error:
+            mine = True
+            warn(f"{lock}: its file system has no locks ({error.strerror}); nothing keeps a second job out")
         if not mine:
             file.seek(0)
             raise UserError(f"{what} by {file.read().strip() or 'another process'}; wait for it, or stop it")
-        try:
-            file.truncate(0)
-            file.write(_me())
-            file.flush()
-        except OSError:
-            pass  # a full disk: the lock holds all the same, only without a name
+        with suppress(OSError):  # a full disk: the lock holds all the same, only without a name
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), _me().encode())  # not through a buffer, which closing would try to write again
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only; a lock that nobody holds keeps nobody out
+                lock.unlink()
 
 
 def _lock(file: TextIO) -> None:

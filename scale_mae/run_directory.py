@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from scale_mae.checkpoint import store
-from scale_mae.config import Config, UserError, load_config
+from scale_mae.config import Config, UserError, saved_config
 from scale_mae.data.build import build
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.engine.distributed import StopRequest
@@ -24,10 +25,10 @@ def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path |
     """
     saved = run_dir / "config.yaml"
     try:
-        differences = load_config(saved).differences(config) if saved.exists() else []
+        before = _config_before(run_dir, notes)
+        differences = before.differences(config) if before else []
         if not store.checkpoints(run_dir) and differences:
-            for name in (NAME, f"{NAME}.partial"):  # a run that never began binds to nothing
-                (run_dir / name).unlink(missing_ok=True)
+            _forget_index(run_dir)
         elif differences:
             more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
             raise UserError(
@@ -36,12 +37,36 @@ def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path |
         run_dir.mkdir(parents=True, exist_ok=True)
         staging = saved.with_suffix(".tmp")
         staging.write_text(config.to_yaml())
+        store.flush(staging)
         staging.rename(saved)
         for name in ("log.txt", "log.jsonl"):
             (run_dir / name).open("a").close()
+        for folder in (run_dir, run_dir.parent):
+            with suppress(OSError):  # the one above may not be ours to read
+                store.flush(folder)
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
     return store.newest_good(run_dir, notes.append, set_aside=True)
+
+
+def _config_before(run_dir: Path, notes: list[str]) -> Config | None:
+    """The config that a run directory is bound to; None: to none."""
+    path = run_dir / "config.yaml"
+    if config := saved_config(path):
+        return config
+    checkpoint = store.newest_good(run_dir, lambda _: None)
+    if checkpoint:
+        notes.append(f"{path} was missing, empty or damaged; restored from {checkpoint}")
+        return store.read_config(checkpoint)
+    if path.exists():
+        _forget_index(run_dir)
+    return None
+
+
+def _forget_index(run_dir: Path) -> None:
+    """A run that never began binds to nothing."""
+    for name in (NAME, f"{NAME}.partial"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
 from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
-from scale_mae.metrics.sinks import Log, make_log
+from scale_mae.metrics.sinks import Log, make_log, to_stderr
 from scale_mae.outcome import Outcome
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 
@@ -78,12 +78,14 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config.deepspeed_json()
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, world() as ranks, ExitStack() as held:
-        ranks.on_main(lambda: held.enter_context(alone(run_dir / "run.lock", f"run.dir={run_dir} is in use")))
+        notes: list[str] = []
+        lock = alone(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
+        ranks.on_main(lambda: held.enter_context(lock))
         outcome = Outcome(run_dir)
         if ranks.is_main:
             held.enter_context(outcome.told())
         watchdog = held.enter_context(Watchdog(config.run.watchdog, ranks.rank))
-        result = _Run(config, ranks, stop, watchdog).loop()
+        result = _Run(config, ranks, stop, watchdog, notes).loop()
         if ranks.is_main:
             outcome.tell("finished" if result.finished else result.stopped)
         return result
@@ -92,11 +94,10 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
 class _Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog) -> None:
+    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
         self.config, self.ranks, self.stop, self.watchdog = config, ranks, stop, watchdog
         accumulation = config.accumulation(ranks.size)
-        self.dir = Path(config.run.dir)
-        notes: list[str] = []
+        self.dir, notes = Path(config.run.dir), [*said]
 
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))
@@ -111,8 +112,7 @@ class _Run:
 
         # The model and its engine, at the step where the run stands
         model = first_model(config, ranks, notes, resumed=bool(checkpoint))
-        # masters and two moments, and the module in its own precision
-        nbytes = sum(p.numel() for p in model.parameters()) * (16 if config.train.precision == "fp32" else 14)
+        parameters = sum(p.numel() for p in model.parameters())
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = failed_saves = 0
@@ -125,7 +125,7 @@ class _Run:
             self.tally = Tally(config.data.max_failures, state["failures"])
             failed_saves, self.slowest_save = int(state["failed_saves"]), state["slowest_save_s"]
             notes.append(f"resumed from {checkpoint}")
-        self.saver = self._saver(nbytes, len(index), failed_saves)
+        self.saver = self._saver(parameters, len(index), failed_saves)
         self._keep_time_to_save()
 
         # Batches, measurements, and where they are told
@@ -149,10 +149,14 @@ class _Run:
         for note in notes:
             self.log.say(note)
 
-    def _saver(self, nbytes: int, images: int, failures: int) -> Saver:
-        keep_every, stage = self.config.checkpoint.keep_every, self.engine.stage
-        every = self.config.steps(keep_every, images) if keep_every else None
-        return Saver(self.dir, self.config, self.ranks, zero_stage=stage, nbytes=nbytes, keep_every=every, failures=failures)
+    def _saver(self, parameters: int, images: int, failures: int) -> Saver:
+        config, stage = self.config, self.engine.stage
+        every = config.steps(config.checkpoint.keep_every, images) if config.checkpoint.keep_every else None
+        module = parameters * (4 if config.train.precision == "fp32" else 2)
+        nbytes = module + parameters * 12  # masters and two moments
+        alone = module if stage else nbytes  # by the first process; without ZeRO, that is everything
+        sizes = {"nbytes": nbytes, "alone": alone}
+        return Saver(self.dir, config, self.ranks, zero_stage=stage, **sizes, keep_every=every, failures=failures)
 
     def _decoder(self, batch: int) -> tuple[decoders.Decoder, decoders.Name, str]:
         """The same kind on every process, its name and why."""
@@ -169,7 +173,8 @@ class _Run:
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped = self.schedule.total_steps, ""
-        with self.log, self.saver:
+        with self.log, ExitStack() as last, self.saver:
+            last.callback(self._tell_saves)  # of the save that was under way, whatever ended the run
             feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
@@ -243,9 +248,10 @@ class _Run:
             raise NonFiniteError(self._non_finite(f"loss is not finite at step {int(bad)}"))
 
     def _non_finite(self, what: str) -> str:
-        last = self.dir / store.FOLDER / store.checkpoint_name(self.saved) if self.saved else "none"
+        self.saver.drain()
+        whole = store.checkpoints(self.dir)  # saves that were lost are none of them
         return (
-            f"{what}; stopped, nothing saved from it (last checkpoint: {last}); "
+            f"{what}; stopped, nothing saved from it (last checkpoint: {whole[-1] if whole else 'none'}); "
             "lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16"
         )
 
@@ -257,6 +263,8 @@ class _Run:
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
+        self.saver.drain()  # what the last one came to belongs into this one
+        self._tell_saves()
         state = {
             "step": self.step,
             "parameter_groups": self.names,
@@ -283,8 +291,10 @@ class _Run:
             stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
             self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
+            for note in saved.notes:
+                self.log.say(note)
 
 
 def _warn(rank: int, message: str) -> None:
     """From any process and thread, at once."""
-    print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    to_stderr(f"rank {rank}: {message}")

@@ -295,7 +295,7 @@ def train_huge(config):
     return result.step, peak_memory() / 2**30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
     setting = {

@@ -97,6 +97,8 @@ def test_dry_run_prints_a_config_that_loads_to_the_same(capsys, tmp_path, monkey
 
 BAD = [
     (["pretrain", "dmo"], "recipe 'dmo' not found (did you mean demo?)"),
+    (["pretrain", "."], ".: cannot be read (Is a directory); give a YAML file"),
+    (["pretrain", sys.executable], "not a text file; give a YAML file"),
     (["pretrain", "debug", "train.globl_batch=3"], "unknown key 'train.globl_batch' (did you mean global_batch?)"),
     (["pretrain", "debug", "trian.seed=3"], "unknown section 'trian' (did you mean train?)"),
     (["pretrain", "debug", "train.micro_batch=many"], "train.micro_batch='many': input should be a valid integer"),

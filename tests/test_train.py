@@ -188,8 +188,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-def train_on_a_full_disk(config, rank):
-    """The second save fails on one rank."""
+def lose_the_second_save(rank):
+    """It fails on one rank."""
     real, saves = torch.save, Counter()
 
     def full(state, path, *args, **kwargs):
@@ -199,6 +199,10 @@ def train_on_a_full_disk(config, rank):
         return real(state, path, *args, **kwargs)
 
     torch.save = full
+
+
+def train_on_a_full_disk(config, rank):
+    lose_the_second_save(rank)
     return train(config)
 
 
@@ -214,6 +218,17 @@ def test_a_save_that_fails_on_one_rank_loses_that_checkpoint_only(undisturbed, t
     assert failures[4] == (0,)
     assert failures[10] == (1,)
     assert "checkpoint lost, 1 so far" in (tmp_path / "run/log.txt").read_text()
+
+
+def train_on_a_full_disk_with_nan(config):
+    lose_the_second_save(1)
+    return train_with_nan(config, 10)
+
+
+def test_the_last_checkpoint_that_is_named_is_one_that_exists(tmp_path):
+    with pytest.raises(RankError, match=r"loss is not finite at step 10; .*last checkpoint: .*step-00000004\)"):
+        run_ranks(2, train_on_a_full_disk_with_nan, make_config(tmp_path, **{"train.micro_batch": 8}))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -2,8 +2,8 @@
 
     1  every process writes its files, to a hidden folder beside the checkpoints, or first to its node's own disk
     2  every process flushes its files and takes their checksums
-    3  the first process writes the manifest, flushes the folder, renames it, renames the ``latest`` pointer
-    4  it deletes what is no longer kept
+    3  the first process writes the manifest, flushes the folder, renames it
+    4  it renames the ``latest`` pointer and deletes what is no longer kept; failing here loses nothing
 
 Each step begins when all processes are through with the one before. With a node-local folder only the local write holds up
 training; a thread does the rest.
@@ -18,13 +18,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from scale_mae import __version__
+from scale_mae.checkpoint.local import LocalFolder, check_space, lost
 from scale_mae.checkpoint.store import (
     FOLDER,
     MANIFEST,
@@ -56,12 +57,14 @@ class Saved:
         error: why it was lost.
         seconds: from its beginning until it had its name, or was lost.
         stalled: of these, how long training stood still.
+        notes: what else went wrong.
     """
 
     path: Path | None
     error: CheckpointError | None
     seconds: float
     stalled: float
+    notes: tuple[str, ...] = ()
 
 
 class Saver:
@@ -75,6 +78,7 @@ class Saver:
         world: the processes.
         zero_stage: of DeepSpeed.
         nbytes: what a checkpoint takes at most.
+        alone: of these, what the first process alone writes.
         keep_every: ``checkpoint.keep_every`` in steps.
         failures: saves that were lost before this process began; goes on counting.
 
@@ -93,23 +97,22 @@ class Saver:
         *,
         zero_stage: int,
         nbytes: int,
+        alone: int,
         keep_every: int | None = None,
         failures: int = 0,
     ) -> None:
-        self.config, self.world, self.zero_stage, self.nbytes, self.keep_every = config, world, zero_stage, nbytes, keep_every
+        self.config, self.world, self.zero_stage, self.keep_every = config, world, zero_stage, keep_every
+        self.nbytes, self.alone = nbytes, alone
         self.folder, self.failures = run_dir / FOLDER, failures
         self.error: CheckpointError | None = None
         self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._publishing: threading.Thread | None = None
-        self._local: Path | None = None
+        # of the save under way
+        self._notes: list[str] = []
+        self._sources: dict[Path, str] = {}  # checksums of what was copied
+        self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
-            # the run's path names its folder, so that runs may share a disk; each process has its own part of it
-            run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-            self._local = Path(config.checkpoint.local_dir) / f"scale_mae-{run}" / f"rank-{world.rank}"
-            if world.local_rank == 0:
-                shutil.rmtree(self._local.parent, ignore_errors=True)  # left by a process that was killed
-            world.barrier()
-            world.together(lambda: _lost(self._clear_local, self._local))
+            self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
             self._behind = world.separate()
 
     def save(self, step: int, write: Write) -> None:
@@ -121,9 +124,14 @@ class Saver:
             if local is None:
                 path = self._commit(self.world, step, write)
             else:
-                written = self.world.together(lambda: _lost(lambda: self._write_local(write), local))
-        except CheckpointError as lost:
-            error = lost
+                # rounds of their own: who cannot even begin must not be missed in the barriers of ``write``
+                final = self.folder / checkpoint_name(step)
+                local.prepare(final, self.nbytes, self.alone)
+                written = self.world.together(lambda: lost(lambda: write(local.path), final, local.path))
+        except CheckpointError as loss:
+            error = loss
+            if local:
+                local.clear()  # a part of it would only fill the disk
         stalled = time.perf_counter() - began
         if path or error:
             self._end(Saved(path, error, stalled, stalled))
@@ -147,49 +155,63 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, UserError):  # others may mean that a process is gone, and nobody to wait for
             self.drain()
+            if self._local:
+                self._local.remove()
 
     def _publish(self, step: int, written: list[Path], began: float, stalled: float) -> None:
         local = self._local
         assert local
+
+        def bring(staging: Path) -> list[Path]:
+            self._sources = {
+                staging / p.relative_to(local.path): _copy(p, staging / p.relative_to(local.path)) for p in written
+            }
+            return list(self._sources)
+
         try:
-            path, error = self._commit(self._behind, step, lambda staging: [_copy(p, local, staging) for p in written]), None
-        except CheckpointError as lost:
-            path, error = None, lost
+            path, error = self._commit(self._behind, step, bring), None
+        except CheckpointError as loss:
+            path, error = None, loss
         except Exception as trouble:  # in a thread of its own nobody would hear of it
             path, error = None, CheckpointError(f"{self.folder / checkpoint_name(step)}: not published ({trouble})")
-        shutil.rmtree(local, ignore_errors=True)
+        local.clear()
         self._end(Saved(path, error, time.perf_counter() - began, stalled))
 
     def _end(self, saved: Saved) -> None:
         self.error = saved.error
         self.failures += saved.path is None
-        self._ended.put(saved)
+        self._ended.put(replace(saved, notes=tuple(self._notes)))
+        self._notes.clear()
 
     def _commit(self, world: World, step: int, write: Write) -> Path:
         """The four steps of this module's text."""
         final = self.folder / checkpoint_name(step)
         staging = final.with_name(f".{final.name}.tmp")
         try:
-            world.on_main(lambda: _lost(lambda: self._prepare(staging), final))
-            written = world.together(lambda: _lost(lambda: write(staging), final))
+            world.on_main(lambda: lost(lambda: self._prepare(staging), final))
+            written = world.together(lambda: lost(lambda: write(staging), final))
             mine = written + ([staging / "config.yaml"] if world.is_main else [])
-            sums = world.together(lambda: _lost(lambda: {str(p.relative_to(staging)): _seal(p) for p in mine}, final))
+            sums = world.together(lambda: lost(lambda: self._sums(mine, staging), final))
             files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
             manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), _versions(), files)
-            world.on_main(lambda: _lost(lambda: self._name(manifest, staging, final), final))
+            world.on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         if world.is_main:
-            self._prune(final)
+            self._after(final)
         return final
+
+    def _sums(self, mine: list[Path], staging: Path) -> dict[str, Any]:
+        return {str(p.relative_to(staging)): _seal(p, self._sources.get(p)) for p in mine}
 
     def _prepare(self, staging: Path) -> None:
         staging.parent.mkdir(parents=True, exist_ok=True)
+        flush(staging.parent.parent)  # the folder's own name
         for left_over in staging.parent.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
-        _check_space(staging.parent, self._size())
+        check_space(staging.parent, self._size())
         staging.mkdir()
         (staging / "config.yaml").write_text(self.config.to_yaml())
 
@@ -210,11 +232,25 @@ class Saver:
         if final.exists():  # found damaged when the run was resumed, and could not be moved then
             move_aside(final)
         staging.rename(final)
-        pointer = final.with_name("latest.tmp")
-        pointer.write_text(final.name)
-        flush(pointer)
-        pointer.rename(final.with_name("latest"))
         flush(final.parent)
+
+    def _after(self, newest: Path) -> None:
+        """Point to the newest, delete what is no longer kept. The checkpoint has its name: nothing here can lose it."""
+        pointer, staging = newest.with_name("latest"), newest.with_name("latest.tmp")
+        try:
+            for path in (pointer, staging):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()  # only an empty one
+            staging.write_text(newest.name)
+            flush(staging)
+            staging.rename(pointer)
+            flush(pointer.parent)
+        except OSError as error:
+            self._notes.append(f"{pointer}: not renewed ({error.strerror}); nothing relies on it")
+        try:
+            self._prune(newest)
+        except OSError as error:
+            self._notes.append(f"{newest.parent}: older checkpoints are not deleted ({error.strerror})")
 
     def _prune(self, newest: Path) -> None:
         """Delete what is no longer kept. The newest is whole by now; one that is newer by name is from before a resume."""
@@ -228,50 +264,25 @@ class Saver:
             except OSError:
                 continue  # tried again after the next save
 
-    def _clear_local(self) -> None:
-        assert self._local
-        shutil.rmtree(self._local, ignore_errors=True)
-        self._local.mkdir(parents=True)
 
-    def _write_local(self, write: Write) -> list[Path]:
-        assert self._local
-        self._clear_local()
-        _check_space(self._local, self.nbytes // self.world.size)
-        return write(self._local)
-
-
-def _lost(action: Callable[[], Any], final: Path | None) -> Any:
-    """Run ``action``; what the disk has against it becomes the loss of this checkpoint, not of the run."""
-    try:
-        return action()
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise CheckpointError(f"{final}: not written ({reason}); earlier checkpoints are untouched") from error
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
-
-
-def _copy(path: Path, source: Path, target: Path) -> Path:
-    """Copy a file to the same place under ``target``, and look whether it came through."""
-    out = target / path.relative_to(source)
+def _copy(path: Path, out: Path) -> str:
+    """Copy a file; the checksum of what was read."""
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with open(path, "rb") as reading, open(out, "wb") as writing:
         while block := reading.read(BLOCK):
             digest.update(block)
             writing.write(block)
-    if sha256(out) != digest.hexdigest():
-        raise OSError(f"{out} differs from {path} after copying")
-    return out
+    return digest.hexdigest()
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def _seal(path: Path, source: str | None) -> dict[str, Any]:
+    """Flush a file and take its checksum, which is to be that of its source, if it has one."""
     flush(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    digest = sha256(path)
+    if source not in (None, digest):
+        raise OSError(f"{path} differs from what was copied")
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from scale_mae.checkpoint.store import (
 )
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config import Config, UserError, load_config
+from scale_mae.config import Config, UserError, saved_config
 from scale_mae.engine import TAG
 
 
@@ -58,7 +58,7 @@ def inspect(path: str | Path) -> Report:
 
 
 def _run(run_dir: Path) -> Report:
-    config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+    config = saved_config(run_dir / "config.yaml")
     found = [_listed(checkpoint) for checkpoint in checkpoints(run_dir)]
     good = [checkpoint["name"] for checkpoint in found if not checkpoint[PROBLEM]]
     bad = [checkpoint[PROBLEM] for checkpoint in found if checkpoint[PROBLEM]]

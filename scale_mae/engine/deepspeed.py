@@ -185,7 +185,7 @@ class Engine:
             client = {"scale_mae": state | {"engine": resume.counters(engine)}}
             engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
         for problem in problems:
-            raise problem if isinstance(problem, OSError) else OSError(str(problem)) from problem
+            raise problem if isinstance(problem, OSError) else OSError(_what_it_is(problem)) from problem
         if self.world.is_main:
             (folder / "latest").write_text(TAG)  # for DeepSpeed's own tools
             written.append(folder / "latest")
@@ -204,3 +204,9 @@ class Engine:
         self.world.together(lambda: resume.fill(engine, reader, rank))
         resume.publish(engine, rank)
         return reader.state
+
+
+def _what_it_is(error: Exception) -> str:
+    """Torch's writer of files knows no reasons: ``[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0``."""
+    ended_early = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
+    return "a file could not be written to its end: the disk is full or not writable" if ended_early else str(error)

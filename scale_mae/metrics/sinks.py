@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ class Sink(Protocol):
 
 
 class Log:
-    """Hands everything to all sinks. A sink that fails is reported once and left out; it never stops a run."""
+    """Hands everything to all sinks. A sink that raises is reported once and left out; it never stops a run."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
@@ -57,7 +59,56 @@ class Log:
                 action(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                print(f"{type(sink).__name__} failed and is left out: {error}", file=sys.stderr, flush=True)
+                to_stderr(f"{type(sink).__name__} failed and is left out: {error}")
+
+
+def to_stderr(message: str) -> None:
+    """A line on standard error, if that can be written."""
+    with suppress(OSError, ValueError):  # on a full disk, or closed
+        print(message, file=sys.stderr, flush=True)
+
+
+class Lines:
+    """Lines appended to a file. A line that cannot be written is gone; the next one is tried again.
+
+    Failures are told on standard error, once until it goes well again. A line that a full disk or a crash cut short is ended
+    before the next one, or taken back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, open(path, "a+b", buffering=0)
+        self._lost = 0
+
+    def append(self, line: str) -> None:
+        """Write a line."""
+        try:
+            self._append(line.encode("utf-8", "backslashreplace") + b"\n")
+        except OSError as error:
+            if not self._lost:
+                to_stderr(f"{self._path}: cannot be written ({error.strerror}); lines are missing until it can be")
+            self._lost += 1
+        else:
+            if self._lost:
+                to_stderr(f"{self._path}: is written again; {self._lost} lines are missing")
+            self._lost = 0
+
+    def _append(self, content: bytes) -> None:
+        handle = self._file.fileno()
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            content = b"\n" + content
+        try:
+            while content:
+                content = content[os.write(handle, content) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(handle, size)
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class ConsoleSink:
@@ -77,7 +128,7 @@ class ConsoleSink:
         if self._bar:
             self._bar.console.print(message, highlight=False, markup=False)
         else:
-            print(message, file=sys.stderr, flush=True)
+            to_stderr(message)
 
     def metrics(self, metrics: Metrics) -> None:
         """Move the bar, or print a line."""
@@ -85,7 +136,7 @@ class ConsoleSink:
         if self._bar:
             self._bar.update(self._task, completed=float(metrics["step"] or 0), description=line)
         else:
-            print(line, file=sys.stderr, flush=True)
+            to_stderr(line)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -97,11 +148,11 @@ class TextSink:
     """Plain lines with the time, appended to a file."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
-        self._file, self._total = open(path, "a", 1, "utf-8", "backslashreplace"), total_steps
+        self._lines, self._total = Lines(path), total_steps
 
     def say(self, message: str) -> None:
         """Write a line."""
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self._lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def metrics(self, metrics: Metrics) -> None:
         """Write a line."""
@@ -109,28 +160,25 @@ class TextSink:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class JsonSink:
     """One JSON object a log step, appended to a file. After a crash some steps can appear twice; the later line counts."""
 
     def __init__(self, path: Path) -> None:
-        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-        self._file = open(path, "a", buffering=1)
-        if not whole:
-            self._file.write("\n")  # a process killed while writing left half a line
+        self._lines = Lines(path)
 
     def say(self, message: str) -> None:
         """Messages are not metrics."""
 
     def metrics(self, metrics: Metrics) -> None:
         """Write a line."""
-        self._file.write(json.dumps(metrics) + "\n")
+        self._lines.append(json.dumps(metrics))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 def describe(metrics: Metrics, total_steps: int) -> str:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, UserError, load_config
+from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, UserError, saved_config
 from scale_mae.slurm.site import Site, seconds
 
 CLUSTER = PACKAGE / "cluster" if (PACKAGE / "cluster").is_dir() else PACKAGE.parent / "cluster"
@@ -61,8 +61,8 @@ def prepare(config: Config, site: Site) -> Job:
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
     config.deepspeed_json()
     counts = node_counts(config, site)
-    saved = run_dir / "config.yaml"
-    if saved.exists() and (run_dir / "checkpoints").is_dir() and (differences := load_config(saved).differences(config)):
+    before = saved_config(run_dir / "config.yaml")
+    if before and (run_dir / "checkpoints").is_dir() and (differences := before.differences(config)):
         raise SubmitError(
             f"{run_dir} holds a run of another config ({differences[0]}); choose another run.dir or the same values"
         )

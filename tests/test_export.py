@@ -86,7 +86,7 @@ def slightly_wrong(tensor):
         values.view(torch.int16).view(-1)[-1] ^= 1
         return values
 
-    return replace(tensor, read=read)
+    return replace(tensor, stretches=lambda: [read().reshape(-1)])
 
 
 WRONG = [(to, dtype) for to in FORMATS for dtype in ("fp32", "bf16", "fp16") if to != "onnx" or dtype == "fp32"]

@@ -142,6 +142,31 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victi
     assert load_mae(locate(run_dir, print))
 
 
+def spoil_a_weight(path):
+    """The sign of one value in the middle; only a checksum tells."""
+    content = torch.load(path, weights_only=False)
+    place = content["optimizer_state_dict"]["single_partition_of_fp32_groups"][1].detach()
+    before = place[1000:1016].numpy().tobytes()
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(before, (-place[1000:1016]).numpy().tobytes()))
+
+
+@pytest.mark.parametrize("spoil", [spoil_cut, spoil_bit, spoil_a_weight])
+def test_no_export_is_made_of_a_damaged_checkpoint(run_dir, tmp_path, spoil):
+    newest = run_dir / "checkpoints" / checkpoint_name(9)
+    spoil(sorted(newest.glob("deepspeed/*_optim_states.pt"))[0])
+    out, warnings = tmp_path / "out" / "e.safetensors", []
+    out.parent.mkdir()
+    with pytest.raises(CheckpointError, match="damaged"):
+        convert(newest, "state_dict", out)
+    assert not list(out.parent.iterdir())
+    convert(run_dir, "state_dict", out, warn=warnings.append)
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["scale_mae"])["step"] == 3
+    assert len(warnings) == 1
+    assert "damaged" in warnings[0]
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}', "[" * 100_000, "\xff", "1" * 5000])
 def test_a_damaged_manifest_is_found(run_dir, content):
     manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"

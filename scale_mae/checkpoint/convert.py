@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -18,7 +19,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
 from scale_mae.checkpoint.publish import publish
-from scale_mae.checkpoint.store import is_ours, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest, verify
 from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -67,11 +68,31 @@ def convert(
     """
     out = Path(out)
     folder = _check_request(to, out, dtype, pool, max_shard_gb)
-    if is_ours(Path(checkpoint)):  # seconds, while checksums are taken
-        threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()
-    source = _open(Path(checkpoint), to, dtype, image_size, pool, warn)
-    source = replace(source, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
-    layout = FORMATS[to]
+    path, export = Path(checkpoint), partial(_export, to=to, folder=folder, out=out, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
+    if path.is_dir() and not is_ours(path):
+        export(_open_foreign(path, to, dtype, image_size, warn), sound=lambda: None)
+        return out
+    threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()  # seconds
+    notes: list[str] = []
+    found = locate(path, notes.append, checksums=False)
+    with ThreadPoolExecutor(1, "verify") as thread:  # checksums are taken meanwhile; mostly they are right
+        sound = thread.submit(verify, found)
+        try:
+            export(_open(found, to, dtype, image_size, pool), sound=sound.result)
+        except UserError:
+            if not isinstance(sound.exception(), CheckpointError):
+                raise
+            notes.clear()
+            # another one, or the error that names what is damaged
+            export(_open(locate(path, notes.append), to, dtype, image_size, pool), sound=lambda: None)
+    for note in notes:
+        warn(note)
+    return out
+
+
+def _export(source: Source, sound: Callable[[], object], *, to: str, folder: bool, out: Path, max_bytes: float) -> None:
+    """Write and compare; ``sound`` raises a CheckpointError if the checkpoint is not."""
+    source, layout = replace(source, max_bytes=max_bytes), FORMATS[to]
     values = (source.exported if layout.whole else source.encoder).values()
 
     def write(target: Path) -> None:
@@ -82,8 +103,11 @@ def convert(
         names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
         (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
 
-    publish(out, layout.copies * sum(t.nbytes for t in values), write, lambda target: _verify(source, to, target, out))
-    return out
+    def check(target: Path) -> None:
+        _verify(source, to, target, out)
+        sound()
+
+    publish(out, layout.copies * sum(t.nbytes for t in values), write, check)
 
 
 def _check_request(to: str, out: Path, dtype: str, pool: Pool, max_shard_gb: float | None) -> bool:
@@ -122,12 +146,7 @@ def _replaceable(folder: Path) -> bool:
         return False
 
 
-def _open(
-    path: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool, warn: Callable[[str], None]
-) -> Source:
-    if path.is_dir() and not is_ours(path):
-        return _open_foreign(path, to, dtype, image_size, warn)
-    checkpoint = locate(path, warn)
+def _open(checkpoint: Path, to: str, dtype: str, image_size: tuple[int, int] | None, pool: Pool) -> Source:
     config = read_config(checkpoint)
     facts = describe(config, read_manifest(checkpoint).step, image_size, pool) | {"format": to, "dtype": dtype}
     reader = ZeroReader(checkpoint / TAG)

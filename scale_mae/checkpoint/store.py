@@ -179,8 +179,8 @@ def read_config(checkpoint: Path) -> Config:
         raise CheckpointError(f"{checkpoint}: its config cannot be read ({error})") from None
 
 
-def verify(checkpoint: Path) -> Manifest:
-    """Check size and checksum of every file.
+def verify(checkpoint: Path, *, checksums: bool = True) -> Manifest:
+    """Check size and, if so wished, checksum of every file.
 
     Raises:
         CheckpointError: names the first file that is missing or differs.
@@ -188,16 +188,16 @@ def verify(checkpoint: Path) -> Manifest:
     manifest = read_manifest(checkpoint)
     # hashing leaves the interpreter to others; a file a thread
     with ThreadPoolExecutor(available_cores(), "checksum") as threads:
-        list(threads.map(lambda name: _verify_file(checkpoint / name, manifest.files[name]), manifest.files))
+        list(threads.map(lambda name: _verify_file(checkpoint / name, manifest.files[name], checksums), manifest.files))
     return manifest
 
 
-def _verify_file(path: Path, facts: dict[str, Any]) -> None:
+def _verify_file(path: Path, facts: dict[str, Any], checksums: bool) -> None:
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise CheckpointError(f"{path}: damaged ({size} bytes, {facts['bytes']} were written)")
-        same = sha256(path) == facts["sha256"]
+        same = not checksums or sha256(path) == facts["sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing from the checkpoint") from None
     except OSError as error:
@@ -206,7 +206,7 @@ def _verify_file(path: Path, facts: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False) -> Path | None:
+def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False, checksums: bool = True) -> Path | None:
     """The newest checkpoint that verifies; None where there never was one.
 
     Args:
@@ -214,6 +214,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool =
         warn: told of each damaged one passed over.
         set_aside: rename those to ``damaged-step-...``, as a run does that goes on from the one before. Where that is not
             possible they stay, and a new checkpoint of their step takes their place.
+        checksums: see :func:`verify`.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged; then none is renamed.
@@ -221,7 +222,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool =
     found, damaged = checkpoints(run_dir), []
     for checkpoint in reversed(found):
         try:
-            verify(checkpoint)
+            verify(checkpoint, checksums=checksums)
             break
         except CheckpointError as error:
             damaged.append((checkpoint, error))
@@ -253,19 +254,24 @@ def move_aside(checkpoint: Path) -> Path | None:
     return None
 
 
-def locate(path: str | Path, warn: Callable[[str], None]) -> Path:
+def locate(path: str | Path, warn: Callable[[str], None], *, checksums: bool = True) -> Path:
     """The checkpoint a user means by a run directory (its newest good one) or by a checkpoint's own folder.
+
+    Args:
+        path: either.
+        warn: told of each damaged one passed over.
+        checksums: see :func:`verify`.
 
     Raises:
         CheckpointError: nothing there, or damaged.
     """
     path = Path(path)
     if (path / FOLDER).is_dir():
-        found = newest_good(path, warn)
+        found = newest_good(path, warn, checksums=checksums)
         if found is None:
             raise CheckpointError(f"{path}: this run has no checkpoint yet")
         return found
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such run directory or checkpoint")
-    verify(path)
+    verify(path, checksums=checksums)
     return path

@@ -2,13 +2,15 @@
 @directives@
 # Written by scale-mae submit. It may be read, changed, and submitted again: sbatch @script@
 # The run then goes on from its newest checkpoint, on as many nodes as it gets. cluster/README.md is the runbook.
-set -uo pipefail
 
+@setup@
+set -uo pipefail
 run=@run@
 requeue=@requeue@                   # whether this job puts itself back into the queue
 preflight=@preflight@                 # whether nodes are looked over first
 exclude=@exclude@                  # whether those found unfit are left out at the next start
 vain=@vain@                         # so many restarts in a row may make no progress
+pause=@pause@                       # seconds before starting again after a preflight that found no node to leave out
 chain=${1:-1/1}                # place in a chain of jobs
 instead=${2:-}                 # not empty: takes the place of a job that found unfit nodes
 
@@ -16,14 +18,25 @@ script=$run/slurm/job.sh
 output=$run/slurm/job-$SLURM_JOB_ID.log
 outcome=$run/outcome           # how training ended: finished, stopped ..., failed: ...; no such file after a crash
 attempts=$run/slurm/attempts   # a line each time that this script began
-stop=$run/slurm/stop           # scale-mae cancel leaves this file
+excluded=$run/slurm/excluded   # nodes that are left out, one a line
+stop=$run/slurm/stop           # numbers of the jobs that scale-mae cancel stopped, one a line
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*" | tee -a "$run/log.txt" >&2; }
 newest() { (cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-[0-9]*) | tail -n 1 | grep '[0-9]$' || echo start; }
+# numbers of this run's other jobs in a state: R, PD
+others() { squeue --me --noheader --states="$1" --format='%i %o' | awk -v s="$script" -v me="$SLURM_JOB_ID" 'index($0, " " s) && $1 != me { print $1 }'; }
+
+cancelled() {
+  if grep -qx "$SLURM_JOB_ID" "$stop" 2>/dev/null; then
+    [ -s "$outcome" ] || echo "stopped by scale-mae cancel" > "$outcome"
+    say "cancelled${1:+ ($1)}"
+    exit 0
+  fi
+}
 
 # End for good when that was asked for, or when attempts in a row have all begun at the checkpoint that is still the newest.
 give_up() {
-  if [ -e "$stop" ]; then say "cancelled${1:+ ($1)}"; exit 0; fi
+  cancelled "$@"
   if [ "$(awk -v at="at=$(newest)" '{ n = $NF == at ? n + 1 : 0 } END { print n + 0 }' "$attempts")" -gt $vain ]; then
     say "failed: $vain restarts in a row made no progress from $(newest); the last attempt ${1:-was ended from outside}"
     echo "failed: $vain restarts in a row made no progress; the last attempt ${1:-was ended from outside}" > "$outcome"
@@ -44,38 +57,48 @@ again() {
   exit 0
 }
 
-if [ "${chain%/*}" -gt 1 ]; then
+first=$([ "${SLURM_RESTART_COUNT:-0} ${chain%/*} $instead" = "0 1 " ] && echo true || echo false)   # of this submission
+cancelled
+other=$(others R | head -n 1)
+if [ -n "$other" ]; then say "not started, since job $other has this run"; exit 1; fi
+if $first; then
+  echo "submitted at=" >> "$attempts"
+  rm -f "$outcome" "$excluded"
+elif [ "${chain%/*}" -gt 1 ]; then
   case $(cat "$outcome" 2>/dev/null) in
     finished*) say "the run has finished"; exit 0 ;;
     failed*) say "not started, since an earlier job of the chain failed"; exit 1 ;;
   esac
 fi
-[ "${SLURM_RESTART_COUNT:-0} ${chain%/*} $instead" = "0 1 " ] && echo "submitted at=" >> "$attempts"
 give_up
 echo "$(date '+%FT%T') job=$SLURM_JOB_ID nodes=$SLURM_JOB_NODELIST at=$(newest)" >> "$attempts"
 
 # The largest number of nodes, of those that we have, over which the batch divides.
-for nodes in @node_counts@; do [ "$nodes" -le "$SLURM_JOB_NUM_NODES" ] && break; done
+nodes=0
+for fitting in @node_counts@; do [ "$fitting" -le "$SLURM_JOB_NUM_NODES" ] && { nodes=$fitting; break; }; done
+[ "$nodes" = 0 ] && { say "failed: the batch does not divide over $SLURM_JOB_NUM_NODES nodes"; exit 1; }
 
-@setup@
-# Code and config as they were at submission; who edits either meanwhile changes nothing here.
-export PYTHONPATH=$run/slurm/code${PYTHONPATH:+:$PYTHONPATH}
+# Ranks are Slurm's, whatever the shell that submitted this had.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 @environment@
 # Training stops when this is near, however long its saves take.
-: "${SLURM_JOB_END_TIME:=$(date +%s -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" 2>/dev/null)}"
-export SLURM_JOB_END_TIME
+unset SLURM_JOB_END_TIME
+ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null)
+[ -n "$ends" ] && ends=$(date +%s -d "$ends" 2>/dev/null) && export SLURM_JOB_END_TIME=$ends
 # What is compiled at run time stays on each node's own disk, for the next start too.
-cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/scale-mae-$(id -un)
+cache=@cache@
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
 export CUDA_CACHE_PATH=$cache/cuda MPLCONFIGDIR=$cache/matplotlib
 
-# One process a GPU, or a CPU slot. One that dies takes the others with it in seconds.
+# One process a GPU, or a CPU slot. One that dies takes the others with it in seconds. The code is that of the submission.
 launch() {
-  srun --nodes="$nodes" --ntasks=$((nodes * @tasks@)) --ntasks-per-node=@tasks@ --kill-on-bad-exit=1@srun@ \
-    @inside@ "$@"
+  cancelled
+  srun --export=ALL --nodes="$nodes" --ntasks=$((nodes * @tasks@)) --ntasks-per-node=@tasks@ --kill-on-bad-exit=1@srun@ \
+    @inside@ "$run/slurm/code/run.py" "$@"
 }
 
 if $preflight; then
+  rm -f "$run/slurm/bad_nodes"
   launch preflight --run-dir "$run"@preflight_options@
   code=$?
   if [ $code != 0 ]; then
@@ -83,9 +106,17 @@ if $preflight; then
     ended="ended in preflight, exit code $code${bad:+, unfit are $bad}; see $output"
     if [ -n "$bad" ] && $exclude; then
       give_up "$ended"
-      # Slurm lets only waiting jobs exclude nodes, so another job takes the place of this one
-      next=$(sbatch --parsable --exclude="$bad" "$script" "$chain" instead) && next=${next%%;*} &&
-        echo "$next" >> "$run/slurm/jobs" && say "$ended; job $next goes on without them" && exit 0
+      cat "$run/slurm/bad_nodes" >> "$excluded"
+      without=$(sort -u "$excluded" | paste -sd,)
+      # Slurm lets only waiting jobs exclude nodes: the next of the chain, or another job in the place of this one
+      if [ "${chain%/*}" -lt "${chain#*/}" ]; then
+        for next in $(others PD); do scontrol update JobId="$next" ExcNodeList="$without"; done
+      else
+        next=$(env -u SLURM_RESTART_COUNT sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" --exclude="$without" "$script" "$chain" instead) &&
+          say "$ended; job ${next%%;*} goes on without $without" && exit 0
+      fi
+    else
+      sleep $pause
     fi
     again "$ended"
   fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _complain(error)
         return 2
+    except BrokenPipeError:  # of whoever reads what we print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("scale-mae: interrupted", file=sys.stderr)
         return 130
@@ -142,7 +146,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _complain(error: UserError) -> None:
     """One line, from one process: the others of a job fail with the same error."""
-    from scale_mae.engine.distributed import rank_and_size
+    from scale_mae.launcher import rank_and_size
 
     try:
         rank, _ = rank_and_size()
@@ -158,7 +162,7 @@ def pretrain(args: argparse.Namespace) -> int:
     """``scale-mae pretrain``."""
     config = load_config(args.recipe, args.overrides)
     if args.dry_run:
-        from scale_mae.engine.distributed import rank_and_size
+        from scale_mae.launcher import rank_and_size
 
         _, processes = rank_and_size()
         accumulation = config.accumulation(processes)

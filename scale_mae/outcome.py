@@ -39,4 +39,6 @@ class Outcome:
     def tell(self, text: str) -> None:
         """Write it."""
         with suppress(OSError):  # a full disk; the log says it too
-            self._path.write_text(text + "\n")
+            staging = self._path.with_suffix(".tmp")  # a reader sees a whole line
+            staging.write_text(text + "\n")
+            staging.rename(self._path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,18 +25,17 @@ from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.distributed import StopRequest, Vote, World, rank_and_size, world
+from scale_mae.engine.distributed import StopRequest, Vote, World, world
 from scale_mae.engine.optim import make_schedule, parameter_names
 from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
+from scale_mae.launcher import rank_and_size
 from scale_mae.lock import alone
 from scale_mae.metrics.meter import Meter, Metrics
 from scale_mae.metrics.sinks import Log, make_log, to_stderr
 from scale_mae.outcome import Outcome
+from scale_mae.pace import Pace
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
-
-MARGIN = 30.0  # seconds before a job's time limit to finish the step in and to leave, besides what a save takes
-SLOW = 2e8  # bytes a second that a save is expected to write, until one has been measured
 
 
 class NonFiniteError(UserError):
@@ -116,17 +116,17 @@ class _Run:
         self.names = parameter_names(model)
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = failed_saves = 0
-        self.slowest_save: float | None = None
+        recent_saves: list[float] = []
         self.tally = Tally(config.data.max_failures)
         if checkpoint:
             state = self.engine.load(checkpoint)
             check_same_data(state["data"], index, checkpoint)
             self.step = self.saved = int(state["step"])
             self.tally = Tally(config.data.max_failures, state["failures"])
-            failed_saves, self.slowest_save = int(state["failed_saves"]), state["slowest_save_s"]
+            failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             notes.append(f"resumed from {checkpoint}")
         self.saver = self._saver(parameters, len(index), failed_saves)
-        self._keep_time_to_save()
+        self.pace = Pace(16 * parameters, recent_saves)
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
@@ -180,13 +180,16 @@ class _Run:
             verdict = Vote.GO_ON
             try:
                 while self.step < total and verdict is Vote.GO_ON:
+                    self.stop.lead, began = self.pace.lead, time.perf_counter()
                     verdict, first_bad = self._one_step(feed, first_bad)
+                    self.pace.stepped(time.perf_counter() - began)
                     if self.step % self.save_every == 0:
                         self._save(first_bad)
             except DataError:
                 self._save(first_bad)  # the steps before the bad image are sound
                 raise
             self._save(first_bad)
+            self.watchdog.beat()
             self.saver.drain()
             self._tell_saves()
             if self.stop.received or verdict is Vote.STOP:
@@ -271,23 +274,18 @@ class _Run:
             "data": self.digest,
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,
-            "slowest_save_s": self.slowest_save,
+            "recent_saves_s": list(self.pace.saves),
         }
+        self.watchdog.beat()  # a save has as long as a step
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
         self.saved = self.step
         self.watchdog.beat()
         self._tell_saves()
 
-    def _keep_time_to_save(self) -> None:
-        """Stop early enough before the job's time limit: twice what the slowest save took, as the disk may be busier then."""
-        expected = self.saver.nbytes / SLOW if self.slowest_save is None else self.slowest_save
-        self.stop.lead = 2 * expected + MARGIN
-
     def _tell_saves(self) -> None:
         for saved in self.saver.ended():
             self.meter.pause(saved.stalled)
-            self.slowest_save = max(self.slowest_save or 0.0, saved.seconds)
-            self._keep_time_to_save()
+            self.pace.saved(saved.seconds)
             stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
             self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)

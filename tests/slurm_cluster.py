@@ -36,12 +36,12 @@ SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SwitchType=switch/none
-SelectType=select/linear
+SelectType={select}
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
@@ -67,12 +67,15 @@ class SlurmCluster:
         nodes: how many.
         cpus: of each node, as Slurm counts them; more than the machine has is fine.
         timeout: seconds for all nodes to become idle.
+        binds: whether Slurm gives out cores and binds processes to them, for which a node may not have more than the machine.
 
     Attributes:
         env: environment in which ``srun``, ``scancel`` and the others talk to this cluster, free of any launcher's ranks.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2, timeout: float = 60) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2, timeout: float = 60, *, binds: bool = False) -> None:
+        task, select = ("affinity", "cons_tres") if binds else ("none", "linear")
+        self.plugins = {"task": f"task/{task}", "select": f"select/{select}"}
         self.folder, self.cpus, self.timeout = folder.resolve(), cpus, timeout
         self.nodes = [f"127.0.0.{1 + n}" for n in range(nodes)]
         self.env = _without_launcher(dict(os.environ)) | {"SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -140,7 +143,9 @@ class SlurmCluster:
         # training derives its meeting port from the job's number: two clusters at a time should not count alike, and
         # below 400 the port is below those that the kernel lends to clients
         first_job = random.randrange(1, 380)
-        text = CONF.format(host=host, ports=ports, user=getpass.getuser(), folder=self.folder, first_job=first_job)
+        text = CONF.format(
+            host=host, ports=ports, user=getpass.getuser(), folder=self.folder, first_job=first_job, **self.plugins
+        )
         for name, port in zip(self.nodes, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
         (self.folder / "slurm.conf").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -39,11 +40,13 @@ def launched(text, folder, *programs):
         stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@"\n')
         stand_in.chmod(0o755)
     function = text[text.index("launch() {") : text.index("\n}\n", text.index("launch() {")) + 3]
-    program = f"PATH={folder}/bin:$PATH nodes=2 run='{folder}/my run'\n{function}\nlaunch pretrain \"$run/slurm/config.yaml\"\n"
+    before = f"PATH={folder}/bin:$PATH nodes=2 run='{folder}/my run'\ncancelled() {{ :; }}\n"
+    program = f'{before}{function}\nlaunch pretrain "$run/slurm/config.yaml"\n'
     return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_without_a_container_this_python_runs(folder):
+    code = f"{folder}/my run/slurm/code"
     text = script(folder, gpus_per_node=4, cpus_per_task=7, partition="gpu", account="me", sbatch=["--constraint=h100"])
     directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     for wanted in (
@@ -58,27 +61,31 @@ def test_without_a_container_this_python_runs(folder):
     assert "--constraint=h100" in directives
     assert f"--output='{folder}/my run/slurm/job-%j.log'" in directives
     words = launched(text, folder, "srun")
-    assert words[:4] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
+    assert words[:5] == ["srun", "--export=ALL", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
     assert "--kill-on-bad-exit=1" in words
-    assert words[-5:] == [sys.executable, "-m", "scale_mae", "pretrain", f"{folder}/my run/slurm/config.yaml"]
+    assert {"--export=ALL", "--cpus-per-task=7"} <= set(words)
+    assert words[-4:] == [sys.executable, f"{code}/run.py", "pretrain", f"{folder}/my run/slurm/config.yaml"]
 
 
 def test_pyxis_is_told_by_srun_and_apptainer_wraps_the_program(folder):
-    mounts = ["/data", "/a:/b"]
+    mounts, code = ["/data", "/a:/b"], f"{folder}/my run/slurm/code"
+    (folder / "mae.sif").touch()
     text = script(folder, gpus_per_node=8, container={"image": "site#scale-mae:1", "mounts": mounts})
     words = launched(text, folder, "srun")
     own = f"{folder}/my run:{folder}/my run,{folder}:{folder},/data:/data,/a:/b"
     assert "--container-image=site#scale-mae:1" in words
     assert f"--container-mounts={own}" in words
-    assert words[-5:-1] == ["python3", "-m", "scale_mae", "pretrain"]
+    assert words[-4:-1] == ["python3", f"{code}/run.py", "pretrain"]
     assert "--container" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
 
-    text = script(folder, gpus_per_node=8, container={"image": "/img/mae.sif", "mounts": mounts})
+    text = script(folder, gpus_per_node=8, container={"image": "mae.sif", "mounts": mounts})
     words = launched(text, folder, "srun")
     inside = words[words.index("apptainer") :]
     assert inside[:3] == ["apptainer", "exec", "--nv"]
     assert inside[3:11:2] == ["--bind"] * 4
-    assert inside[-6:-1] == ["/img/mae.sif", "python3", "-m", "scale_mae", "pretrain"]
+    assert inside[-5:-1] == [f"{folder}/mae.sif", "python3", f"{code}/run.py", "pretrain"]
+    assert "unset PYTHONPATH" in text
+    assert "cache=/tmp/scale-mae-" in text
 
 
 def test_the_environment_and_the_site_go_before_our_defaults(folder):
@@ -99,6 +106,7 @@ def test_the_site_file_is_found_where_it_says(folder):
 
 def test_the_example_is_a_site_file(folder):
     (folder / "site.yaml").write_text((CLUSTER / "site.example.yaml").read_text())
+    (folder / "x.sif").touch()
     site = load_site(folder / "run", {"image": "x.sif"})
     assert (site.tasks_per_node, site.container.kind, site.container.mounts) == (8, "apptainer", ("/data",))
     script(folder, **site.model_dump())
@@ -114,6 +122,8 @@ def test_the_example_is_a_site_file(folder):
         ("- a", {}, "site.yaml: a site file is a mapping of keys, not list"),
         ("a: [", {}, "site.yaml: cannot be read"),
         ("{}", {"nodes": "3-2"}, "nodes=3-2: the first number must not be the larger one"),
+        ("container: x.sqsh", {}, "site.yaml: container x.sqsh: Input should be"),
+        ("env: {A B: 1}", {}, "site.yaml: env.A B.[key] A B: String should match"),
         ("{}", {"gpus_per_node": 0}, "--gpus-per-node 0: Input should be greater than 0"),
     ],
 )
@@ -163,14 +173,38 @@ def test_code_config_and_deepspeed_file_are_set_aside(folder):
     config = load_config("debug", {"run.dir": "runs/one", "engine.deepspeed": str(own)})
     path = set_aside(prepare(config, Site()))
     own.unlink()
-    (folder / "elsewhere").mkdir()
-    command = [sys.executable, "-m", "scale_mae", "pretrain", str(path.with_name("config.yaml")), "--dry-run"]
-    environment = {"PYTHONPATH": str(path.with_name("code")), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=folder / "elsewhere", env=environment, capture_output=True, text=True, check=False)
+    (folder / "elsewhere" / "scale_mae").mkdir(parents=True)
+    (folder / "elsewhere" / "scale_mae" / "__init__.py").write_text(
+        "raise SystemExit('this is not the code of the submission')"
+    )
+    command = [
+        sys.executable,
+        str(path.with_name("code") / "run.py"),
+        "pretrain",
+        str(path.with_name("config.yaml")),
+        "--dry-run",
+    ]
+    done = subprocess.run(
+        command, cwd=folder / "elsewhere", env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"deepspeed: {path.with_name('deepspeed.json')}" in done.stdout
     assert f"dir: {folder}/runs/one" in done.stdout
     assert (path.with_name("code") / "scale_mae" / "cluster" / "job.sh").is_file()
+
+
+def test_an_image_or_a_name_that_cannot_be_meant_is_refused(folder):
+    for site, run, message in (
+        (Site(container={"image": "absent.sqsh"}), "run", "container image absent.sqsh: no such file"),
+        (Site(), "100% run", "Slurm gives '%' in the name of a file a meaning"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(load_config("debug", {"run.dir": run}), site)
+
+
+def test_only_numbers_of_nodes_that_fit_are_asked_for(folder):
+    config = load_config("debug", {"run.dir": "run", "train.global_batch": 96})
+    assert "#SBATCH --nodes=1-6\n" in prepare(config, Site(nodes="1-8", gpus_per_node=4)).script
 
 
 def test_another_config_in_the_run_directory_is_refused(folder):
@@ -184,7 +218,7 @@ def test_another_config_in_the_run_directory_is_refused(folder):
 def test_without_slurm_the_commands_say_so(folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert main(["submit", "debug", "run.dir=run"]) == 2
-    assert "sbatch is not on the PATH" in capsys.readouterr().err
+    assert "squeue is not on the PATH" in capsys.readouterr().err
     assert main(["status", "absent"]) == 2
     assert "absent: no run directory here" in capsys.readouterr().err
     assert main(["status", "run"]) == 0
@@ -193,13 +227,21 @@ def test_without_slurm_the_commands_say_so(folder, monkeypatch, capsys):
     assert "nothing of this run is running" in capsys.readouterr().err
 
 
-def test_submit_status_and_cancel_import_no_torch(folder):
+@pytest.mark.parametrize("words", [["submit", "debug", "--dry-run"], ["submit", "debug", "bad.key=1"], ["status", "/absent"]])
+def test_a_login_node_needs_no_torch(folder, words):
     program = (
-        "import sys, scale_mae.slurm.submit, scale_mae.slurm.runs, scale_mae.slurm.site; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'deepspeed')))"
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'deepspeed')); sys.argv[0] = 'scale-mae'; "
+        "from scale_mae.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if "--dry-run" in words else 2), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_table_of_runs(folder, capsys):

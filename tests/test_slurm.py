@@ -14,7 +14,7 @@ from slurm_cluster import SlurmCluster
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.config import UserError
-from scale_mae.engine.distributed import _first_host, tasks_here
+from scale_mae.launcher import first_host, tasks_here
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
@@ -143,7 +143,7 @@ def test_tasks_here(tasks_per_node, counts):
 @pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])
 def test_first_host_of_a_plain_list(nodes, monkeypatch):
     monkeypatch.setenv("PATH", "")  # needs no program
-    assert _first_host(nodes) == "gpu03"
+    assert first_host(nodes) == "gpu03"
 
 
 @service
@@ -151,10 +151,10 @@ def test_first_host_of_a_plain_list(nodes, monkeypatch):
     ("nodes", "first"), [("gpu[03-05,9],cpu1", "gpu03"), ("cpu1,gpu[03-05]", "cpu1"), ("rack[2-3]node[07-08]", "rack2node07")]
 )
 def test_first_host_of_a_list_with_brackets(nodes, first, on_cluster):
-    assert _first_host(nodes) == first
+    assert first_host(nodes) == first
 
 
 def test_first_host_without_scontrol_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\] .* set MASTER_ADDR"):
-        _first_host("gpu[1-2]")
+        first_host("gpu[1-2]")

@@ -16,6 +16,9 @@ from test_train import log
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.cli import main
+from scale_mae.config import load_config
+from scale_mae.slurm.site import Site
+from scale_mae.slurm.submit import prepare, set_aside
 
 PATIENCE = 180  # seconds
 ROOT = Path(__file__).parent.parent
@@ -180,7 +183,8 @@ def test_with_fewer_nodes_it_goes_on_with_fewer(cluster, undisturbed, here, caps
 
 @service
 @pytest.mark.long
-def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys):
+@pytest.mark.parametrize("chain", [1, 2])
+def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys, chain):
     run, bad = here / "run", cluster.nodes[1]
     limited = f"import os, resource\nif os.environ.get('SLURMD_NODENAME') == '{bad}':\n"
     limited += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"  # as a full quota would, on that node only
@@ -189,12 +193,12 @@ def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys):
     write_site(here, preflight="true")
     with (here / "site.yaml").open("a") as file:
         file.write(f"setup: export PYTHONPATH={here}/faulty\n")
-    (first,) = submit(capsys, run, "--exclude-bad-nodes", nodes="1-2")
+    first, *_ = submit(capsys, run, "--exclude-bad-nodes", "--chain", str(chain), nodes="1-2")
     finish(cluster, run)
     nodes = [(line.split("job=")[1].split()[0], line.split("nodes=")[1].split()[0]) for line in attempts(run)]
     assert nodes == [(str(first), "127.0.0.[1-2]"), (str(first + 1), "127.0.0.1")]
-    assert f"unfit are {bad}; see {run}/slurm/job-{first}.log; job {first + 1} goes on without them" in said(run)
-    assert (run / "slurm" / "jobs").read_text().split() == [str(first), str(first + 1)]
+    goes_on = f"job {first + 1} goes on without {bad}" if chain == 1 else "the next job of the chain goes on"
+    assert f"unfit are {bad}; see {run}/slurm/job-{first}.log; {goes_on}" in said(run)
 
 
 @service
@@ -238,6 +242,65 @@ def test_cancel_saves_and_stays_cancelled_and_a_chain_goes_on(cluster, here, cap
     assert len(attempts(run)) == 2
     assert main(["cancel", str(run)]) == 2
     assert "nothing of this run is running or waiting" in capsys.readouterr().err
+    # by hand it goes on; a second job of the run does not disturb it
+    by_hand = [cluster.run("sbatch", "--parsable", str(run / "slurm" / "job.sh")).stdout.strip()]
+    some_steps(cluster, run, "another job of the run is submitted")
+    by_hand.append(cluster.run("sbatch", "--parsable", "--overcommit", str(run / "slurm" / "job.sh")).stdout.strip())
+    assert main(["cancel", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert f"job {by_hand[0]} stops after a checkpoint" in told
+    assert f"job {by_hand[1]} taken from the queue" in told
+    wait(cluster, run, "the end", ended(cluster))
+    assert f"job {by_hand[0]}: cancelled" in said(run)
+
+
+@service
+def test_nothing_around_the_submission_reaches_the_job(cluster, here, capsys, monkeypatch):
+    run = here / "run"
+    strange = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1", "SBATCH_TIMELIMIT": "1", "SBATCH_EXPORT": "NONE"}
+    strange |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "5", "SLURM_JOB_END_TIME": "1", "SLURM_EXPORT_ENV": "NONE"}
+    for name, value in strange.items():
+        monkeypatch.setenv(name, value)
+    # nor does a queue that gives no answer: no end is known then, rather than one long past
+    (here / "bin").mkdir()
+    (here / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (here / "bin" / "squeue").chmod(0o755)
+    with (here / "site.yaml").open("a") as file:
+        file.write(f'sbatch: [--export=NONE]\nsetup: |\n  [ -n "$UNSET" ]\n  export PATH={here}/bin:{cluster.env["PATH"]}\n')
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
+    for name in strange:
+        monkeypatch.delenv(name)
+    finish(cluster, run)
+    assert "2 processes on cpu" in said(run)
+    assert read_manifest(checkpoints(run)[-1]).world_size == 2
+
+
+@service
+def test_cancelled_before_training_begins_it_does_not_begin(cluster, here, capsys):
+    run = here / "run"
+    with (here / "site.yaml").open("a") as file:
+        file.write("setup: sleep 3\n")
+    (job,) = submit(capsys, run)
+    wait(cluster, run, "the job runs", lambda: "R" in cluster.run("squeue", "--noheader", "--format=%t").stdout)
+    assert main(["cancel", str(run)]) == 0
+    wait(cluster, run, "the end", ended(cluster))
+    assert f"job {job}: cancelled" in said(run)
+    assert (run / "outcome").read_text() == "stopped by scale-mae cancel\n"
+    assert not (run / "log.jsonl").exists()
+
+
+@service
+def test_each_process_has_the_cores_that_were_asked_for(tmp_path, monkeypatch):
+    with SlurmCluster(tmp_path / "slurm", nodes=1, binds=True) as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        config = load_config("debug", {"run.dir": str(tmp_path / "run")})
+        job = prepare(config, Site(cpus_per_task=2, preflight=False, requeue=False))
+        path = set_aside(job)
+        (path.with_name("code") / "run.py").write_text("import os; print('cores', len(os.sched_getaffinity(0)))")
+        done = cluster.run("sbatch", "--wait", str(path), timeout=PATIENCE)
+        assert done.stderr == "" or done.returncode == 0, cluster.logs()
+        (output,) = path.parent.glob("job-*.log")
+        assert "cores 2" in output.read_text(), output.read_text()
 
 
 @service

@@ -16,6 +16,7 @@ from scale_mae.data.workers import run_each
 from scale_mae.engine.distributed import StopRequest
 from scale_mae.engine.watchdog import EXIT_CODE
 from scale_mae.outcome import FILE
+from scale_mae.pace import Pace
 
 LONG = {"train.duration": "5000 steps", "checkpoint.every": "5000 steps"}
 
@@ -73,6 +74,22 @@ def wait_without_a_step(minutes):
     return "alive"
 
 
+def move_again(minutes):
+    from scale_mae.engine import watchdog
+
+    watchdog.GRACE = 1.0
+    with watchdog.Watchdog(minutes, 0) as watched:
+        watched.beat()
+        time.sleep(60 * minutes + 0.9)
+        watched.beat()
+        time.sleep(0.5)
+    return "alive"
+
+
+def test_who_was_only_slow_lives():
+    assert run_ranks(1, move_again, 0.01) == ["alive"]
+
+
 @pytest.mark.parametrize("minutes", [0.01, 0])
 def test_before_the_first_step_and_switched_off_it_sleeps(minutes):
     assert run_ranks(1, wait_without_a_step, minutes) == ["alive"]
@@ -98,8 +115,25 @@ def test_the_time_to_stop_follows_the_slowest_save(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     stop = StopRequest()
     assert stop.received is None
-    stop.lead = 150
+    stop.lead = 20
+    later = time.time() + 81
+    monkeypatch.setattr(time, "time", lambda: later)
     assert stop.received == "the time limit"
+
+
+def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypatch):
+    pace = Pace(nbytes=10**10, saves=[])
+    assert pace.lead == 2 * 50 + 30
+    pace = Pace(nbytes=0, saves=[7200.0])
+    pace.stepped(40)
+    assert pace.lead == 2 * 7200 + 2 * 40 + 30
+    for _ in range(3):
+        pace.saved(1.0)
+    assert pace.lead == 2 * 1 + 2 * 40 + 30
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
+    stop = StopRequest()
+    stop.lead = 1e6  # no more than a quarter of the time is given to leaving
+    assert stop.received is None
 
 
 def train_and_signal(config, number):

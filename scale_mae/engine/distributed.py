@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_mae.config import UserError
+from scale_mae.launcher import ranks
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -142,7 +142,7 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
     Raises:
         UserError: rank variables that make no sense.
     """
-    rank, size, local_rank = _ranks()
+    rank, size, local_rank = ranks()
     device = own_device()
     left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
     # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
@@ -172,66 +172,11 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
 
 def own_device() -> torch.device:
     """Where this process's tensors live; nothing is allocated there yet."""
-    _, _, local_rank = _ranks()
+    _, _, local_rank = ranks()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
     return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """(rank, number of processes), from the environment, before any process group exists."""
-    rank, size, _ = _ranks()
-    return rank, size
-
-
-def _ranks() -> tuple[int, int, int]:
-    """(rank, size, local rank); under Slurm also sets the meeting point of the processes."""
-    env = os.environ
-    try:
-        if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
-            return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-        if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_STEP_ID", "").isdigit():  # srun
-            if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
-                return 0, 1, 0  # several single runs may share one job step, an interactive shell for instance
-            env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-            # below the range from which the kernel hands out ports
-            port = 20000 + int(env["SLURM_JOB_ID"]) * 31 % 12000 + int(env["SLURM_STEP_ID"]) % 31
-            env.setdefault("MASTER_PORT", str(port))
-            env.setdefault("LOCAL_WORLD_SIZE", str(tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
-            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
-    return 0, 1, 0
-
-
-def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list; that of a list without brackets needs no program."""
-    return hosts(nodes)[0]
-
-
-def hosts(nodes: str) -> list[str]:
-    """Hosts of a Slurm node list such as ``gpu[03-05,9],cpu1``.
-
-    Raises:
-        UserError: brackets, and no scontrol to expand them.
-    """
-    if "[" not in nodes:
-        return nodes.split(",")
-    try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        raise UserError(f"cannot expand SLURM_STEP_NODELIST={nodes} without scontrol; set MASTER_ADDR yourself") from None
-    return listed.stdout.split()
-
-
-def tasks_here(tasks_per_node: str, node: int) -> int:
-    """Tasks of one node from Slurm's run-length form ``4(x2),3``."""
-    counts: list[int] = []
-    for part in tasks_per_node.split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[node]
 
 
 class StopRequest:
@@ -240,7 +185,7 @@ class StopRequest:
     Slurm sends SIGTERM at preemption and before it cancels, SIGUSR1 ahead of the time limit if asked to, other systems SIGHUP.
 
     Attributes:
-        lead: seconds before ``SLURM_JOB_END_TIME`` at which it is time; what a save takes is to be set here.
+        lead: seconds before ``SLURM_JOB_END_TIME`` at which it is time; at most a quarter of those left in the beginning count.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -250,11 +195,12 @@ class StopRequest:
         self.lead = 60.0
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._end = float(end) if end.isdigit() else float("inf")
+        self._most = max(0.0, self._end - time.time()) / 4
 
     @property
     def received(self) -> str | None:
         """Name of the signal that came, or ``the time limit``; None: go on."""
-        return self._asked or ("the time limit" if time.time() > self._end - self.lead else None)
+        return self._asked or ("the time limit" if time.time() > self._end - min(self.lead, self._most) else None)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else

@@ -49,13 +49,15 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):
             if self._last is not None and time.monotonic() - self._last > self.limit:
+                last = self._last
                 self._tell()
                 time.sleep(GRACE)
-                os._exit(EXIT_CODE)
+                if self._last == last and not self._over.is_set():  # else it was slow, not stuck
+                    os._exit(EXIT_CODE)
 
     def _tell(self) -> None:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        lines = [f"no progress for {self.limit / 60:g} minutes (run.watchdog); the stacks of all threads, then the end"]
+        lines = [f"no progress for {self.limit / 60:g} minutes (run.watchdog); the end in {GRACE:g} s; all threads:"]
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines.append(f"thread {names.get(ident, ident)}, innermost call last:")

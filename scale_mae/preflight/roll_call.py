@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
 from scale_mae.config import UserError
-from scale_mae.engine.distributed import hosts, rank_and_size, tasks_here
+from scale_mae.launcher import hosts, rank_and_size, tasks_here
 
 T = TypeVar("T")
 GRACE = 15.0  # seconds that others wait for rank 0 after it has stopped waiting for them

@@ -20,7 +20,8 @@ from typing import Any
 
 from scale_mae.config import UserError
 from scale_mae.doctor import report as print_findings
-from scale_mae.engine.distributed import own_device, rank_and_size, world
+from scale_mae.engine.distributed import own_device, world
+from scale_mae.launcher import rank_and_size
 from scale_mae.preflight import judge, measure
 from scale_mae.preflight.command import Demands
 from scale_mae.preflight.roll_call import GRACE, LostError, Outcome, RollCall, expected, node_name, within

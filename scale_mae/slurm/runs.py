@@ -87,7 +87,7 @@ def _state(run: Path) -> str:
         live = queued(run)
         if live:
             number, (state, reason) = next(iter(live.items()))
-            stopping = ", stopping" if (run / FOLDER / STOP).exists() else ""
+            stopping = ", stopping" if str(number) in _lines(run / FOLDER / STOP) else ""
             if state == "PENDING":
                 return f"waiting (job {number}: {reason})"
             return f"{state.lower()} (job {number}{stopping})"
@@ -115,6 +115,13 @@ def _last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
 def _count(path: Path, text: str) -> int:
     try:
         with open(path, errors="replace") as file:
@@ -134,7 +141,8 @@ def cancel(run: Path) -> str:
     except SubmitError:
         live = {}
     if live:
-        (run / FOLDER / STOP).touch()
+        with (run / FOLDER / STOP).open("a") as file:
+            file.write("".join(f"{number}\n" for number in live))
         running = [number for number, (state, _) in live.items() if state == "RUNNING"]
         others = [number for number in live if number not in running]
         if others:

@@ -59,6 +59,20 @@ class ContainerConfig(Section):
             return None
         return self.runtime or ("apptainer" if self.image.endswith(".sif") else "pyxis")
 
+    @property
+    def path(self) -> str:
+        """The image; a file by its whole path, without which pyxis would look for it in a registry.
+
+        Raises:
+            SiteError: a file that is not there.
+        """
+        assert self.image
+        if not self.image.endswith((".sif", ".sqsh")):
+            return self.image
+        if not Path(self.image).is_file():
+            raise SiteError(f"container image {self.image}: no such file")
+        return str(Path(self.image).absolute())
+
 
 class Site(Section):
     """Where jobs run and how they are started."""
@@ -95,7 +109,7 @@ class Site(Section):
     """Further options of srun. By default each process is bound to cores of one socket, in the order of the GPUs."""
     container: ContainerConfig = ContainerConfig()
     """The image that the processes run in."""
-    env: dict[str, str | int] = Field(default_factory=dict)
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | int | float] = Field(default_factory=dict)
     """Variables of every process."""
     setup: str = ""
     """Lines of shell at the start of a job."""
@@ -143,7 +157,8 @@ def load_site(run_dir: Path, options: Mapping[str, Any]) -> Site:
         raise SiteError(f"{path}: a site file is a mapping of keys, not {type(tree).__name__}")
     given = {key: value for key, value in options.items() if value is not None}
     if image := given.pop("image", None):
-        tree["container"] = {**(tree.get("container") or {}), "image": image}
+        before = tree.get("container")
+        tree["container"] = {**(before if isinstance(before, dict) else {}), "image": image}
     try:
         site = Site.model_validate({k: v for k, v in tree.items() if v is not None} | given)
         least, most = site.node_range

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -15,7 +17,8 @@ from scale_mae.slurm.site import Site, seconds
 
 CLUSTER = PACKAGE / "cluster" if (PACKAGE / "cluster").is_dir() else PACKAGE.parent / "cluster"
 FOLDER = "slurm"  # of a run directory
-JOBS, STOP, SCRIPT = "jobs", "stop", "job.sh"
+STOP, SCRIPT = "stop", "job.sh"
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LEAD = 120  # seconds before the time limit at which Slurm warns a run whose saves have not been measured
 SAVED = re.compile(r" saved .* in ([\d.]+) s")
 # Variables that a job has unless its environment or the site says otherwise.
@@ -25,6 +28,15 @@ ENVIRONMENT = {
     "PYTHONFAULTHANDLER": "1",
     "PYTHONUNBUFFERED": "1",
 }
+
+
+# Python puts the folder of a script before all others, and with -m the present one, where another scale_mae may lie.
+RUN_PY = """\
+import runpy
+
+runpy.run_module("scale_mae", run_name="__main__", alter_sys=True)
+"""
+PAUSE = 60
 
 
 class SubmitError(UserError):
@@ -58,6 +70,8 @@ def prepare(config: Config, site: Site) -> Job:
         UserError: a batch that does not divide, another config in the run directory, or a wrong DeepSpeed file.
     """
     run_dir = Path(config.run.dir).absolute()
+    if odd := re.search(r"[%\\\n|]", str(run_dir)):
+        raise SubmitError(f"run.dir={run_dir}: Slurm gives {odd[0]!r} in the name of a file a meaning; choose another run.dir")
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
     config.deepspeed_json()
     counts = node_counts(config, site)
@@ -112,20 +126,23 @@ def render(config: Config, site: Site, counts: list[int]) -> str:
     """The job script."""
     run_dir = Path(config.run.dir)
     values = {
-        "directives": "\n".join(f"#SBATCH {option}" for option in _directives(run_dir, site)),
+        "directives": "\n".join(f"#SBATCH {option}" for option in _directives(run_dir, site, counts)),
         "script": shlex.quote(str(script_path(run_dir))),
         "run": shlex.quote(str(run_dir)),
         "requeue": str(site.requeue).lower(),
         "preflight": str(site.preflight).lower(),
         "exclude": str(site.exclude_bad_nodes).lower(),
         "vain": str(site.vain_restarts),
+        "pause": str(PAUSE),
+        # no one else can have put something there: the name cannot be guessed, and a container has /tmp and little else
+        "cache": f"{'/tmp' if site.container.kind else '${SLURM_TMPDIR:-${TMPDIR:-/tmp}}'}/scale-mae-{secrets.token_hex(8)}",
         "preflight_options": _preflight_options(config, site),
         "node_counts": " ".join(map(str, counts)),
         "setup": site.setup.rstrip(),
         "environment": _environment(site),
         "tasks": str(site.tasks_per_node),
-        "srun": "".join(f" {shlex.quote(option)}" for option in [*site.srun, *_pyxis(run_dir, site)]),
-        "inside": shlex.join([*_apptainer(run_dir, site), *_python(site), "-m", "scale_mae"]),
+        "srun": "".join(f" {shlex.quote(option)}" for option in [*_cores(site), *site.srun, *_pyxis(config, site)]),
+        "inside": shlex.join([*_apptainer(config, site), "python3" if site.container.kind else sys.executable]),
     }
     return re.sub(r"@(\w+)@", lambda found: values[found[1]], (CLUSTER / SCRIPT).read_text())
 
@@ -135,11 +152,11 @@ def _preflight_options(config: Config, site: Site) -> str:
     return "".join(f" {shlex.quote(option)}" for option in [*local, *site.preflight_options])
 
 
-def _directives(run_dir: Path, site: Site) -> list[str]:
+def _directives(run_dir: Path, site: Site, counts: list[int]) -> list[str]:
     quoted = shlex.quote
     options = [
         f"--job-name={quoted(run_dir.name)}",
-        f"--nodes={site.nodes}",
+        f"--nodes={min(counts)}-{max(counts)}" if len(counts) > 1 else f"--nodes={counts[0]}",
         f"--ntasks-per-node={site.tasks_per_node}",
         *(f"--{key.replace('_', '-')}={value}" for key in ("gpus_per_node", "cpus_per_task") if (value := getattr(site, key))),
         f"--time={site.time}",
@@ -155,32 +172,36 @@ def _directives(run_dir: Path, site: Site) -> list[str]:
 
 def _environment(site: Site) -> str:
     lines = [f'export {key}="${{{key}:-{value}}}"' for key, value in ENVIRONMENT.items() if key not in site.env]
+    if site.container.kind:  # what the host's Python has is not for the image's
+        lines = ["unset PYTHONPATH", "export PYTHONNOUSERSITE=1", *lines]
     return "\n".join(lines + [f"export {key}={shlex.quote(str(value))}" for key, value in site.env.items()])
 
 
-def _mounts(run_dir: Path, site: Site) -> list[str]:
-    own = dict.fromkeys([str(run_dir), str(Path.cwd())])
+def _cores(site: Site) -> list[str]:
+    # said again to srun, which since Slurm 22.05 does not take it from the job
+    return [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []
+
+
+def _mounts(config: Config, site: Site) -> list[str]:
+    local = [config.checkpoint.local_dir] if config.checkpoint.local_dir else []
+    own = dict.fromkeys([config.run.dir, str(Path.cwd()), *local])
     return [mount if ":" in mount else f"{mount}:{mount}" for mount in [*own, *site.container.mounts]]
 
 
-def _pyxis(run_dir: Path, site: Site) -> list[str]:
+def _pyxis(config: Config, site: Site) -> list[str]:
     # said to srun, not to sbatch: as options of a whole job they would not reach every step
     if site.container.kind != "pyxis":
         return []
-    mounts = ",".join(_mounts(run_dir, site))
-    return [f"--container-image={site.container.image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+    mounts, image = ",".join(_mounts(config, site)), site.container.path
+    return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
-def _apptainer(run_dir: Path, site: Site) -> list[str]:
+def _apptainer(config: Config, site: Site) -> list[str]:
     if site.container.kind != "apptainer":
         return []
-    binds = [word for mount in _mounts(run_dir, site) for word in ("--bind", mount)]
+    binds = [word for mount in _mounts(config, site) for word in ("--bind", mount)]
     gpus = ["--nv"] if site.gpus_per_node else []
-    return ["apptainer", "exec", *gpus, *binds, "--pwd", str(Path.cwd()), str(site.container.image)]
-
-
-def _python(site: Site) -> list[str]:
-    return ["python3"] if site.container.kind else [sys.executable]
+    return ["apptainer", "exec", *gpus, *binds, "--pwd", str(Path.cwd()), site.container.path]
 
 
 def set_aside(job: Job) -> Path:
@@ -195,6 +216,7 @@ def set_aside(job: Job) -> Path:
         shutil.rmtree(folder / "code", ignore_errors=True)
         package, ignored = folder / "code" / "scale_mae", shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE, package, ignore=ignored)
+        (folder / "code" / "run.py").write_text(RUN_PY)
         for extra in (SHIPPED, CLUSTER):  # in an installed package they are inside already
             shutil.copytree(extra, package / extra.name, ignore=ignored, dirs_exist_ok=True)
         (folder / "config.yaml").write_text(_own_deepspeed(job.config, folder).to_yaml())
@@ -233,44 +255,45 @@ def submit(job: Job, chain: int = 1) -> list[int]:
     submitted: list[int] = []
     for place in range(1, chain + 1):
         after = [f"--dependency=afterany:{submitted[-1]}"] if submitted else []
-        said = call("sbatch", "--parsable", *after, str(script), f"{place}/{chain}")
+        try:
+            said = call("sbatch", "--parsable", *after, str(script), f"{place}/{chain}", env=_clean_environment())
+        except SubmitError as error:
+            before = f"; {', '.join(map(str, submitted))} of the chain are in the queue" if submitted else ""
+            raise SubmitError(f"{error}{before}") from None
         submitted.append(int(said.split(";")[0]))
-        (job.run_dir / FOLDER / JOBS).write_text("".join(f"{number}\n" for number in submitted))
     return submitted
 
 
-def jobs(run_dir: Path) -> list[int]:
-    """Numbers of the jobs that the run was last submitted as."""
-    try:
-        return [int(line) for line in (run_dir / FOLDER / JOBS).read_text().split()]
-    except OSError:
-        return []
+def _clean_environment() -> dict[str, str]:
+    """Without what an allocation or a launcher around this process left, and what would go before the script's own options."""
+    kept = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")
+    ours = ("SLURM_", "SRUN_", "SBATCH_")
+    return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith(ours) or k in RANK_VARIABLES)}
 
 
 def queued(run_dir: Path) -> dict[int, tuple[str, str]]:
-    """Those of them that Slurm still knows: their states and why they wait.
+    """The jobs of a run that are in the queue, however they were submitted: their states and why they wait.
 
     Raises:
         SubmitError: there is no Slurm here, or it does not answer.
     """
-    numbers = jobs(run_dir)
-    if not numbers:
-        return {}
-    # without --jobs: for one that is long gone squeue would fail
-    lines = call("squeue", "--noheader", "--me", "--format=%i|%T|%r").splitlines()
-    found = (line.split("|", 2) for line in lines)
-    live = {int(i): (state, reason) for i, state, reason in found if i.isdigit()}
-    return {number: live[number] for number in numbers if number in live}
+    script = str(script_path(run_dir.absolute()))
+    found: dict[int, tuple[str, str]] = {}
+    for line in call("squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o").splitlines():
+        number, state, reason, command = line.split("|", 3)
+        if number.isdigit() and (command == script or command.startswith(f"{script} ")):
+            found[int(number)] = (state, reason)
+    return found
 
 
-def call(*command: str) -> str:
+def call(*command: str, env: dict[str, str] | None = None) -> str:
     """What one of Slurm's commands prints.
 
     Raises:
         SubmitError: it is not there, or fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         raise SubmitError(f"{command[0]} is not on the PATH: no Slurm here? (pretrain runs without one)") from None
     except subprocess.TimeoutExpired:

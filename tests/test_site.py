@@ -221,6 +221,7 @@ def test_without_slurm_the_commands_say_so(folder, monkeypatch, capsys):
     assert "squeue is not on the PATH" in capsys.readouterr().err
     assert main(["status", "absent"]) == 2
     assert "absent: no run directory here" in capsys.readouterr().err
+    set_aside(prepare(load_config("debug", {"run.dir": "run"}), Site()))
     assert main(["status", "run"]) == 0
     assert "not started" in capsys.readouterr().out
     assert main(["cancel", "run"]) == 2

@@ -76,7 +76,7 @@ class Format:
         whole: the decoder too, compared by loss and prediction; else the encoder, by tokens and embedding.
         images: computed at once when it is verified.
         write: makes the file or folder.
-        outputs: what it computes.
+        outputs: what it computes; None where every tensor is compared to the bit instead, which says more.
         tensors: what is in it, and the same read back from it, under the same names; None where it cannot be read back.
         copies: how often its values lie on the disk while it is written.
     """
@@ -86,7 +86,7 @@ class Format:
     whole: bool
     images: int
     write: Callable[[Source, Path], None]
-    outputs: Callable[[Source, Path, Probe], Outputs]
+    outputs: Callable[[Source, Path, Probe], Outputs] | None
     tensors: Callable[[Source, Path], Tensors] | None
     copies: int = 1
 
@@ -123,8 +123,9 @@ def _write_state_dict(source: Source, target: Path) -> None:
         write_folder(target, source.exported, source.metadata, source.max_bytes)
 
 
-def _state_dict(source: Source, target: Path, probe: Probe) -> Outputs:
-    return _mae_with(source, map_tensors(target), probe)
+def _state_dict_tensors(source: Source, target: Path) -> tuple[Mapping[str, Lazy], Mapping[str, Tensor]]:
+    TensorFiles(target)  # it is what safetensors takes for a file of its own
+    return source.exported, map_tensors(target)
 
 
 def _mae_with(source: Source, weights: Mapping[str, Tensor], probe: Probe) -> Outputs:
@@ -207,9 +208,7 @@ FORMATS: dict[str, Format] = {
     "vit_mae": Format(None, True, True, 1, _write_huggingface("vit_mae"), _huggingface, _huggingface_tensors("vit_mae")),
     "vit": Format(None, True, False, 1, _write_huggingface("vit"), _huggingface, _huggingface_tensors("vit")),
     "mae": Format(".pth", False, True, 1, _write_mae, _mae, lambda s, target: (s.exported, _mae_tensors(target)), copies=2),
-    "state_dict": Format(
-        SAFETENSORS, True, True, 1, _write_state_dict, _state_dict, lambda s, target: (s.exported, TensorFiles(target))
-    ),
+    "state_dict": Format(SAFETENSORS, True, True, 1, _write_state_dict, None, _state_dict_tensors),
     "onnx": Format(".onnx", False, False, 3, write_onnx, onnx_outputs, None),
     "torch_export": Format(".pt2", False, False, 3, write_torch_export, torch_export_outputs, torch_export_tensors),
 }

@@ -22,7 +22,7 @@ from scale_mae import outcome
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import UserError
 from scale_mae.lock import holder
-from scale_mae.slurm.submit import FOLDER, STOP, SubmitError, call, queued
+from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
 
 LOG, METRICS, LOCK = "log.txt", "log.jsonl", "run.lock"
 
@@ -83,7 +83,7 @@ def standing(run: Path) -> Standing:
 
 
 def _state(run: Path) -> str:
-    with suppress(SubmitError):  # no Slurm here
+    with suppress(SlurmError):  # no Slurm here
         live = queued(run)
         if live:
             number, (state, reason) = next(iter(live.items()))
@@ -138,7 +138,7 @@ def cancel(run: Path) -> str:
     """
     try:
         live = queued(run)
-    except SubmitError:
+    except SlurmError:
         live = {}
     if live:
         with (run / FOLDER / STOP).open("a") as file:

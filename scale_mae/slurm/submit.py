@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, UserError, saved_config
+from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, saved_config
+from scale_mae.slurm.queue import FOLDER, SCRIPT, STOP, SlurmError, call, clean_environment, queued
 from scale_mae.slurm.site import Site, seconds
 
 CLUSTER = PACKAGE / "cluster" if (PACKAGE / "cluster").is_dir() else PACKAGE.parent / "cluster"
-FOLDER = "slurm"  # of a run directory
-STOP, SCRIPT = "stop", "job.sh"
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LEAD = 120  # seconds before the time limit at which Slurm warns a run whose saves have not been measured
 SAVED = re.compile(r" saved .* in ([\d.]+) s")
 # Variables that a job has unless its environment or the site says otherwise.
@@ -37,10 +33,6 @@ import runpy
 runpy.run_module("scale_mae", run_name="__main__", alter_sys=True)
 """
 PAUSE = 60
-
-
-class SubmitError(UserError):
-    """A job that cannot be submitted."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +63,13 @@ def prepare(config: Config, site: Site) -> Job:
     """
     run_dir = Path(config.run.dir).absolute()
     if odd := re.search(r"[%\\\n|]", str(run_dir)):
-        raise SubmitError(f"run.dir={run_dir}: Slurm gives {odd[0]!r} in the name of a file a meaning; choose another run.dir")
+        raise SlurmError(f"run.dir={run_dir}: Slurm gives {odd[0]!r} in the name of a file a meaning; choose another run.dir")
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
     config.deepspeed_json()
     counts = node_counts(config, site)
     before = saved_config(run_dir / "config.yaml")
     if before and (run_dir / "checkpoints").is_dir() and (differences := before.differences(config)):
-        raise SubmitError(
+        raise SlurmError(
             f"{run_dir} holds a run of another config ({differences[0]}); choose another run.dir or the same values"
         )
     return Job(config, site, render(config, site, counts))
@@ -208,7 +200,7 @@ def set_aside(job: Job) -> Path:
     """Put code, config and script into the run directory; the script.
 
     Raises:
-        SubmitError: it cannot be written.
+        SlurmError: it cannot be written.
     """
     folder = job.run_dir / FOLDER
     try:
@@ -225,7 +217,7 @@ def set_aside(job: Job) -> Path:
         script.chmod(0o755)
         (folder / STOP).unlink(missing_ok=True)
     except OSError as error:
-        raise SubmitError(f"run.dir={job.run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
+        raise SlurmError(f"run.dir={job.run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
     return script
 
 
@@ -244,60 +236,21 @@ def submit(job: Job, chain: int = 1) -> list[int]:
     """Submit a job, or ``chain`` of them that wait for each other; their numbers.
 
     Raises:
-        SubmitError: a job of this run is in the queue already, or Slurm refuses.
+        SlurmError: a job of this run is in the queue already, or Slurm refuses.
     """
     if chain < 1:
-        raise SubmitError(f"--chain {chain}: not a number of jobs")
+        raise SlurmError(f"--chain {chain}: not a number of jobs")
     if live := queued(job.run_dir):
         numbers = ", ".join(map(str, live))
-        raise SubmitError(f"{job.run_dir}: job {numbers} of this run is in the queue; scale-mae cancel it first")
+        raise SlurmError(f"{job.run_dir}: job {numbers} of this run is in the queue; scale-mae cancel it first")
     script = set_aside(job)
     submitted: list[int] = []
     for place in range(1, chain + 1):
         after = [f"--dependency=afterany:{submitted[-1]}"] if submitted else []
         try:
-            said = call("sbatch", "--parsable", *after, str(script), f"{place}/{chain}", env=_clean_environment())
-        except SubmitError as error:
+            said = call("sbatch", "--parsable", *after, str(script), f"{place}/{chain}", env=clean_environment())
+        except SlurmError as error:
             before = f"; {', '.join(map(str, submitted))} of the chain are in the queue" if submitted else ""
-            raise SubmitError(f"{error}{before}") from None
+            raise SlurmError(f"{error}{before}") from None
         submitted.append(int(said.split(";")[0]))
     return submitted
-
-
-def _clean_environment() -> dict[str, str]:
-    """Without what an allocation or a launcher around this process left, and what would go before the script's own options."""
-    kept = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")
-    ours = ("SLURM_", "SRUN_", "SBATCH_")
-    return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith(ours) or k in RANK_VARIABLES)}
-
-
-def queued(run_dir: Path) -> dict[int, tuple[str, str]]:
-    """The jobs of a run that are in the queue, however they were submitted: their states and why they wait.
-
-    Raises:
-        SubmitError: there is no Slurm here, or it does not answer.
-    """
-    script = str(script_path(run_dir.absolute()))
-    found: dict[int, tuple[str, str]] = {}
-    for line in call("squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o").splitlines():
-        number, state, reason, command = line.split("|", 3)
-        if number.isdigit() and (command == script or command.startswith(f"{script} ")):
-            found[int(number)] = (state, reason)
-    return found
-
-
-def call(*command: str, env: dict[str, str] | None = None) -> str:
-    """What one of Slurm's commands prints.
-
-    Raises:
-        SubmitError: it is not there, or fails.
-    """
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        raise SubmitError(f"{command[0]} is not on the PATH: no Slurm here? (pretrain runs without one)") from None
-    except subprocess.TimeoutExpired:
-        raise SubmitError(f"{command[0]} gave no answer in 60 s; is the Slurm controller up?") from None
-    if done.returncode:
-        raise SubmitError(f"{command[0]}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
-    return done.stdout

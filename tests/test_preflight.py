@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from slurm_cluster import SlurmCluster
 
-from scale_mae.preflight import judge, measure, roll_call, run
+from scale_mae.preflight import command, judge, measure, roll_call, run
 from scale_mae.preflight.command import Demands
 from scale_mae.preflight.measure import Gpu, Seen
 from scale_mae.preflight.roll_call import LostError, Outcome, RollCall, within
@@ -312,6 +314,36 @@ def test_a_gpu_slower_than_the_others_is_named():
     shared_machines = judge.Report(["a", "b", "c"])
     judge.arithmetic(shared_machines, speeds, on_gpu=False)
     assert shared_machines.fit
+
+
+@pytest.mark.parametrize(
+    ("speeds", "min_mbps", "bad", "levels"),
+    [
+        ([(90, 900)] * 4, None, [], ["ok"]),
+        ([(8, 9), (7, 9), (8, 8), (15, 30)], None, [], ["note"]),  # many nodes share what there is
+        ([(8, 9)], None, [], ["note"]),
+        ([(90, 5000), (90, 5000), (90, 40)], None, [], ["note"]),  # others read from a cache
+        ([(600, 5000), (600, 5000), (90, 90)], None, [], ["ok"]),
+        ([(90, 900), (90, 900), (9, 9)], None, ["n2"], ["problem"]),
+        ([(90, 900), (90, 900), (9, 900)], None, ["n2"], ["problem"]),
+        ([(90, 900), (90, 900), (9, 9)], 5, [], ["ok"]),
+        ([(90, 900), (90, 900), (45, 900)], 50, ["n2"], ["problem"]),
+        ([(8, 9)] * 4, 50, [], ["problem"]),
+    ],
+)
+def test_slow_storage_is_a_problem_where_a_speed_is_wanted_or_one_node_is_apart(speeds, min_mbps, bad, levels):
+    report = judge.Report([f"n{n}" for n in range(len(speeds))])
+    written = {node: Outcome(measure.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)}
+    judge.shared_directory(report, written, [], "runs", min_mbps)
+    assert (report.bad, [finding.level for finding in report.findings]) == (bad, levels)
+    assert report.figures["n0"] == {"write_mbps": speeds[0][0], "read_mbps": speeds[0][1]}
+
+
+def test_no_speed_of_storage_is_wanted_unless_given():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert parser.parse_args(["--run-dir=runs"]).min_mbps is None is Demands(Path("runs")).min_mbps
+    assert parser.parse_args(["--run-dir=runs", "--min-mbps=50"]).min_mbps == 50
 
 
 def test_what_the_driver_knows_against_a_gpu(monkeypatch):

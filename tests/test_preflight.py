@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +21,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from slurm_cluster import SlurmCluster
 
-from scale_mae.preflight import judge, measure, roll_call, run
+from scale_mae.preflight import command, judge, measure, roll_call, run
 from scale_mae.preflight.command import Demands
 from scale_mae.preflight.measure import Gpu, Seen
-from scale_mae.preflight.roll_call import Outcome, within
+from scale_mae.preflight.roll_call import LostError, Outcome, RollCall, within
 
 PREFLIGHT = [sys.executable, "-m", "scale_mae", "preflight", "--need-gb=0.1", "--min-mbps=1"]
 H100 = [Gpu(f"uuid-{n}", "H100", 80 * 2**30) for n in range(8)]
@@ -313,6 +316,36 @@ def test_a_gpu_slower_than_the_others_is_named():
     assert shared_machines.fit
 
 
+@pytest.mark.parametrize(
+    ("speeds", "min_mbps", "bad", "levels"),
+    [
+        ([(90, 900)] * 4, None, [], ["ok"]),
+        ([(8, 9), (7, 9), (8, 8), (15, 30)], None, [], ["note"]),  # many nodes share what there is
+        ([(8, 9)], None, [], ["note"]),
+        ([(90, 5000), (90, 5000), (90, 40)], None, [], ["note"]),  # others read from a cache
+        ([(600, 5000), (600, 5000), (90, 90)], None, [], ["ok"]),
+        ([(90, 900), (90, 900), (9, 9)], None, ["n2"], ["problem"]),
+        ([(90, 900), (90, 900), (9, 900)], None, ["n2"], ["problem"]),
+        ([(90, 900), (90, 900), (9, 9)], 5, [], ["ok"]),
+        ([(90, 900), (90, 900), (45, 900)], 50, ["n2"], ["problem"]),
+        ([(8, 9)] * 4, 50, [], ["problem"]),
+    ],
+)
+def test_slow_storage_is_a_problem_where_a_speed_is_wanted_or_one_node_is_apart(speeds, min_mbps, bad, levels):
+    report = judge.Report([f"n{n}" for n in range(len(speeds))])
+    written = {node: Outcome(measure.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)}
+    judge.shared_directory(report, written, [], "runs", min_mbps)
+    assert (report.bad, [finding.level for finding in report.findings]) == (bad, levels)
+    assert report.figures["n0"] == {"write_mbps": speeds[0][0], "read_mbps": speeds[0][1]}
+
+
+def test_no_speed_of_storage_is_wanted_unless_given():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert parser.parse_args(["--run-dir=runs"]).min_mbps is None is Demands(Path("runs")).min_mbps
+    assert parser.parse_args(["--run-dir=runs", "--min-mbps=50"]).min_mbps == 50
+
+
 def test_what_the_driver_knows_against_a_gpu(monkeypatch):
     errors = {name: type(name, (Exception,), {}) for name in ("NVMLError_NotSupported", "NVMLError_NoPermission")}
 
@@ -335,6 +368,87 @@ def test_what_the_driver_knows_against_a_gpu(monkeypatch):
     assert [word in line for word, line in zip(("3 uncorrected", "waits for a reset", "process 1", "25%"), told, strict=True)]
     nvml.nvmlDeviceGetRemappedRows = no_rows
     assert len(list(measure.nvml_troubles("1234"))) == 3
+
+
+class Evil:
+    """Unpickled, makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The only process of a job, whose store any test may write to."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    return RollCall(1.0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_strangers_post_runs_no_code_and_is_no_answer(call, rank, tmp_path):
+    call.size = 2
+    call.rank = rank
+    call.store.set(f"clocks/{1 - rank}", pickle.dumps(Evil(tmp_path / "evil")))
+    call.store.set("clocks/judgement", pickle.dumps(Evil(tmp_path / "evil")))
+    if rank == 0:
+        assert call.settle("clocks", 1.5, (float, list[int]), list, 1.0) == [0]
+    else:
+        with pytest.raises(LostError, match="malformed"):
+            call.settle("clocks", 1.5, (float, bool), bool, 1.0)
+    assert not (tmp_path / "evil").exists()
+
+
+LOCAL = run.Local(
+    Outcome(Seen(tuple(H100), ("used by process 1",))),
+    Outcome(None, "no end in 20 s"),
+    Outcome(measure.Written("a.bin", b"\x00\xff", 100.0, 2.5)),
+    None,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (LOCAL, run.Local),
+        (run.Local(Outcome(None), Outcome(measure.Product((), 1.0)), None, Outcome({"/tmp": 1})), run.Local),
+        (Outcome(None), Outcome[float | None]),
+        (Outcome(1.5), Outcome[float | None]),
+        (Outcome(None, "disk full"), Outcome[None]),
+        ((1, ["node1"]), tuple[int, list[str]]),
+    ],
+)
+def test_what_is_posted_arrives_as_it_was(call, value, kind):
+    assert call.leave(value, kind, [0]) == {0: value}
+
+
+@pytest.mark.parametrize(
+    ("posted", "kind"),
+    [
+        ("", str),
+        ("\udcff".encode(errors="surrogateescape"), str),
+        ("[" * 100_000, list[str]),
+        ("1", bool),
+        ("true", int),
+        ("1.5", int),
+        ("NaN", float),
+        ("1" + "0" * 400, float),
+        ('["a", 1]', list[str]),
+        ("[1]", tuple[int, list[str]]),
+        ('{"value": 1.5}', Outcome[float]),
+        ('{"value": "1.5", "error": ""}', Outcome[float]),
+        ('{"value": 1.5, "error": "", "more": 1}', Outcome[float]),
+        ('{"value": {"name": "a", "head": "xy", "write_mbps": 1, "read_mbps": 1}, "error": ""}', Outcome[measure.Written]),
+        ("null", run.Local),
+    ],
+)
+def test_what_is_not_of_the_type_is_no_answer(call, posted, kind):
+    call.size = 2
+    call.store.set("left/1", posted)
+    assert call.leave("", kind, [1]) == {}
 
 
 def test_an_action_has_a_limited_time():

@@ -17,7 +17,7 @@ class Demands:
         run_dir: directory that all nodes share.
         local_dir: of each node, for checkpoints that are published later.
         need_gb: free space wanted in both, in GB.
-        min_mbps: of ``run_dir``, writing and reading, in MB/s.
+        min_mbps: of ``run_dir``, writing and reading on all nodes at once, in MB/s; None: what is slow is told, and no problem.
         min_gbps: between two nodes, each way, in GB/s.
         timeout: seconds until every process must have come.
         as_json: print one JSON object.
@@ -26,7 +26,7 @@ class Demands:
     run_dir: Path
     local_dir: Path | None = None
     need_gb: float = 20.0
-    min_mbps: float = 50.0
+    min_mbps: float | None = None
     min_gbps: float = 0.0
     timeout: float = 60.0
     as_json: bool = False
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run-dir", required=True, type=Path, metavar="DIR", help="shared by all nodes")
     add("--local-dir", type=Path, metavar="DIR", help="of each node (checkpoint.local_dir)")
     add("--need-gb", type=float, default=20.0, metavar="GB", help="free in both (default: %(default)g)")
-    add("--min-mbps", type=float, default=50.0, metavar="MB/S", help="of the run directory (default: %(default)g)")
+    add(
+        "--min-mbps", type=float, metavar="MB/S", help="of the run directory, each of all nodes at once (default: compare only)"
+    )
     add("--min-gbps", type=float, default=0.0, metavar="GB/S", help="between two nodes, each way (default: compare only)")
     add("--timeout", type=float, default=60.0, metavar="S", help="for all processes to come (default: %(default)g)")
     add("--json", action="store_true", dest="as_json", help="for programs")

@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scale_mae.config import UserError
 from scale_mae.doctor import report as print_findings
@@ -26,6 +26,7 @@ from scale_mae.preflight import judge, measure
 from scale_mae.preflight.command import Demands
 from scale_mae.preflight.roll_call import GRACE, LostError, Outcome, RollCall, expected, node_name, within
 
+V = TypeVar("V")
 CHECK = 20.0  # seconds that one check of one process may take
 
 
@@ -87,7 +88,9 @@ class _Run:
             self.report.nodes = [came.get(rank, "") for rank in range(self.call.size)]
             return self.report.nodes[:]
 
-        self.nodes = self.call.settle("arrived", self.node, take, self.demands.timeout)
+        self.nodes = self.call.settle("arrived", self.node, (str, list[str]), take, self.demands.timeout)
+        if len(self.nodes) != self.call.size or self.nodes[self.call.rank] not in (self.node, ""):
+            raise LostError("its list of nodes is not of this job")
         self.missing = [rank for rank, node in enumerate(self.nodes) if not node]
         if self.missing:
             judge.absent(self.report, self.missing, expected(), f"did not come in {self.demands.timeout:g} s")
@@ -102,7 +105,7 @@ class _Run:
     def look(self, seen: Outcome[measure.Seen]) -> bool:
         """The clocks, read when all have just been told to go on; then what each finds alone. Whether to connect."""
         stamp = time.time()
-        if not self._settle("clocks", stamp, lambda all_: judge.clocks(self.report, self._by_node(all_)), GRACE):
+        if not self._settle("clocks", stamp, float, lambda all_: judge.clocks(self.report, self._by_node(all_)), GRACE):
             return False
         demands = self.demands
         places = {"run-dir": demands.run_dir, "/tmp": Path("/tmp"), "/dev/shm": Path("/dev/shm")}
@@ -113,7 +116,8 @@ class _Run:
         try:
             written = within(CHECK, lambda: measure.write_and_read(file)) if self.first else None
             free = within(CHECK, lambda: measure.room(places)) if self.first else None
-            return self._settle("local checks", Local(seen, product, written, free), self._judge_local, 3 * CHECK + GRACE)
+            local = Local(seen, product, written, free)
+            return self._settle("local checks", local, Local, self._judge_local, 3 * CHECK + GRACE)
         finally:
             if self.first:
                 within(CHECK, lambda: file.unlink(missing_ok=True))
@@ -147,7 +151,7 @@ class _Run:
             self.report.blame(failed, "look at its network", "look at the network, firewalls and GLOO_SOCKET_IFNAME")
             return not failed
 
-        return self._settle("connections", error, take, self.demands.timeout + GRACE)
+        return self._settle("connections", error, str, take, self.demands.timeout + GRACE)
 
     def pair(self) -> bool:
         """Transfers between the first ranks of nodes, in rounds, so that each node meets two others."""
@@ -159,11 +163,11 @@ class _Run:
             if not self._round(f"transfers, round {number}", ranks, speeds, errors):
                 return False
 
-        def take(_: list[Any]) -> bool:
+        def take(_: list[bool]) -> bool:
             judge.pairs(self.report, speeds, errors, self.demands.min_gbps)
             return not errors
 
-        return self._settle("transfers", None, take, GRACE)
+        return self._settle("transfers", True, bool, take, GRACE)
 
     def _round(
         self, stage: str, pairs: list[tuple[int, int]], speeds: dict[str, list[float]], errors: dict[tuple[str, str], str]
@@ -179,7 +183,7 @@ class _Run:
                 if reasons:
                     errors[names] = reasons[0]
 
-        return self._settle(stage, mine, take, CHECK + GRACE)
+        return self._settle(stage, mine, Outcome[float | None], take, CHECK + GRACE)
 
     def reduce(self) -> bool:
         """Bandwidth of the collective that training lives on."""
@@ -191,7 +195,7 @@ class _Run:
         def take(all_: list[Outcome[float]]) -> None:
             judge.all_reduce(self.report, all_, measure.transfer_bytes(self.device))
 
-        return self._settle("all-reduce", mine, take, CHECK + GRACE)
+        return self._settle("all-reduce", mine, Outcome[float], take, CHECK + GRACE)
 
     def end(self, held: ExitStack) -> int:
         """Print, name bad nodes in a file, and leave."""
@@ -201,12 +205,12 @@ class _Run:
             self._print()
             self.call.tell("end", (code, bad))
         else:
-            code, bad = self.call.hear("end")
+            code, bad = self.call.hear("end", tuple[int, list[str]])
         _leave_in_time(held, code)
         # rank 0's node may be one that cannot write
         writer = next((rank for rank, node in enumerate(self.nodes) if node and node not in bad), 0)
-        outcome = within(CHECK / 2, lambda: _name_bad(self.demands, bad)) if writer == self.call.rank else None
-        left = self.call.leave(outcome, [rank for rank in range(self.call.size) if rank not in self.missing])
+        outcome = within(CHECK / 2, lambda: _name_bad(self.demands, bad)) if writer == self.call.rank else Outcome(None)
+        left = self.call.leave(outcome, Outcome[None], [rank for rank in range(self.call.size) if rank not in self.missing])
         if self.call.rank == 0:
             written = left.get(writer)
             if written is None or written.error:
@@ -227,19 +231,19 @@ class _Run:
             print(f"bad nodes, named in {self.demands.bad_nodes}: {' '.join(report.bad)}")
         sys.stdout.flush()
 
-    def _settle(self, stage: str, value: Any, take: Callable[[list[Any]], bool | None], seconds: float) -> bool:
+    def _settle(self, stage: str, value: V, kind: type[V], take: Callable[[list[V]], bool | None], seconds: float) -> bool:
         """Rank 0 takes all values in; whether to go on, which is no when a process is missing."""
 
-        def judge_all(came: dict[int, Any]) -> bool:
+        def judge_all(came: dict[int, V]) -> bool:
             self.missing = [rank for rank in range(self.call.size) if rank not in came]
             if self.missing:
                 judge.absent(self.report, self.missing, {}, f"no answer in {seconds:g} s ({stage})")
                 return False
             return take([came[rank] for rank in range(self.call.size)]) is not False
 
-        return self.call.settle(stage, value, judge_all, seconds)
+        return self.call.settle(stage, value, (kind, bool), judge_all, seconds)
 
-    def _by_node(self, values: list[Any]) -> dict[str, Any]:
+    def _by_node(self, values: list[V]) -> dict[str, V]:
         """Those of the first rank of each node."""
         return {name: values[self.nodes.index(name)] for name in dict.fromkeys(self.nodes)}
 

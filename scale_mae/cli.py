@@ -7,15 +7,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from scale_mae.checkpoint.command import WEIGHT_COMMANDS, add_weight_commands, warn
 from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight
 from scale_mae.progress import Bar
 from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
 
-WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
 EPILOG = """\
 A RECIPE is a shipped name ({recipes}) or the path of a YAML file.
 A CHECKPOINT is a run directory (its newest good checkpoint) or one checkpoint in it.
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     sub.add_argument("--workers", type=_count, metavar="N", help="processes (default: the cores)")
 
-    _add_weight_commands(add)
+    add_weight_commands(add)
 
     sub = add("reconstruct", "Draw masked | reconstruction | original, one row an image and mask ratio.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -84,28 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_preflight_arguments(add("preflight", text))
     add("schema", "Print the JSON Schema of a recipe, for editors.")
     return parser
-
-
-def _add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Those that turn weights into others, and look at them."""
-    sub = add("convert", "Write a checkpoint as inference weights, verified against it (docs/weights.md).")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="for --to state_dict also a folder of plain DeepSpeed code")
-    sub.add_argument("--to", required=True, choices=WEIGHT_FORMATS, help="timm, vit, onnx, torch_export: the encoder; else all")
-    sub.add_argument("--out", required=True, metavar="PATH", help="a file (.safetensors, .pth, .onnx, .pt2) or a folder")
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights (default: %(default)s)")
-    sub.add_argument("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
-    sub.add_argument("--pool", default="token", choices=["token", "avg"], help="of the encoder (default: %(default)s)")
-    sub.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
-
-    sub = add("init", "Write all weights that a run would begin with: those of a file from anywhere, fitted to a recipe.")
-    sub.add_argument("weights", metavar="WEIGHTS")
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.image_size=448")
-    sub.add_argument("--out", required=True, metavar="FILE.safetensors")
-
-    sub = add("inspect", "Say what a run directory, checkpoint, export or file of weights is, and whether it is sound.")
-    sub.add_argument("path", metavar="PATH")
-    sub.add_argument("--json", action="store_true", help="for programs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,14 +112,6 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of processes")
     return number
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        height, width = (int(side) for side in (text.split("x") if "x" in text else (text, text)))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW in pixels") from None
-    return height, width
 
 
 def _complain(error: UserError) -> None:
@@ -186,10 +156,10 @@ def index(args: argparse.Namespace) -> int:
     with Bar("images") as bar:
         built = build(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
     for problem in built.problems:
-        _warn(problem)
+        warn(problem)
     if causes := built.causes():
         listed = ", ".join(f"{number} {cause}" for cause, number in causes.items())
-        _warn(f"quarantined, never trained on: {listed}; named in {args.out}.quarantined.txt")
+        warn(f"quarantined, never trained on: {listed}; named in {args.out}.quarantined.txt")
     print(f"{args.out}: {len(built)} images, {len(built.classes)} named classes, digest {built.digest}")
     return 0
 
@@ -202,38 +172,8 @@ def pack(args: argparse.Namespace) -> int:
     with Bar("images") as bar:
         packed = pack(args.source, args.out, **options, progress=bar.move)
     for line in packed.left_out:
-        _warn(f"left out {line}")
+        warn(f"left out {line}")
     print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards; data.source={args.out}")
-    return 0
-
-
-def convert(args: argparse.Namespace) -> int:
-    """``scale-mae convert``."""
-    from scale_mae.checkpoint.convert import convert
-
-    options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "max_shard_gb")}
-    print(convert(args.checkpoint, args.to, args.out, **options, warn=_warn))
-    return 0
-
-
-def init(args: argparse.Namespace) -> int:
-    """``scale-mae init``."""
-    from scale_mae.checkpoint.initial import write_initial
-
-    config = load_config(args.recipe, [*args.overrides, f"model.init_from={args.weights}"])
-    print(f"{args.out}: {write_initial(config, args.out, _warn)}")
-    return 0
-
-
-def inspect(args: argparse.Namespace) -> int:
-    """``scale-mae inspect``."""
-    from scale_mae.checkpoint.inspect import inspect, render
-    from scale_mae.checkpoint.store import CheckpointError
-
-    report = inspect(args.path)
-    print(json.dumps(report, indent=2) if args.json else render(report))
-    if report["problem"]:
-        raise CheckpointError(report["problem"])
     return 0
 
 
@@ -243,7 +183,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     from scale_mae.checkpoint.store import locate, read_config, read_manifest
     from scale_mae.evaluate.reconstruct import draw
 
-    checkpoint = locate(args.checkpoint, _warn)
+    checkpoint = locate(args.checkpoint, warn)
     step = read_manifest(checkpoint).step
     print(draw(load_mae(checkpoint), read_config(checkpoint), args.images, args.out, args.mask_ratio, step))
     return 0
@@ -256,9 +196,9 @@ def knn(args: argparse.Namespace) -> int:
     from scale_mae.checkpoint.export import load_encoder, untrained_encoder
     from scale_mae.evaluate.knn import knn_accuracy
 
-    encoders = {"trained": load_encoder(args.encoder, _warn)}
+    encoders = {"trained": load_encoder(args.encoder, warn)}
     if args.untrained:
-        encoders["untrained"] = untrained_encoder(args.encoder, _warn)
+        encoders["untrained"] = untrained_encoder(args.encoder, warn)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, encoder in encoders.items():
         encoder.to(device)
@@ -280,18 +220,12 @@ def schema(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warn(message: str) -> None:
-    print(f"scale-mae: warning: {message}", file=sys.stderr)
-
-
 COMMANDS = {
     "pretrain": pretrain,
     **JOB_COMMANDS,
     "index": index,
     "pack": pack,
-    "convert": convert,
-    "init": init,
-    "inspect": inspect,
+    **WEIGHT_COMMANDS,
     "reconstruct": reconstruct,
     "knn": knn,
     "doctor": doctor,

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from scale_mae.checkpoint import store
+from scale_mae.checkpoint.disk import flush
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.data.build import build
 from scale_mae.data.index import NAME, Index, index_of
@@ -37,13 +38,13 @@ def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path |
         run_dir.mkdir(parents=True, exist_ok=True)
         staging = saved.with_suffix(".tmp")
         staging.write_text(config.to_yaml())
-        store.flush(staging)
+        flush(staging)
         staging.rename(saved)
         for name in ("log.txt", "log.jsonl"):
             (run_dir / name).open("a").close()
         for folder in (run_dir, run_dir.parent):
             with suppress(OSError):  # the one above may not be ours to read
-                store.flush(folder)
+                flush(folder)
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
     return store.newest_good(run_dir, notes.append, set_aside=True)

@@ -25,7 +25,9 @@ from types import TracebackType
 from typing import Any
 
 from scale_mae import __version__
+from scale_mae.checkpoint.disk import flush, sha256
 from scale_mae.checkpoint.local import LocalFolder, check_space, lost
+from scale_mae.checkpoint.retention import retained
 from scale_mae.checkpoint.store import (
     FOLDER,
     MANIFEST,
@@ -34,11 +36,8 @@ from scale_mae.checkpoint.store import (
     Manifest,
     checkpoint_name,
     checkpoints,
-    flush,
     move_aside,
     read_manifest,
-    retained,
-    sha256,
     step_of,
 )
 from scale_mae.config import Config, UserError

@@ -6,7 +6,6 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -19,7 +18,7 @@ from torch import Tensor
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
 from scale_mae.checkpoint.publish import publish
-from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest, verify
+from scale_mae.checkpoint.store import Verification, begin, is_ours, locate, read_config, read_manifest
 from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -43,6 +42,7 @@ def convert(
     pool: Pool = "token",
     max_shard_gb: float | None = None,
     warn: Callable[[str], None] = print,
+    begun: Verification | None = None,
 ) -> Path:
     """Write a checkpoint as inference weights. They get their name after a forward pass equalled the checkpoint's.
 
@@ -59,6 +59,7 @@ def convert(
         pool: how an encoder makes one vector of an image: ``token`` or ``avg``.
         max_shard_gb: largest file in a folder of ``state_dict`` (default: 5).
         warn: told of damaged checkpoints that were passed over, and of what a stranger's left out.
+        begun: what :func:`scale_mae.checkpoint.store.begin` gave for ``checkpoint``, while torch was being imported.
 
     Returns:
         ``out``.
@@ -74,18 +75,16 @@ def convert(
         return out
     if FORMATS[to].outputs:
         threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()  # seconds
-    notes: list[str] = []
-    found = locate(path, notes.append, checksums=False)
-    with ThreadPoolExecutor(1, "verify") as thread:  # checksums are taken meanwhile; mostly they are right
-        sound = thread.submit(verify, found)
-        try:
-            export(_open(found, to, dtype, image_size, pool), sound=sound.result)
-        except UserError:
-            if not isinstance(sound.exception(), CheckpointError):
-                raise
-            notes.clear()
-            # another one, or the error that names what is damaged
-            export(_open(locate(path, notes.append), to, dtype, image_size, pool), sound=lambda: None)
+    begun = begun or begin(path)  # checksums are taken meanwhile; mostly they are right
+    notes = begun.notes
+    try:
+        export(_open(begun.checkpoint, to, dtype, image_size, pool), sound=begun.result)
+    except UserError:
+        if not begun.failed():
+            raise
+        notes = []
+        # another one, or the error that names what is damaged
+        export(_open(locate(path, notes.append), to, dtype, image_size, pool), sound=lambda: None)
     for note in notes:
         warn(note)
     return out

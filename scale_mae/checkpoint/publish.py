@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors
 
-from scale_mae.checkpoint.store import flush
+from scale_mae.checkpoint.disk import flush
 from scale_mae.config import UserError
 from scale_mae.lock import alone
 

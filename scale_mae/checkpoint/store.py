@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from scale_mae.checkpoint.disk import sha256
 from scale_mae.config import Config, UserError, load_config
+from scale_mae.data.workers import Threads
 from scale_mae.resources import available_cores
 
 FOLDER = "checkpoints"
@@ -113,41 +113,6 @@ def _holds_checkpoints(path: Path) -> bool:
     return path.name == FOLDER and path.is_dir() and bool(checkpoints(path.parent))
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def retained(steps: list[int], keep: int, keep_every: int | None) -> set[int]:
-    """Which checkpoints stay: the newest ``keep``, and the first of every stretch of ``keep_every`` steps.
-
-    What it drops has no bearing on what it keeps the next time, so it may be applied after every save.
-
-    Args:
-        steps: of all checkpoints.
-        keep: at least 1.
-        keep_every: in steps; the first stretch, before any multiple of it, has none to keep. None: no such ones.
-    """
-    firsts: dict[int, int] = {}
-    for step in sorted(steps) if keep_every else ():
-        firsts.setdefault(step // keep_every, step)  # type: ignore[operator]  # not None here
-    firsts.pop(0, None)
-    return {*sorted(steps)[-keep:], *firsts.values()}
-
-
 def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
@@ -179,16 +144,63 @@ def read_config(checkpoint: Path) -> Config:
         raise CheckpointError(f"{checkpoint}: its config cannot be read ({error})") from None
 
 
+class Verification:
+    """The checksums of a checkpoint, taken in threads from the moment that this is made; no process waits for them to end.
+
+    Attributes:
+        checkpoint: whose.
+        notes: told when it was looked for.
+
+    Raises:
+        CheckpointError: its manifest is damaged.
+    """
+
+    def __init__(self, checkpoint: Path, notes: Sequence[str] = ()) -> None:
+        self.checkpoint, self.notes, self._manifest = checkpoint, list(notes), read_manifest(checkpoint)
+        threads, files = Threads(available_cores(), "checksum"), self._manifest.files
+        self._checks = [threads.submit(_verify_file, checkpoint / name, facts, True) for name, facts in files.items()]
+        threads.finish()
+
+    def result(self) -> Manifest:
+        """Wait for them.
+
+        Raises:
+            CheckpointError: names the first file that is missing or differs.
+        """
+        for check in self._checks:
+            check.result()
+        return self._manifest
+
+    def failed(self) -> bool:
+        """Wait for them; whether any differs."""
+        try:
+            self.result()
+        except CheckpointError:
+            return True
+        return False
+
+
+def begin(path: str | Path) -> Verification:
+    """Find the checkpoint that :func:`locate` would, looking at sizes only, and begin to take its checksums.
+
+    Raises:
+        CheckpointError: nothing there, or damaged.
+    """
+    notes: list[str] = []
+    return Verification(locate(path, notes.append, checksums=False), notes)
+
+
 def verify(checkpoint: Path, *, checksums: bool = True) -> Manifest:
     """Check size and, if so wished, checksum of every file.
 
     Raises:
         CheckpointError: names the first file that is missing or differs.
     """
+    if checksums:
+        return Verification(checkpoint).result()
     manifest = read_manifest(checkpoint)
-    # hashing leaves the interpreter to others; a file a thread
-    with ThreadPoolExecutor(available_cores(), "checksum") as threads:
-        list(threads.map(lambda name: _verify_file(checkpoint / name, manifest.files[name], checksums), manifest.files))
+    for name, facts in manifest.files.items():
+        _verify_file(checkpoint / name, facts, False)
     return manifest
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_mae.checkpoint.disk import sha256
 from scale_mae.checkpoint.facts import FACTS_FILE, METADATA_KEY
-from scale_mae.checkpoint.store import CheckpointError, sha256
+from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.tensor_file import TensorFiles
 from scale_mae.checkpoint.zero_files import reason
 from scale_mae.config import UserError

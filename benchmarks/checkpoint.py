@@ -35,7 +35,7 @@ def run(size: str, run_dir: Path, local: Path | None) -> dict[str, list[float]]:
         "model.image_size": 64,
         "model.decoder_width": 512,
         "model.decoder_heads": 16,
-        "train.duration": f"'{STEPS} steps'",
+        "train.duration": f"{STEPS} steps",
         "checkpoint.every": f"{EVERY} steps",
         "checkpoint.keep": 1,
         "log.every": 1,

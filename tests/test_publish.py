@@ -106,12 +106,12 @@ def test_onnx_with_its_tensors_beside_it_is_whole_at_every_moment(runs, tmp_path
 
 def on_full_disks(run_dir, disk):
     """In a mount namespace of its own: every format on a disk too small, seen before and while it is written; what was said."""
-    told, real = {}, publish._check_space
+    told, real = {}, publish.check_space
     for to in FORMATS:
         out = disk / f"x{SUFFIX.get(to, '')}"
         for seen in (True, False):
             first = []  # others fill the disk between the look at it and the writing
-            publish._check_space = real if seen else lambda *args, first=first: real(*args) if first else first.append(1)
+            publish.check_space = real if seen else lambda *args, first=first: real(*args) if first else first.append(1)
             try:
                 convert(run_dir, to, out)
                 told[f"{to} {seen}"] = "written"

@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any
 
 from scale_mae import __version__
-from scale_mae.checkpoint.disk import flush, sha256
-from scale_mae.checkpoint.local import LocalFolder, check_space, lost
+from scale_mae.checkpoint.disk import check_space, flush, sha256
+from scale_mae.checkpoint.local import LocalFolder, lost
 from scale_mae.checkpoint.retention import retained
 from scale_mae.checkpoint.store import (
     FOLDER,

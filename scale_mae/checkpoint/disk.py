@@ -1,9 +1,10 @@
-"""Files as the disk has them: their checksums, and getting them there."""
+"""Files as the disk has them: their checksums, getting them there, and the room for them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -23,3 +24,14 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Whether the disk of a folder has ``needed`` bytes.
+
+    Raises:
+        OSError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scale_mae.checkpoint.disk import check_space
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.engine.distributed import World
 
@@ -76,17 +77,6 @@ class LocalFolder:
         self.clear()
         self.path.mkdir(parents=True)
         return socket.gethostname(), self.path.stat().st_dev
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Whether the disk of a folder has ``needed`` bytes.
-
-    Raises:
-        OSError: it has not.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
 
 
 def lost(action: Callable[[], Any], final: Path, where: Path | None = None) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors
 
-from scale_mae.checkpoint.disk import flush
+from scale_mae.checkpoint.disk import check_space, flush
 from scale_mae.config import UserError
 from scale_mae.lock import alone
 
@@ -39,7 +39,7 @@ def publish(out: Path, nbytes: int, write: Callable[[Path], None], check: Callab
         try:
             _clear(staging, out)
             staging.mkdir(parents=True)
-            _check_space(staging, nbytes + EXTRA)
+            check_space(staging, nbytes + EXTRA)
             _written(write, target)
             with ThreadPoolExecutor(1, "flush") as thread:
                 flushed = thread.submit(_flush_all, staging)
@@ -52,17 +52,11 @@ def publish(out: Path, nbytes: int, write: Callable[[Path], None], check: Callab
             _clear(staging, out)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
-
-
 def _written(write: Callable[[Path], None], target: Path) -> None:
     try:
         write(target)
     except RuntimeError as error:  # so torch says it, of a full disk too
-        _check_space(target.parent, EXTRA)
+        check_space(target.parent, EXTRA)
         raise OSError(" ".join(str(error).split())[:200]) from error
 
 

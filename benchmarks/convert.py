@@ -4,10 +4,10 @@
 
 Two gloo ranks write a checkpoint of a MAE with a ViT of ``--size`` encoder after one step, under ZeRO-2 and under ZeRO-3. Then,
 in turns, ``scale-mae convert --to state_dict`` and ``deepspeed.utils.zero_to_fp32 --safe_serialization`` convert it, each in a
-process of its own. Counted are the seconds from start to end and the peak of private memory, also without what importing the
-tool's packages takes by itself (torch alone 0.3 GB with CUDA's libraries). Ours also takes the checksums of the checkpoint,
-reads back what it wrote, compares it with the checkpoint to the bit, and flushes the file to the disk; DeepSpeed's does none
-of these. In the end both files are compared, tensor by tensor.
+process of its own. Counted are the seconds from start to end and, in a round apart as looking slows a process down, the peak of
+private memory, also without what importing the tool's packages takes by itself (torch alone 0.3 GB with CUDA's libraries). Ours
+also takes the checksums of the checkpoint, reads back what it wrote, compares it to the bit, and flushes the file to the disk;
+DeepSpeed's does none of these. In the end both files are compared, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from report import save
 from safetensors import safe_open
-from watch import Taken, watch
+from watch import watch
 
 STAGES = ("zero2", "zero3")
 OURS, THEIRS = "scale-mae convert", "zero_to_fp32"
@@ -36,6 +37,13 @@ def imported(modules: str) -> int:
     """Private bytes of a process that has imported these modules, the median of five."""
     command = [sys.executable, "-c", f"import {modules}; import time; time.sleep(1)"]
     return int(statistics.median(watch(command, interval=0.02, quiet=True).private for _ in range(5)))
+
+
+def seconds(command: list[str]) -> float:
+    """Until it ended."""
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
 
 
 def make_checkpoint(size: str, stage: str, run_dir: Path) -> Path:
@@ -73,14 +81,14 @@ def largest_and_equal(ours: Path, theirs: Path) -> tuple[int, int]:
     return max(sizes), sum(sizes)
 
 
-def row(stage: str, tool: str, taken: dict[str, list[Taken]], imports: int, largest: int, total: int) -> dict[str, str]:
-    mine, other = taken[tool], taken[THEIRS]
-    ratios = [a.seconds / b.seconds for a, b in zip(mine, other, strict=True)]
-    private = statistics.median(t.private for t in mine)
+def row(
+    stage: str, tool: str, taken: dict[str, list[float]], private: int, imports: int, largest: int, total: int
+) -> dict[str, str]:
+    ratios = [mine / other for mine, other in zip(taken[tool], taken[THEIRS], strict=True)]
     return {
         "checkpoint": stage,
         "tool": tool,
-        "median s": f"{statistics.median(t.seconds for t in mine):.2f}",
+        "median s": f"{statistics.median(taken[tool]):.2f}",
         "time / zero_to_fp32: median (min-max)": f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
         "peak private MB": f"{private / 1e6:.0f}",
         "less imports": f"{(private - imports) / 1e6:.0f}",
@@ -109,17 +117,20 @@ def main() -> None:
             }
             # in one file, as ours
             commands[THEIRS] += ["--max_shard_size", "50GB"]
-            taken: dict[str, list[Taken]] = {tool: [] for tool in commands}
-            for number in range(-1, options.rounds):  # the first round fills the page cache for both and is not counted
+            taken: dict[str, list[float]] = {tool: [] for tool in commands}
+            private = {}
+            for number in range(-1, options.rounds):  # the first round fills the page cache for both; its time is not counted
                 for tool in list(commands)[:: 1 if number % 2 else -1]:
                     ours.unlink(missing_ok=True) if tool == OURS else shutil.rmtree(theirs, ignore_errors=True)
-                    found = watch([sys.executable, "-m", *commands[tool]], interval=0.005, quiet=True)
-                    if number >= 0:
-                        taken[tool].append(found)
-                        print(stage, number, tool, found, flush=True)
+                    command = [sys.executable, "-m", *commands[tool]]
+                    if number < 0:
+                        private[tool] = watch(command, interval=0.005, quiet=True).private
+                    else:
+                        taken[tool].append(seconds(command))
+                        print(stage, number, tool, taken[tool][-1], flush=True)
             largest, total = largest_and_equal(ours, theirs / "model.safetensors")
-            table += [row(stage, tool, taken, imports[tool], largest, total) for tool in commands]
-            samples[stage] = {tool: [vars(t) for t in found] for tool, found in taken.items()}
+            table += [row(stage, tool, taken, private[tool], imports[tool], largest, total) for tool in commands]
+            samples[stage] = taken
             shutil.rmtree(folder / stage)
     title = (
         f"Converting a ViT-{options.size} MAE to one fp32 file of {total / 1e9:.2f} GB (largest tensor "

@@ -13,7 +13,6 @@ from scale_mae.checkpoint.command import WEIGHT_COMMANDS, add_weight_commands, w
 from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight
-from scale_mae.progress import Bar
 from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
 
 EPILOG = """\
@@ -150,6 +149,7 @@ def index(args: argparse.Namespace) -> int:
     """``scale-mae index``."""
     from scale_mae.data.build import build
     from scale_mae.data.index import SUFFIX
+    from scale_mae.progress import Bar
 
     if not args.out.endswith(SUFFIX):
         raise UserError(f"--out {args.out}: the name of an index ends in {SUFFIX}")
@@ -167,6 +167,7 @@ def index(args: argparse.Namespace) -> int:
 def pack(args: argparse.Namespace) -> int:
     """``scale-mae pack``."""
     from scale_mae.data.pack import pack
+    from scale_mae.progress import Bar
 
     options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
     with Bar("images") as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import sys
@@ -46,8 +47,13 @@ def convert(args: argparse.Namespace) -> int:
     """``scale-mae convert``."""
     from scale_mae.checkpoint.store import begin, is_ours
 
-    begun = begin(args.checkpoint) if is_ours(Path(args.checkpoint)) else None  # torch takes a second to import
+    sys.setswitchinterval(1e-4)  # seconds; the threads that take checksums must not wait for the import of torch
+    begun = begin(args.checkpoint) if is_ours(Path(args.checkpoint)) else None
+    gc.disable()  # to look for garbage in what torch brings, now and at the end, would take half a second
     from scale_mae.checkpoint.convert import convert
+
+    gc.freeze()
+    gc.enable()
 
     options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "max_shard_gb")}
     print(convert(args.checkpoint, args.to, args.out, **options, warn=warn, begun=begun))

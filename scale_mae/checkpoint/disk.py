@@ -10,7 +10,7 @@ from pathlib import Path
 
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):
             digest.update(block[:size])

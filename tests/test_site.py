@@ -202,6 +202,43 @@ def test_an_image_or_a_name_that_cannot_be_meant_is_refused(folder):
             prepare(load_config("debug", {"run.dir": run}), site)
 
 
+NAMED = "imagenet1k:train:data"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], ""),
+        (["data.source=absent"], "data.source: absent: no such folder or file"),
+        (["data.source=absent.index"], "data.source: absent.index: no such folder or file"),
+        (["data.source=data"], ""),
+        (["data.source=data/{00..01}.tar"], ""),
+        (["data.source=data/{00..02}.tar"], "data.source: data/02.tar: no such shard"),
+        (["data.source=demo:absent"], "data.source: demo:absent: no such shard"),
+        ([f"data.source={NAMED}"], ""),
+        ([f"data.source={NAMED}/train"], "data.source: data/train: training images are missing"),
+        (["data.source=imagenet1k:train:absent"], "data.source: absent: no such folder"),
+        (["data.source=imagenet2k:train:data"], "no layout imagenet2k"),
+        (["model.init_from=data/00.tar"], ""),
+        (["model.init_from=two\nlines.pth"], r"model.init_from=two\nlines.pth: no such file or folder"),
+        (["model.init_from=absent.pth", "run.dir=begun"], ""),  # what begins it is its checkpoint
+    ],
+)
+def test_what_this_host_does_not_see_is_told_in_a_line_and_no_error(folder, capsys, words, message):
+    (folder / "data" / "train").mkdir(parents=True)
+    for name in ("00.tar", "01.tar"):
+        (folder / "data" / name).touch()
+    (folder / "begun" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert main(["submit", "debug", "run.dir=run", "--dry-run", *words]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash")
+    assert said.err.count("\n") == bool(message)
+    if message:
+        assert said.err.startswith("scale-mae: warning: ")
+        assert message in said.err
+        assert "not seen from this host; if the nodes do not have it either, scale-mae cancel the run" in said.err
+
+
 def test_only_numbers_of_nodes_that_fit_are_asked_for(folder):
     config = load_config("debug", {"run.dir": "run", "train.global_batch": 96})
     assert "#SBATCH --nodes=1-6\n" in prepare(config, Site(nodes="1-8", gpus_per_node=4)).script

@@ -16,13 +16,12 @@ from typing import IO
 
 import numpy as np
 
-from scale_mae.config import PACKAGE
-from scale_mae.data.layouts import LAYOUTS, Place, Row, folder_rows, is_image, is_list, locate, read_rows
+from scale_mae.data.find import are_shards, find, shard_paths
+from scale_mae.data.layouts import Place, Row, folder_rows, is_image, is_list, read_rows
 from scale_mae.data.storage import TAR_SUFFIXES, DataError, ImageError, printable, unpacked
 from scale_mae.data.workers import start_workers
 
 NO_LABEL = -1
-DEMO = PACKAGE / "demo_data"
 CLASSES = "classes.txt"  # beside shards: the name of each class number
 LONGEST_TAIL = 1 << 20  # bytes of zeros at a tar's end that its blocking can explain
 PROCESSES = 16  # that list shards, where there are so many
@@ -76,7 +75,7 @@ def list_images(source: str) -> Listing:
         DataError: nothing there, something missing, unreadable or malformed.
     """
     try:
-        place = locate(source) or Place(source)
+        place = find(source)
         listing = _list(place)
         listing.problems += [place.problem] if place.problem else []
     except BrokenProcessPool:
@@ -96,15 +95,11 @@ def _list(place: Place) -> Listing:
     path = place.path
     if os.path.isdir(path):
         return _list_folder(os.path.abspath(path))
-    if path.endswith(TAR_SUFFIXES) or path.startswith("demo:"):
-        return _list_shards(_shard_paths(path))
-    if is_list(path) and os.path.exists(path):
+    if are_shards(path):
+        return _list_shards(shard_paths(path))
+    if is_list(path):
         return _list_rows(place)
-    if os.path.exists(path):
-        raise DataError(f"{path}: no kind of source; expected a folder, tar shards, a list .txt .csv .tsv or annotations .json")
-    if prefix := re.match(r"\w+(?=:)", path):
-        raise DataError(f"{path}: no such folder, and no layout {prefix[0]}; known are demo, {', '.join(LAYOUTS)}")
-    raise DataError(f"{path}: no such folder or file; name class folders, tar shards, a list or demo:train")
+    raise DataError(f"{path}: no kind of source; expected a folder, tar shards, a list .txt .csv .tsv or annotations .json")
 
 
 def _list_folder(root: str) -> Listing:
@@ -168,20 +163,6 @@ def _number_classes(listing: Listing, names: Sequence[str], classes: Sequence[st
 def _renumbered(labels: array[int], numbers: Sequence[int]) -> array[int]:
     table = np.array([*numbers, NO_LABEL], np.int32)  # NO_LABEL is -1, the last
     return array("i", table[np.asarray(labels)].tobytes())
-
-
-def _shard_paths(source: str) -> list[str]:
-    if source.startswith("demo:"):
-        paths = sorted(map(str, DEMO.glob(f"{source.removeprefix('demo:')}-*.tar.gz")))
-    elif braces := re.search(r"\{(\d+)\.\.(\d+)\}", source):
-        first, last = braces.groups()
-        paths = [source.replace(braces.group(), f"{n:0{len(first)}d}") for n in range(int(first), int(last) + 1)]
-    else:
-        paths = [source]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing or not paths:
-        raise DataError(f"{missing[0] if missing else source}: no such shard; check the source {source}")
-    return [os.path.abspath(path) for path in paths]
 
 
 def _list_shards(paths: Sequence[str]) -> Listing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ def add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None
 def submit(args: argparse.Namespace) -> int:
     """``scale-mae submit``."""
     from scale_mae.slurm.site import load_site
-    from scale_mae.slurm.submit import prepare, script_path, submit
+    from scale_mae.slurm.submit import prepare, script_path, submit, unseen
 
     config = load_config(args.recipe, args.overrides)
     keys = ("nodes", "gpus_per_node", "cpus", "time", "partition", "account", "qos", "exclude_bad_nodes")
@@ -47,6 +48,8 @@ def submit(args: argparse.Namespace) -> int:
     if args.chain > 1:
         options["requeue"] = False
     job = prepare(config, load_site(Path(config.run.dir), options))
+    for what in unseen(job.config):
+        print(f"scale-mae: warning: {what}", file=sys.stderr)
     if args.dry_run:
         print(job.script, end="")
         return 0

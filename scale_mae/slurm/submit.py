@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shlex
@@ -10,7 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, saved_config
+from scale_mae.data.find import find
+from scale_mae.data.storage import DataError, printable
 from scale_mae.slurm.queue import FOLDER, SCRIPT, STOP, SlurmError, call, clean_environment, queued
 from scale_mae.slurm.site import Site, seconds
 
@@ -73,6 +77,22 @@ def prepare(config: Config, site: Site) -> Job:
             f"{run_dir} holds a run of another config ({differences[0]}); choose another run.dir or the same values"
         )
     return Job(config, site, render(config, site, counts))
+
+
+def unseen(config: Config) -> list[str]:
+    """What a config names and this host does not see, a line each. The nodes may: their disks can be others than this one's."""
+    found = []
+    try:
+        find(config.data.source)
+    except DataError as error:
+        found.append(f"data.source: {error}")
+    except OSError as error:
+        found.append(f"data.source: {error.filename}: cannot be read ({error.strerror})")
+    weights = config.model.init_from
+    if weights and not os.path.exists(weights) and not checkpoints(Path(config.run.dir)):  # a checkpoint goes before them
+        found.append(f"model.init_from={weights}: no such file or folder")
+    advice = "not seen from this host; if the nodes do not have it either, scale-mae cancel the run and put it right"
+    return [printable(f"{what} ({advice})") for what in found]
 
 
 def script_path(run_dir: Path) -> Path:

@@ -24,14 +24,24 @@ def ranks() -> tuple[int, int, int]:
             if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
                 return 0, 1, 0  # several single runs may share one job step, an interactive shell for instance
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            # below the range from which the kernel hands out ports
-            port = 20000 + int(env["SLURM_JOB_ID"]) * 31 % 12000 + int(env["SLURM_STEP_ID"]) % 31
+            port = meeting_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
             env.setdefault("MASTER_PORT", str(port))
             env.setdefault("LOCAL_WORLD_SIZE", str(tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
             return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
     return 0, 1, 0
+
+
+def meeting_port(job: str, step: str, restart: str) -> int:
+    """Where the processes of a job step meet: others for other steps and restarts, since one may be taken by a stranger.
+
+    It is below the range from which the kernel hands out ports. Each job has 31, of which a restart goes on 7 further.
+
+    >>> [meeting_port("1", step, restart) for restart in ("0", "1", "5") for step in ("0", "1")]
+    [20031, 20032, 20038, 20039, 20035, 20036]
+    """
+    return 20000 + int(job) * 31 % 12000 + (int(step) + 7 * int(restart)) % 31
 
 
 def first_host(nodes: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from slurm_cluster import SlurmCluster
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.config import UserError
-from scale_mae.launcher import first_host, tasks_here
+from scale_mae.launcher import first_host, ranks, tasks_here
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
@@ -158,3 +159,27 @@ def test_first_host_without_scontrol_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\] .* set MASTER_ADDR"):
         first_host("gpu[1-2]")
+
+
+def test_each_step_and_restart_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
+    def met_at(job, step, restart):
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "SLURM_RESTART_COUNT"):
+            monkeypatch.setenv(name, "to be put back")
+            monkeypatch.delenv(name)
+        words = {
+            "SLURM_PROCID": 1,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "SLURM_STEP_NODELIST": "a,b",
+            "SLURM_NODEID": 1,
+            "SLURM_LOCALID": 0,
+        }
+        words |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}
+        words |= {} if restart is None else {"SLURM_RESTART_COUNT": restart}
+        for name, value in words.items():
+            monkeypatch.setenv(name, str(value))
+        assert ranks() == (1, 2, 0)
+        return int(os.environ["MASTER_PORT"])
+
+    ports = {met_at(job, step, restart) for job in (7, 8, 9) for step in (0, 1) for restart in (None, 1, 2, 3, 4)}
+    assert len(ports) == 30
+    assert 20000 <= min(ports) <= max(ports) < 32768

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from test_train import log
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.cli import main
 from scale_mae.config import load_config
+from scale_mae.launcher import meeting_port
 from scale_mae.slurm.site import Site
 from scale_mae.slurm.submit import prepare, set_aside
 
@@ -217,6 +219,22 @@ def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     write_site(here)
     submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
     finish(cluster, run)
+
+
+@service
+def test_a_port_that_is_taken_is_not_tried_again(cluster, here, capsys):
+    run = here / "run"
+    # the number of the next job, from which follows where its first step meets
+    number = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true").stdout) + 1
+    cluster.run("scancel", str(number - 1))
+    with socket.socket() as stranger:
+        stranger.bind(("0.0.0.0", meeting_port(str(number), "0", "0")))
+        stranger.listen()
+        assert submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps") == [number]
+        finish(cluster, run)
+    assert len(attempts(run)) == 2
+    (output,) = (run / "slurm").glob("job-*.log")
+    assert "in use" in output.read_text()
 
 
 @service

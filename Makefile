@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs; each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-SERVICES := slurm-wlm munge dataset-fashion-mnist buildah debootstrap
+SERVICES := slurm-wlm munge dataset-fashion-mnist buildah debootstrap prometheus chromium
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # make image BASE=ubuntu:24.04 TAG=mine:1 IMAGE_FLAGS='--secret id=pip.conf,src=pip.conf'; the first of BUILDERS that works builds

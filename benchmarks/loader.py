@@ -27,7 +27,6 @@ from report import save
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from scale_mae.config import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.build import build
 from scale_mae.data.index import Index
@@ -35,6 +34,7 @@ from scale_mae.data.loader import Loader, Share
 from scale_mae.data.pack import pack
 from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
+from scale_mae.sections import DataConfig
 
 SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from report import save
 
-from scale_mae.config import DataConfig, load_config
+from scale_mae.config import load_config
 from scale_mae.data.plan import SamplePlan
 from scale_mae.model.mae import MAE
+from scale_mae.sections import DataConfig
 
 GLOBAL_BATCH, PATCHES, IMAGE_SIZE = 4096, 196, (224, 224)
 H100_FLOPS = 0.4 * 989e12

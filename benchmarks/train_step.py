@@ -33,9 +33,10 @@ import report
 import torch
 from torch import Tensor, nn
 
-from scale_mae.config import Config, OptimConfig
+from scale_mae.config import Config
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES
+from scale_mae.sections import OptimConfig
 
 IMAGE = 224
 LR = 1.5e-4

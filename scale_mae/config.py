@@ -1,6 +1,6 @@
 """The configuration of a run: one frozen tree, read from a recipe and ``section.key=value``, checked before anything starts.
 
-Every field says its meaning and unit. Anything wrong with it raises :class:`ConfigError`, one line that names the key,
+Its sections are in :mod:`scale_mae.sections`. Anything wrong with it raises :class:`ConfigError`, one line that names the key,
 the value and what to do.
 """
 
@@ -13,10 +13,23 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
+
+from scale_mae.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    HealConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
 
 PACKAGE = Path(__file__).parent
 SHIPPED = PACKAGE / "ds_configs" if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent / "ds_configs"
@@ -28,195 +41,6 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that cannot run."""
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-Side = Annotated[int, Field(gt=0)]
-Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_type=int | tuple[int, int])]
-DURATION = r"^\d+(\.\d+)?(e\d{1,2})? (steps|epochs|images)$"
-NonNegative = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-MaybePath = Annotated[str | None, BeforeValidator(lambda text: text or None)]
-Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and no key that is not declared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class RunConfig(Section):
-    """Where the run lives and what makes it reproducible."""
-
-    dir: str = "runs/{recipe}"
-    """Run directory; ``{recipe}`` is the recipe's name. The same command in the same directory resumes."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the initial weights, sample order, crops, flips and masks."""
-    watchdog: float = Field(15.0, ge=0, json_schema_extra={"free": True})
-    """Minutes without a step or a checkpoint after which every process writes the stacks of its threads and ends. Time before
-    the first step does not count. 0: never."""
-
-
-class ModelConfig(Section):
-    """The masked autoencoder."""
-
-    size: Literal["nano", "tiny", "small", "base", "large", "huge", "giant", "2b"] = "base"
-    """Encoder: base/16, large/16, huge/14, giant/14, 2b/14; tiny and small with patch 16; nano is for demonstrations."""
-    image_size: Pixels = (224, 224)
-    """Image side, or [height, width], in pixels."""
-    patch_size: Pixels | None = None
-    """Patch side, or [height, width], in pixels; must divide the image. Empty: the size's own, 14 or 16."""
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of the patches hidden from the encoder."""
-    target: Literal["norm_pixel", "pixel"] = "norm_pixel"
-    """What is predicted: pixels normalised by each patch's own mean and deviation, or plain pixels."""
-    decoder_width: int = Field(512, gt=0, multiple_of=4)
-    """Width of the decoder."""
-    decoder_depth: int = Field(8, gt=0)
-    """Transformer blocks of the decoder."""
-    decoder_heads: int = Field(16, gt=0)
-    """Attention heads of the decoder; must divide its width."""
-    init_from: MaybePath = None
-    """Weights to begin with: a file or folder of ours, the reference, timm or Hugging Face. Empty: random, from run.seed."""
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Patch (height, width) in pixels, the size's own when none is given."""
-        return self.patch_size or ((14, 14) if self.size in ("huge", "giant", "2b") else (16, 16))
-
-    @model_validator(mode="after")
-    def _divides(self) -> ModelConfig:
-        if any(side % p for side, p in zip(self.image_size, self.patch, strict=True)):
-            raise ValueError(
-                f"model.image_size={list(self.image_size)} is not divisible by model.patch_size={list(self.patch)}"
-            )
-        if self.decoder_width % self.decoder_heads:
-            raise ValueError(
-                f"model.decoder_width={self.decoder_width} is not divisible by model.decoder_heads={self.decoder_heads}"
-            )
-        rows, columns = (side // p for side, p in zip(self.image_size, self.patch, strict=True))
-        if not 0 < int(rows * columns * (1 - self.mask_ratio)) < rows * columns:
-            raise ValueError(
-                f"model.mask_ratio={self.mask_ratio} keeps all or none of the {rows * columns} patches of "
-                f"model.image_size={list(self.image_size)} at model.patch_size={list(self.patch)}"
-            )
-        return self
-
-
-class DataConfig(Section):
-    """Images and how they are cut."""
-
-    source: str = "demo:train"
-    """An index (scale-mae index), or what one is made of: class folders (root/class/image), a folder or {00..99} brace list
-    of tar shards, a list, annotations, a named layout such as imagenet1k:train:/data/imagenet, or the shipped demo:train."""
-    decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra={"free": True})
-    """What decodes; all give the same images, within 8 of 255. auto: DALI on the GPU if there is one, else DALI on the CPU if
-    it can be imported, else Pillow."""
-    augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_jitter"] = "random_crop"
-    """none: the centre, 7/8 of the short side; fixed_crop: the same size anywhere; random_crop: random size, shape and place;
-    random_crop_jitter: that, and colour jitter."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the image's area that a random crop takes."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest width-to-height ratio of a random crop."""
-    flip: float = Field(0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
-    jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
-    """Strength of brightness, contrast and saturation jitter, for augmentation=random_crop_jitter only."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means (red, green, blue) subtracted from images in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel deviations (red, green, blue) that images are divided by."""
-    threads: int | None = Field(None, gt=0, json_schema_extra={"free": True})
-    """Decoding threads of each process. Empty: this machine's cores shared among its processes."""
-    prefetch: int | None = Field(None, gt=0, json_schema_extra={"free": True})
-    """Micro-batches decoded ahead of the step that needs them. Empty: enough to keep all threads busy, within an eighth of
-    the memory."""
-    max_failures: float = Field(0.001, ge=0, le=1, json_schema_extra={"free": True})
-    """Share of the last 100,000 images that may be unreadable (each is replaced by another) before the run stops."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DataConfig:
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.crop_scale={[low, high]} must satisfy 0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        if not 0 < low <= high:
-            raise ValueError(f"data.crop_ratio={[low, high]} must satisfy 0 < low <= high")
-        if min(self.std) <= 0:
-            raise ValueError(f"data.std={list(self.std)} must be positive")
-        return self
-
-
-class OptimConfig(Section):
-    """AdamW and its learning rate: linear warm-up from 0, then half a cosine."""
-
-    base_lr: float = Field(1.5e-4, gt=0)
-    """Peak learning rate per 256 images of global batch: peak = base_lr * train.global_batch / 256."""
-    min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the schedule."""
-    warmup: Duration = "40 epochs"
-    """Length of the linear warm-up."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Decay of all parameters but biases and one-dimensional ones."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-    clip_grad_norm: float | None = Field(None, gt=0)
-    """Largest global gradient norm; larger gradients are scaled down to it. Empty: no clipping."""
-
-
-class TrainConfig(Section):
-    """Length, batch and arithmetic."""
-
-    duration: Duration = "800 epochs"
-    """Length of the schedule."""
-    global_batch: int = Field(4096, gt=0)
-    """Images of one optimizer step, over all processes."""
-    micro_batch: int = Field(64, gt=0, json_schema_extra={"free": True})
-    """Images of one forward pass of one process; accumulation = global_batch / (micro_batch * processes)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of forward and backward; weights and moments are kept in fp32, fp16 scales its loss dynamically."""
-    recompute: Literal["none", "full", "every_k", "selective", "offload"] = Field("none", json_schema_extra={"free": True})
-    """Activations recomputed in the backward pass: none, those of every block, of every k-th block, of all but the matrix
-    products, or of every block with the block inputs kept in host memory."""
-    recompute_every: int = Field(2, gt=0, json_schema_extra={"free": True})
-    """k of recompute=every_k."""
-
-
-class EngineConfig(Section):
-    """DeepSpeed and compilation."""
-
-    deepspeed: str = Field("zero2", json_schema_extra={"free": True})
-    """A shipped DeepSpeed file (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or a path to a JSON file."""
-    compile: bool = Field(False, json_schema_extra={"free": True})
-    """Compile the transformer blocks with torch.compile."""
-
-
-class CheckpointConfig(Section):
-    """When to save and how much to keep."""
-
-    every: Duration = Field("20 epochs", json_schema_extra={"free": True})
-    """Time between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
-    keep: int = Field(3, gt=0, json_schema_extra={"free": True})
-    """Newest checkpoints kept."""
-    keep_every: Duration | None = Field(None, json_schema_extra={"free": True})
-    """Kept for good besides: the first checkpoint of every such stretch of the schedule. Empty: none."""
-    local_dir: MaybePath = Field(None, json_schema_extra={"free": True})
-    """Folder on each node's own disk. A save then waits for that disk only; a thread copies it to the run directory.
-    Empty: straight to the run directory."""
-
-
-class LogConfig(Section):
-    """How often to look."""
-
-    every: int = Field(20, gt=0, json_schema_extra={"free": True})
-    """Steps between log lines; the only moments at which the host waits for the accelerator."""
 
 
 class Config(Section):
@@ -237,7 +61,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save and how much to keep."""
     log: LogConfig = LogConfig()
-    """How often to look."""
+    """How often to look, and where it is told."""
+    heal: HealConfig = HealConfig()
+    """When a run goes back to its last good checkpoint."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -18,7 +18,7 @@ from scale_mae.checkpoint.commit import Saver
 from scale_mae.checkpoint.initial import first_model
 from scale_mae.config import Config, UserError, load_config
 from scale_mae.data import decoders
-from scale_mae.data.failures import Failure, Tally
+from scale_mae.data.failures import Tally
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Loader, Share, decoding_threads
 from scale_mae.data.pixels import normalise
@@ -31,11 +31,12 @@ from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
 from scale_mae.launcher import rank_and_size
 from scale_mae.lock import alone
-from scale_mae.metrics.meter import Meter, Metrics
+from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.sinks import Log, make_log, to_stderr
 from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
+from scale_mae.telling import Teller
 
 
 class NonFiniteError(UserError):
@@ -136,9 +137,10 @@ class _Run:
         warn = functools.partial(_warn, ranks.rank)
         loader = Loader(index, plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
         self.batches = loader.batches(self.step, self.schedule.total_steps)
-        self.failures: list[Failure] = []
         self.meter = Meter(config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps)
         self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
+        told = (self.log, ranks, self.meter, self.tally, self.saver, self.pace, self.decoder)
+        self.teller = Teller(*told, config.train.global_batch)
         notes.append(
             f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
             f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
@@ -174,7 +176,7 @@ class _Run:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped = self.schedule.total_steps, ""
         with self.log, ExitStack() as last, self.saver:
-            last.callback(self._tell_saves)  # of the save that was under way, whatever ended the run
+            last.callback(self.teller.saves)  # of the save that was under way, whatever ended the run
             feed = Feed(self.batches, self.ranks, self.stop, self.meter)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
@@ -191,7 +193,7 @@ class _Run:
             self._save(first_bad)
             self.watchdog.beat()
             self.saver.drain()
-            self._tell_saves()
+            self.teller.saves()
             if self.stop.received or verdict is Vote.STOP:
                 stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
                 self.log.say(stopped)
@@ -212,7 +214,7 @@ class _Run:
             images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise))
             jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
             images = normalise(images, config.data.mean, config.data.std, jitter)
-            self.failures += batch.failures
+            self.teller.add(batch.failures)
             loss += self.engine.forward_backward(images, noise) / accumulation
             norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
             feed.advance()
@@ -223,27 +225,8 @@ class _Run:
         if logged:
             self._check_finite(first_bad)
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
-            metrics = self.meter.read(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
-            failures = self._tell_failures()
-            self._tell_saves()
-            self.log.metrics(metrics | self._failure_metrics | {"checkpoint_failures": self.saver.failures})
-            self.tally.check(self.step * config.train.global_batch, failures)
+            self.teller.step(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
         return verdict, first_bad
-
-    def _tell_failures(self) -> list[Failure]:
-        """Name and count the images of all processes that had to be replaced since the last call."""
-        found = self.ranks.gather((self.failures, self.decoder.fallbacks))
-        self.failures = []
-        failures = [failure for failures, _ in found for failure in failures]
-        for failure in failures:
-            self.log.say(str(failure))
-        self.tally.add(self.step * self.config.train.global_batch, failures)
-        self._failure_metrics: Metrics = {
-            "decode_failures": sum(self.tally.causes.values()),
-            **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.causes.items()},
-            "decoder_fallbacks": sum(fallbacks for _, fallbacks in found),
-        }
-        return failures
 
     def _check_finite(self, first_bad: torch.Tensor) -> None:
         (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
@@ -260,14 +243,14 @@ class _Run:
 
     def _save(self, first_bad: torch.Tensor) -> None:
         """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
-        self._tell_failures()
+        self.teller.failures(self.step)
         if self.step == self.saved:
             return
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
         self.saver.drain()  # what the last one came to belongs into this one
-        self._tell_saves()
+        self.teller.saves()
         state = {
             "step": self.step,
             "parameter_groups": self.names,
@@ -280,17 +263,7 @@ class _Run:
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
         self.saved = self.step
         self.watchdog.beat()
-        self._tell_saves()
-
-    def _tell_saves(self) -> None:
-        for saved in self.saver.ended():
-            self.meter.pause(saved.stalled)
-            self.pace.saved(saved.seconds)
-            stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
-            told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
-            self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
-            for note in saved.notes:
-                self.log.say(note)
+        self.teller.saves()
 
 
 def _warn(rank: int, message: str) -> None:

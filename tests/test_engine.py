@@ -8,9 +8,10 @@ import torch
 from ranks import RankError, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scale_mae.config import Config, ConfigError, OptimConfig, load_config
+from scale_mae.config import Config, ConfigError, load_config
 from scale_mae.engine.optim import Schedule, build_adamw, decays, parameter_names
 from scale_mae.model.mae import build_mae
+from scale_mae.sections import OptimConfig
 
 STEPS, BATCH = 10, 8
 SCHEDULE = Schedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEPS)

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as tvf
 
 from scale_mae import resources
-from scale_mae.config import DataConfig
 from scale_mae.data import decoders, loader, storage
 from scale_mae.data.build import open_source
 from scale_mae.data.decoders import PillowDecoder
@@ -30,6 +29,7 @@ from scale_mae.data.pillow import Crop, central_square, decode, examine
 from scale_mae.data.pixels import colour_jitter, denormalise, normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
+from scale_mae.sections import DataConfig
 
 # ---------------------------------------------------------------- the reference decoder
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from scale_mae.config import DataConfig
 from scale_mae.data.plan import SUBSTITUTES, SamplePlan, fixed_size_crops, random_resized_crops
+from scale_mae.sections import DataConfig
 
 SIZE = (224, 224)
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scale_mae.config import DataConfig
 from scale_mae.data import pillow
 from scale_mae.data.decoders import Decoder
 from scale_mae.data.failures import Failure
@@ -26,6 +25,7 @@ from scale_mae.data.plan import Ints, SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import Threads
 from scale_mae.resources import available_cores, available_memory, processes_here
+from scale_mae.sections import DataConfig
 
 PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
 ENCODED = 1 << 18  # bytes, a generous guess of an encoded image

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_mae.config import DataConfig
 from scale_mae.data.pillow import Crop
+from scale_mae.sections import DataConfig
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_mae.config import Config, OptimConfig, UserError
+from scale_mae.config import Config, UserError
+from scale_mae.sections import OptimConfig
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

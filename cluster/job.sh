@@ -3,23 +3,24 @@
 # Written by scale-mae submit. It may be read, changed, and submitted again: sbatch @script@
 # The run then goes on from its newest checkpoint, on as many nodes as it gets. cluster/README.md is the runbook.
 
-@setup@
-set -uo pipefail
-run=@run@
-requeue=@requeue@                   # whether this job puts itself back into the queue
-preflight=@preflight@                 # whether nodes are looked over first
-exclude=@exclude@                  # whether those found unfit are left out at the next start
-vain=@vain@                         # so many restarts in a row may make no progress
-pause=@pause@                       # seconds before starting again after a preflight that found no node to leave out
-chain=${1:-1/1}                # place in a chain of jobs
-instead=${2:-}                 # not empty: takes the place of a job that found unfit nodes
+# In a function, since the site's setup may use the same names.
+names() {
+  run=@run@
+  requeue=@requeue@                   # whether this job puts itself back into the queue
+  preflight=@preflight@                 # whether nodes are looked over first
+  exclude=@exclude@                  # whether those found unfit are left out at the next start
+  vain=@vain@                         # so many restarts in a row may make no progress
+  pause=@pause@                       # seconds before starting again after setup, or a preflight that found no node to leave out
+  chain=${1:-1/1}                # place in a chain of jobs
+  instead=${2:-}                 # not empty: takes the place of a job that found unfit nodes
 
-script=$run/slurm/job.sh
-output=$run/slurm/job-$SLURM_JOB_ID.log
-outcome=$run/outcome           # how training ended: finished, stopped ..., failed: ...; no such file after a crash
-attempts=$run/slurm/attempts   # a line each time that this script began
-excluded=$run/slurm/excluded   # nodes that are left out, one a line
-stop=$run/slurm/stop           # numbers of the jobs that scale-mae cancel stopped, one a line
+  script=$run/slurm/job.sh
+  output=$run/slurm/job-$SLURM_JOB_ID.log
+  outcome=$run/outcome           # how training ended: finished, stopped ..., failed: ...; no such file after a crash
+  attempts=$run/slurm/attempts   # a line each time that this script began
+  excluded=$run/slurm/excluded   # nodes that are left out, one a line
+  stop=$run/slurm/stop           # numbers of the jobs that scale-mae cancel stopped, one a line
+}
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*" | tee -a "$run/log.txt" >&2; }
 newest() { (cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-[0-9]*) | tail -n 1 | grep '[0-9]$' || echo start; }
@@ -57,6 +58,17 @@ again() {
   exit 0
 }
 
+# Setup ended this script. Where that was not Slurm ending the job, it begins anew: the node or what is loaded may be at fault.
+ended_in_setup() {
+  local code=$?
+  set +eu
+  names "$@"
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%t)" = R ] || exit $code
+  sleep $pause
+  again "ended in setup, exit code $code; see $output"
+}
+
+names "$@"
 first=$([ "${SLURM_RESTART_COUNT:-0} ${chain%/*} $instead" = "0 1 " ] && echo true || echo false)   # of this submission
 cancelled
 other=$(others R | head -n 1)
@@ -72,6 +84,12 @@ elif [ "${chain%/*}" -gt 1 ]; then
 fi
 give_up
 echo "$(date '+%FT%T') job=$SLURM_JOB_ID nodes=$SLURM_JOB_NODELIST at=$(newest)" >> "$attempts"
+
+trap 'ended_in_setup "$@"' EXIT
+@setup@
+[[ $(trap -p EXIT) == *ended_in_setup* ]] && trap - EXIT   # else it is a trap of setup's own
+names "$@"
+set +e -uo pipefail
 
 # The largest number of nodes, of those that we have, over which the batch divides.
 nodes=0

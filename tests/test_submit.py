@@ -206,7 +206,7 @@ def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys, ch
 @service
 def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     run = here / "run"
-    (here / "site.yaml").write_text((here / "site.yaml").read_text() + "setup: ulimit -v 100000\n")
+    (here / "site.yaml").write_text((here / "site.yaml").read_text() + "setup: ulimit -v 100000; set -e\n")
     submit(capsys, run)
     wait(cluster, run, "the job gives up", ended(cluster))
     assert len(attempts(run)) == 4
@@ -219,6 +219,39 @@ def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     write_site(here)
     submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
     finish(cluster, run)
+
+
+@service
+def test_setup_that_ends_the_job_is_told_and_counts_as_an_attempt(cluster, here, capsys, monkeypatch):
+    run = here / "run"
+    monkeypatch.setattr("scale_mae.slurm.submit.PAUSE", 0)
+    with (here / "site.yaml").open("a") as file:  # the first line spoils, if it can, what the job goes by
+        file.write(
+            f"vain_restarts: 1\nsetup: |\n  set -eu; run=/absent vain=9 pause=9 chain=9/1; [ -e {here}/ready ] || (exit 3)\n"
+        )
+    (job,) = submit(capsys, run)
+    wait(cluster, run, "the job gives up", ended(cluster))
+    why = f"ended in setup, exit code 3; see {run}/slurm/job-{job}.log"
+    assert (run / "outcome").read_text() == f"failed: 1 restarts in a row made no progress; the last attempt {why}\n"
+    assert f"job {job}: {why}; starts again\n" in said(run)
+    assert len(attempts(run)) == 2
+    (here / "ready").touch()
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
+    finish(cluster, run)
+
+
+@service
+def test_a_job_that_slurm_ends_in_setup_does_not_begin_again(cluster, here, capsys, monkeypatch):
+    run = here / "run"
+    monkeypatch.setattr("scale_mae.slurm.submit.PAUSE", 0)
+    with (here / "site.yaml").open("a") as file:
+        file.write(f"setup: touch {here}/begun; sleep 60\n")
+    (job,) = submit(capsys, run)
+    wait(cluster, run, "setup runs", (here / "begun").exists)
+    cluster.run("scancel", str(job))
+    wait(cluster, run, "the end", ended(cluster))
+    assert len(attempts(run)) == 1
+    assert not (run / "log.txt").exists()
 
 
 @service

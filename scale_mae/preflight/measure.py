@@ -138,27 +138,53 @@ def room(folders: dict[str, Path]) -> dict[str, int]:
     return free
 
 
-def write_and_read(file: Path) -> Written:
+def write_and_read(file: Path, seconds: float) -> Written:
     """Write a file, wait until it is stored, and read it back, past this node's cache where the kernel allows.
+
+    Args:
+        file: is made.
+        seconds: for each of both. What takes longer ends before all is written: with many nodes at once each gets little of
+            a file system that is sound.
 
     Raises:
         OSError: it cannot be written, or what is read is not what was written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     content = os.urandom(FILE_BYTES)
-    began = time.perf_counter()
     with open(file, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-        stored = time.perf_counter()
+
+        def write(begin: int, end: int) -> None:
+            out.write(content[begin:end])
+            out.flush()
+            os.fsync(out.fileno())
+
+        written, write_mbps = _in_pieces(write, FILE_BYTES, seconds)
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    opened = time.perf_counter()
-    same = file.read_bytes() == content
-    ended = time.perf_counter()
-    if not same:
-        raise OSError(0, "what is read is not what was written")
-    return Written(file.name, content[:HEAD_BYTES], FILE_BYTES / MB / (stored - began), FILE_BYTES / MB / (ended - opened))
+    with open(file, "rb") as back:
+
+        def read(begin: int, end: int) -> None:
+            if back.read(end - begin) != content[begin:end]:
+                raise OSError(0, "what is read is not what was written")
+
+        _, read_mbps = _in_pieces(read, written, seconds)
+    return Written(file.name, content[:HEAD_BYTES], write_mbps, read_mbps)
+
+
+def _in_pieces(move: Callable[[int, int], None], size: int, seconds: float) -> tuple[int, float]:
+    """Move bytes, each piece as many as all before it, until all are moved or the next piece would take too long.
+
+    Returns:
+        How many were moved, and the MB/s of the last piece, which is half of them.
+    """
+    done, piece, began = 0, FILE_BYTES // 64, time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        move(done, done + piece)
+        end = time.perf_counter()
+        done, speed = done + piece, piece / MB / (end - start)
+        if done >= size or 2 * (end - began) > seconds:
+            return done, speed
+        piece = done
 
 
 def unseen(folder: Path, files: dict[str, Written], seconds: float = 3.0) -> list[str]:

@@ -114,7 +114,7 @@ class _Run:
         file = demands.mark.with_name(f"{demands.mark.name}-{self.call.rank}.bin")
         product = within(CHECK, lambda: measure.multiply(self.device))
         try:
-            written = within(CHECK, lambda: measure.write_and_read(file)) if self.first else None
+            written = within(CHECK, lambda: measure.write_and_read(file, CHECK / 4)) if self.first else None
             free = within(CHECK, lambda: measure.room(places)) if self.first else None
             local = Local(seen, product, written, free)
             return self._settle("local checks", local, Local, self._judge_local, 3 * CHECK + GRACE)

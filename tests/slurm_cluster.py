@@ -4,7 +4,7 @@
         subprocess.run(["srun", "--nodes=2", "hostname"], env=cluster.env)
 
 The nodes are named ``127.0.0.1``, ``127.0.0.2``, ..., which Slurm lists as ``127.0.0.[1-2]``: a name with brackets, as on
-large clusters, whose members every machine can reach.
+large clusters, whose members every machine can reach. A job of the partition ``urgent`` preempts those of the default one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ KillWait=5
 SlurmdTimeout=15
 SchedulerParameters=sched_interval=2,bf_interval=2
 FirstJobId={first_job}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr={name} Port={port} CPUs={cpus}\n"
 LAUNCHER_VARIABLES = ("SLURM_", "SRUN_", "SBATCH_", "MASTER_", "TORCHELASTIC_")
@@ -178,7 +181,7 @@ class SlurmCluster:
     def node_states(self) -> list[str]:
         """Of all nodes, in Slurm's words; empty while it does not answer."""
         with suppress(subprocess.TimeoutExpired):
-            return self.run("sinfo", "--Node", "--noheader", "--format=%T", timeout=10).stdout.split()
+            return self.run("sinfo", "--Node", "--noheader", "--partition=all", "--format=%T", timeout=10).stdout.split()
         return []
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -163,6 +164,45 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed,
     assert "ended without a word, exit code" in text
     assert len(attempts(run)) >= 6
     assert {read_manifest(c).world_size for c in checkpoints(run)} == {2}
+
+
+@service
+@pytest.mark.long
+def test_preempted_it_waits_and_goes_on_to_the_same_losses(cluster, undisturbed, here, capsys):
+    run, urgent = here / "run", here / "urgent.txt"
+    (job,) = submit(capsys, run)
+
+    def preempt():
+        script = f"squeue --noheader --format='%i %T' > {urgent}; sleep 3"
+        done = cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap", script)
+        assert done.returncode == 0, done.stderr
+
+    disturb(cluster, run, "preemption", preempt)
+    assert f"{job} PENDING" in urgent.read_text()
+    assert finish(cluster, run) == undisturbed
+    assert len(attempts(run)) == 2
+    assert " saved " in said(run).split(", restart 1")[0], "preempted without a checkpoint"
+
+
+@service
+@pytest.mark.long
+def test_a_run_stops_by_itself_before_the_time_limit(cluster, here, capsys):
+    run = here / "run"
+    with (here / "site.yaml").open("a") as file:
+        file.write("sbatch: ['--signal=USR1@0']\n")  # none from Slurm
+    (job,) = submit(capsys, run, "train.duration=1000000 steps", "checkpoint.every=1000000 steps", "--time=2")
+    wait(cluster, run, "the job runs", lambda: attempts(run))
+    limit = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()
+    wait(cluster, run, "it stops and begins again", lambda: len(attempts(run)) > 1)
+    (checkpoint,) = checkpoints(run)
+    assert checkpoint.stat().st_mtime < datetime.fromisoformat(limit).timestamp()
+    assert f"stopped by the time limit after step {read_manifest(checkpoint).step}; starts again\n" in said(run)
+    assert attempts(run)[-1].endswith(f"at={checkpoint.name}")
+    some_steps(cluster, run, "it is cancelled")
+    assert f"resumed from {checkpoint}" in said(run)
+    assert main(["cancel", str(run)]) == 0
+    wait(cluster, run, "the end", ended(cluster))
+    assert "stopped by SIG" not in said(run).split("resumed from")[0]
 
 
 @service

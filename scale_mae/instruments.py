@@ -22,6 +22,7 @@ from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.node import Node, address, find_node, run_id
 from scale_mae.metrics.sinks import Log, Sink, make_log, to_stderr
 from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.metrics.trackers import make_trackers
 from scale_mae.model.mae import MAE
 
 
@@ -92,6 +93,8 @@ def make_instruments(
             sinks.append(Exporter(run, node, nvml, counters, config.log.port, discovery, is_first=world.is_main))
         except OSError as error:
             to_stderr(f"no metrics for Prometheus from node {node.number}: {error}")
+    if world.is_main:
+        sinks += make_trackers(config, name, step)
     log = make_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
     return Instruments(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
 

@@ -71,7 +71,7 @@ def _packages() -> Iterator[Finding]:
             continue
         numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:3] if n.isdigit())
         if package == "deepspeed" and numbers < DEEPSPEED_FLOOR:
-            yield Finding("problem", f"deepspeed {found} is too old", "pip install 'deepspeed>=0.19.4'")
+            yield Finding("problem", f"deepspeed {found} is too old", "pip install 'deepspeed>=0.19.8'")
         else:
             yield Finding("ok", f"{package} {found}")
 

@@ -31,7 +31,7 @@ class Teller:
         self, log: Log, ranks: World, meter: Meter, tally: Tally, saver: Saver, pace: Pace, decoder: Decoder, global_batch: int
     ) -> None:
         self.log, self.meter, self.tally, self.saver, self.pace = log, meter, tally, saver, pace
-        self._ranks, self._decoder, self._global_batch = ranks, decoder, global_batch
+        self._ranks, self.decoder, self._global_batch = ranks, decoder, global_batch
         self._failures: list[Failure] = []
         self._failure_metrics: Metrics = {}
 
@@ -41,7 +41,7 @@ class Teller:
 
     def failures(self, step: int) -> list[Failure]:
         """Name and count the images of all processes that had to be replaced since the last call."""
-        found = self._ranks.gather((self._failures, self._decoder.fallbacks))
+        found = self._ranks.gather((self._failures, self.decoder.fallbacks))
         self._failures = []
         failures = [failure for failures, _ in found for failure in failures]
         for failure in failures:
@@ -65,8 +65,10 @@ class Teller:
             for note in saved.notes:
                 self.log.say(note)
 
-    def step(self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int) -> None:
-        """The metrics of a log step; see :meth:`Meter.read`.
+    def step(
+        self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
+    ) -> None:
+        """The metrics of a log step; see :meth:`Meter.read`. ``rollbacks``: times that the run has gone back.
 
         Raises:
             DataError: more images were replaced than ``data.max_failures`` allows.
@@ -74,5 +76,6 @@ class Teller:
         metrics = self.meter.read(step, loss, lr, norm, loss_scale, skipped_steps)
         failures = self.failures(step)
         self.saves()
-        self.log.metrics(metrics | self._failure_metrics | {"checkpoint_failures": self.saver.failures})
+        counts = {"checkpoint_failures": self.saver.failures, "rollbacks": rollbacks}
+        self.log.metrics(metrics | self._failure_metrics | counts)
         self.tally.check(step * self._global_batch, failures)

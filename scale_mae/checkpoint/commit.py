@@ -108,15 +108,23 @@ class Saver:
         self._publishing: threading.Thread | None = None
         # of the save under way
         self._notes: list[str] = []
+        self._keep_all = False
         self._sources: dict[Path, str] = {}  # checksums of what was copied
         self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
             self._behind = world.separate()
 
-    def save(self, step: int, write: Write) -> None:
-        """Write a checkpoint; ``write`` puts this process's files into a folder and names them. See :meth:`ended`."""
+    def save(self, step: int, write: Write, *, keep_all: bool = False) -> None:
+        """Write a checkpoint; see :meth:`ended`.
+
+        Args:
+            step: its step.
+            write: puts this process's files into a folder and names them.
+            keep_all: delete no older one for it.
+        """
         self.drain()  # one at a time
+        self._keep_all = keep_all
         began = time.perf_counter()
         path, error, written, local = None, None, [], self._local
         try:
@@ -247,7 +255,8 @@ class Saver:
         except OSError as error:
             self._notes.append(f"{pointer}: not renewed ({error.strerror}); nothing relies on it")
         try:
-            self._prune(newest)
+            if not self._keep_all:
+                self._prune(newest)
         except OSError as error:
             self._notes.append(f"{newest.parent}: older checkpoints are not deleted ({error.strerror})")
 

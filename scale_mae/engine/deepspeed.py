@@ -41,7 +41,9 @@ def engine_json(config: Config, world_size: int) -> dict[str, Any]:
                 f"{'offload to cpu' if nvme else 'runs resume on any number of processes without it'}"
             )
         if key == "compute_grad_norm" and not value:
-            raise ConfigError(f"engine.deepspeed={config.engine.deepspeed}: {key}=false would let bad gradients pass; leave it out")
+            raise ConfigError(
+                f"engine.deepspeed={config.engine.deepspeed}: {key}=false would let bad gradients pass; leave it out"
+            )
     return content | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),

@@ -1,7 +1,7 @@
 """A step whose gradients are not finite changes nothing: no weight, no moment, no count of steps, on any process.
 
-DeepSpeed leaves such steps out in fp16, and elsewhere where it can afford to look at the norm; in bf16 under ZeRO-1 and 2 that
-would make the host wait in every step. PyTorch's fused AdamW takes the decision as a tensor instead, which the host never reads.
+DeepSpeed leaves such steps out in fp16, and elsewhere where it looks at the norm anyway; in bf16 under ZeRO-1 and 2 the host
+would have to wait in every step. PyTorch's fused AdamW takes the decision as a tensor instead, which the host never reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class FiniteGuard:

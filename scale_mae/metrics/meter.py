@@ -56,7 +56,7 @@ class Meter:
             lr: learning rate of the last step.
             grad_norm: of the last step, before clipping.
             loss_scale: of fp16, else 1.
-            skipped_steps: fp16 steps not applied so far in this process's life.
+            skipped_steps: left out so far, because gradients were not finite.
         """
         now = time.perf_counter()
         step_time = (now - self._since) / max(1, self._steps)

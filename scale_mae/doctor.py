@@ -19,7 +19,7 @@ import torch
 from scale_mae.resources import available_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "nvidia-dali-cuda130", "safetensors", "prometheus-client")
-DEEPSPEED_FLOOR = (0, 19, 4)  # before it, ZeRO-1 with fp32 accumulation lost the last micro-batch
+DEEPSPEED_FLOOR = (0, 19, 8)  # older ones are not tested, and some take a gradient norm that is none for one
 GIB = 2**30
 
 
@@ -71,7 +71,7 @@ def _packages() -> Iterator[Finding]:
             continue
         numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:3] if n.isdigit())
         if package == "deepspeed" and numbers < DEEPSPEED_FLOOR:
-            yield Finding("problem", f"deepspeed {found} is too old", "pip install 'deepspeed>=0.19.4'")
+            yield Finding("problem", f"deepspeed {found} is too old", "pip install 'deepspeed>=0.19.8'")
         else:
             yield Finding("ok", f"{package} {found}")
 

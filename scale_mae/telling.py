@@ -55,6 +55,7 @@ class Teller:
         save_every: steps between checkpoints.
         newest: the checkpoint that the run goes on from.
         skipped_steps: so far; see :meth:`step`.
+        rollbacks: likewise.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class Teller:
         saver: Saver,
         pace: Pace,
         decoder: Decoder,
-        *,
         save_every: int,
         newest: Newest,
         skipped_steps: int,
+        rollbacks: int,
     ) -> None:
-        self._instruments, self._ranks, self._decoder = instruments, ranks, decoder
+        self._instruments, self._ranks, self.decoder = instruments, ranks, decoder
         self.log, self.tally, self.saver, self.pace = instruments.log, tally, saver, pace
         self._save_every, self._newest = save_every, newest
         self._global_batch = instruments.meter.global_batch
@@ -79,7 +80,7 @@ class Teller:
         self._laps: list[Laps] = []  # of steps since the last log line
         self._energy = instruments.nvml.energy(instruments.gpu)
         self._lost: set[str] = set()  # files that could not be written, told once
-        self._follow(skipped_steps, 0)
+        self._follow(skipped_steps, 0, rollbacks)
         self._persist()
 
     def state(self) -> dict[str, Any]:
@@ -106,8 +107,11 @@ class Teller:
                 self.log.say(note)
             self._saved(saved)
 
-    def step(self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int) -> None:
-        """The metrics of a log step; see :meth:`scale_mae.metrics.meter.Meter.read`.
+    def step(
+        self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
+    ) -> None:
+        """The metrics of a log step; see :meth:`scale_mae.metrics.meter.Meter.read`. ``rollbacks``: times that the run has gone
+        back.
 
         Raises:
             DataError: more images were replaced than ``data.max_failures`` allows.
@@ -116,7 +120,7 @@ class Teller:
         self._laps = []
         failures, vitals = self._gather(step, self._vitals(laps))
         self.saves()
-        self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0))
+        self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0), rollbacks)
         metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, skipped_steps, laps, vitals)
         metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals)
         instruments.node.memory = most_memory([vitals[rank].memory for rank in instruments.node.ranks])
@@ -136,7 +140,7 @@ class Teller:
         self.record("stop", step=step, reason=reason)
 
     def _gather(self, step: int, vitals: Vitals | None) -> tuple[list[Failure], list[Vitals]]:
-        found = self._ranks.gather((self._failures, self._decoder.fallbacks, vitals))
+        found = self._ranks.gather((self._failures, self.decoder.fallbacks, vitals))
         self._failures = []
         failures = [failure for failures, _, _ in found for failure in failures]
         for failure in failures:
@@ -165,9 +169,10 @@ class Teller:
         used = None if before is None or self._energy is None else self._energy - before
         return Vitals(own_seconds(laps), memory(self._ranks.device), used)
 
-    def _follow(self, skipped_steps: int, fallbacks: int) -> None:
+    def _follow(self, skipped_steps: int, fallbacks: int, rollbacks: int) -> None:
         counters = self._instruments.counters
         counters.follow("skipped_steps", skipped_steps)
+        counters.follow("rollbacks", rollbacks)
         counters.follow("decoder_fallbacks", fallbacks)
         counters.follow("checkpoint_failures", self.saver.failures)
         for cause in Status:

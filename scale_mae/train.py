@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.commit import Saver, versions
+from scale_mae.checkpoint.commit import Saver
+from scale_mae.checkpoint.disk import checkpoint_bytes
+from scale_mae.checkpoint.facts import versions
 from scale_mae.checkpoint.initial import first_model
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.data import decoders
 from scale_mae.data.failures import Tally
 from scale_mae.data.index import Index
-from scale_mae.data.loader import Loader, Share, decoding_threads
+from scale_mae.data.loader import Loader, Share
 from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
@@ -28,7 +28,8 @@ from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.distributed import StopRequest, Vote, World, world
 from scale_mae.engine.optim import make_schedule, parameter_names
 from scale_mae.engine.watchdog import Watchdog
-from scale_mae.feed import Feed
+from scale_mae.feed import Feed, make_decoder
+from scale_mae.health import Verdict
 from scale_mae.instruments import make_instruments, start_facts
 from scale_mae.launcher import rank_and_size
 from scale_mae.lock import alone
@@ -36,12 +37,13 @@ from scale_mae.metrics.sinks import to_stderr
 from scale_mae.metrics.trackers import check_packages
 from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
+from scale_mae.rollback import ADVICE, Recovery
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
 from scale_mae.telling import Newest, Teller
 
 
 class NonFiniteError(UserError):
-    """The loss, or a weight, became NaN or infinite."""
+    """A weight became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ class _Run:
         # What there is: the run directory, its newest checkpoint, the images
         checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))
         path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
-        index = ranks.together(lambda: Index.open(path))
-        self.digest = index.digest
+        self.index = index = ranks.together(lambda: Index.open(path))
 
         # What comes when
         self.schedule = make_schedule(config, len(index))
         self.save_every = config.steps(config.checkpoint.every, len(index))
         plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
+        self.recovery = Recovery(self.dir, config.heal, ranks, plan, index, resumed=bool(checkpoint))
 
         # The model and its engine, at the step where the run stands
         model = first_model(config, ranks, notes, resumed=bool(checkpoint))
@@ -123,30 +125,28 @@ class _Run:
         measured: dict[str, Any] | None = None
         self.tally = Tally(config.data.max_failures)
         if checkpoint:
-            state = self.engine.load(checkpoint)
-            check_same_data(state["data"], index, checkpoint)
-            self.step = self.saved = int(state["step"])
-            self.tally = Tally(config.data.max_failures, state["failures"])
+            state = self._load(checkpoint)
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
-        self.saver = self._saver(parameters, len(index), failed_saves)
+        nbytes, alone = checkpoint_bytes(parameters, config.train.precision, self.engine.stage)
+        sizes = {"zero_stage": self.engine.stage, "nbytes": nbytes, "alone": alone}
+        keep_every = config.steps(config.checkpoint.keep_every, len(index)) if config.checkpoint.keep_every else None
+        self.saver = Saver(self.dir, config, ranks, **sizes, keep_every=keep_every, failures=failed_saves)
         self.pace = Pace(16 * parameters, recent_saves)
 
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
-        self.decoder, chosen, why = self._decoder(share.micro_batch)
+        self.decoder, chosen, why = make_decoder(config, ranks)
         image_size = config.model.image_size
         warn = functools.partial(_warn, ranks.rank)
-        loader = Loader(index, plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
-        self.batches = loader.batches(self.step, self.schedule.total_steps)
-        total_steps = self.schedule.total_steps
-        instruments = make_instruments(config, ranks, model, len(index), total_steps, self.step, measured)
+        read = (index, self.recovery.plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
+        self.loader = Loader(*read)
+        instruments = make_instruments(config, ranks, model, len(index), self.schedule.total_steps, self.step, measured)
         self.watch, self.log = instruments.watch, instruments.log
-        told = (instruments, ranks, self.tally, self.saver, self.pace, self.decoder)
-        skipped = self.engine.skipped_steps
-        self.teller = Teller(*told, save_every=self.save_every, newest=Newest.of(checkpoint), skipped_steps=skipped)
+        told = (instruments, ranks, self.tally, self.saver, self.pace, self.decoder, self.save_every, Newest.of(checkpoint))
+        self.teller = Teller(*told, self.engine.skipped_steps, self.recovery.rollbacks)
         self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
         notes.append(
             f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
@@ -158,66 +158,66 @@ class _Run:
         for note in notes:
             self.log.say(note)
 
-    def _saver(self, parameters: int, images: int, failures: int) -> Saver:
-        config, stage = self.config, self.engine.stage
-        every = config.steps(config.checkpoint.keep_every, images) if config.checkpoint.keep_every else None
-        module = parameters * (4 if config.train.precision == "fp32" else 2)
-        nbytes = module + parameters * 12  # masters and two moments
-        alone = module if stage else nbytes  # by the first process; without ZeRO, that is everything
-        sizes = {"nbytes": nbytes, "alone": alone}
-        return Saver(self.dir, config, self.ranks, zero_stage=stage, **sizes, keep_every=every, failures=failures)
-
-    def _decoder(self, batch: int) -> tuple[decoders.Decoder, decoders.Name, str]:
-        """The same kind on every process, its name and why."""
-        config, ranks = self.config, self.ranks
-        size, threads = config.model.image_size, decoding_threads(config.data)
-        name, why = ranks.on_main(lambda: decoders.choose(config.data.decoder, ranks.device))
-        try:
-            return ranks.together(lambda: decoders.make(name, size, batch, threads, ranks.device)), name, why
-        except DataError as error:
-            if config.data.decoder != "auto":
-                raise
-            return decoders.make("pillow", size, batch, threads, ranks.device), "pillow", str(error)
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        """Stand where a checkpoint stands; its state."""
+        state = self.engine.load(checkpoint)
+        check_same_data(state["data"], self.index, checkpoint)
+        self.step = self.saved = int(state["step"])
+        self.tally = Tally(self.config.data.max_failures, state["failures"])
+        self.recovery.restore(state.get("recovery"))
+        return state
 
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
-        total, stopped = self.schedule.total_steps, ""
+        total, stopped, vote = self.schedule.total_steps, "", Vote.GO_ON
         with self.log, ExitStack() as last, self.saver:
             last.push(lambda _, error, __: self.teller.end(self.step, stopped or str(error or "finished")))
-            feed = Feed(self.batches, self.ranks, self.stop, self.watch)
-            first_bad = torch.full((), math.inf, device=self.ranks.device)
-            verdict = Vote.GO_ON
-            try:
-                while self.step < total and verdict is Vote.GO_ON:
-                    self.stop.lead, began = self.pace.lead, time.perf_counter()
-                    verdict, first_bad = self._one_step(feed, first_bad)
-                    self.pace.stepped(time.perf_counter() - began)
-                    if self.step % self.save_every == 0:
-                        self._save(first_bad)
-            except DataError:
-                self._save(first_bad)  # the steps before the bad image are sound
-                raise
-            self._save(first_bad)
+            while self.step < total and vote is Vote.GO_ON:
+                vote, verdict = self._train()
+                if verdict:
+                    self._go_back(verdict)
+            self._save()
             self.watchdog.beat()
             self.saver.drain()
             self.teller.saves()
-            if self.stop.received or verdict is Vote.STOP:
+            if self.stop.received or vote is Vote.STOP:
                 stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
                 self.log.say(stopped)
             if self.saver.error:
                 raise self.saver.error
         return Result(self.dir, self.step, self.step >= total, stopped)
 
-    def _one_step(self, feed: Feed, first_bad: torch.Tensor) -> tuple[Vote, torch.Tensor]:
+    def _train(self) -> tuple[Vote, Verdict | None]:
+        """Step until the schedule ends, a signal comes, or the run has gone bad."""
+        total, vote, verdict, due = self.schedule.total_steps, Vote.GO_ON, None, False
+        with Feed(self.loader.batches(self.step, total), self.ranks, self.stop, self.watch) as feed:
+            try:
+                while self.step < total and vote is Vote.GO_ON and verdict is None:
+                    self.stop.lead, began = self.pace.lead, time.perf_counter()
+                    vote, verdict = self._one_step(feed)
+                    self.pace.stepped(time.perf_counter() - began)
+                    due = due or self.step % self.save_every == 0
+                    if due or vote is Vote.STOP:
+                        verdict = verdict or self.recovery.judge()
+                        if due and not self.recovery.health.suspicious:  # else when it is known what these steps are worth
+                            self._save()
+                            due = False
+            except DataError:
+                if not (verdict or self.recovery.judge()):
+                    self._save()  # the steps before the bad image are sound
+                raise
+        return vote, verdict
+
+    def _one_step(self, feed: Feed) -> tuple[Vote, Verdict | None]:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
-        step, config, ranks = self.step, self.config, self.ranks
+        step, config, ranks, verdict = self.step, self.config, self.ranks, None
         lr = self.schedule.lr(step)
         accumulation = config.accumulation(ranks.size)
         logged = (step + 1) % config.log.every == 0 or step + 1 == self.schedule.total_steps
-        loss, norm, verdict = torch.zeros((), device=ranks.device), None, Vote.GO_ON
+        loss, norm, vote = torch.zeros((), device=ranks.device), None, Vote.GO_ON
         for micro_step in range(accumulation):
-            batch, vote = feed.take()
-            verdict = max(verdict, vote)
+            batch, each = feed.take()
+            vote = max(vote, each)
             images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise))
             jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
             images = normalise(images, config.data.mean, config.data.std, jitter)
@@ -227,51 +227,70 @@ class _Run:
             norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
             self.watch.lap("optimizer")
             feed.advance()
-        first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), math.inf, float(step + 1)))
         self.step += 1
+        self.recovery.add(self.step, loss, self.engine.skipped)
         self.watchdog.beat()
         self.watch.stepped()
         if logged:
-            self._check_finite(first_bad)
-            (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
-            self.teller.step(self.step, mean_loss, lr, norm, self.engine.loss_scale, self.engine.skipped_steps)
-        return verdict, first_bad
+            verdict = self.recovery.judge()
+            counts = self.engine.skipped_steps, self.recovery.rollbacks
+            self.teller.step(self.step, self.recovery.loss, lr, norm, self.engine.loss_scale, *counts)
+        return vote, verdict
 
-    def _check_finite(self, first_bad: torch.Tensor) -> None:
-        (bad,) = self.ranks.reduce(first_bad[None].clone(), "min")
-        if bad < math.inf:
-            raise NonFiniteError(self._non_finite(f"loss is not finite at step {int(bad)}"))
+    def _go_back(self, verdict: Verdict) -> None:
+        """To the last good checkpoint, to go on without the images that led to a verdict.
 
-    def _non_finite(self, what: str) -> str:
+        Raises:
+            RollbackError: that is not possible, or was done often enough.
+        """
+        notes: list[str] = []
+        self.watch.lap("other")
+        self.teller.failures(self.step)
         self.saver.drain()
-        whole = store.checkpoints(self.dir)  # saves that were lost are none of them
-        return (
-            f"{what}; stopped, nothing saved from it (last checkpoint: {whole[-1] if whole else 'none'}); "
-            "lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16"
-        )
+        self.teller.saves()
+        self.watchdog.beat()
+        try:
+            checkpoint = self.recovery.go_back(verdict, self.step, notes)
+        finally:
+            for note in notes:
+                self.log.say(note)
+        self.watchdog.beat()
+        self._load(checkpoint)
+        self.watchdog.beat()
+        decoder, _, _ = make_decoder(self.config, self.ranks)  # its loader has closed the old one
+        decoder.fallbacks = self.decoder.fallbacks
+        self.decoder = self.teller.decoder = decoder
+        self.teller.tally = self.tally
+        self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
+        self.watch.lap("checkpoint")  # training stood still
 
-    def _save(self, first_bad: torch.Tensor) -> None:
+    def _save(self) -> None:
         """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
         self.teller.failures(self.step)
         if self.step == self.saved:
             return
         self.watch.lap("other")
-        self._check_finite(first_bad)
-        if not all(self.ranks.gather(self.engine.weights_are_finite())):
-            raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
         self.saver.drain()  # what the last one came to belongs into this one
         self.teller.saves()
+        if not all(self.ranks.gather(self.engine.weights_are_finite())):
+            whole = [None, *store.checkpoints(self.dir)]  # saves that were lost are none of them
+            raise NonFiniteError(
+                f"weights are not finite after step {self.step}; nothing saved from it (last checkpoint: {whole[-1]}); {ADVICE}"
+            )
         state = {
             "step": self.step,
             "parameter_groups": self.names,
-            "data": self.digest,
+            "data": self.index.digest,
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,
             "recent_saves_s": list(self.pace.saves),
             "metrics": self.teller.state(),
+            "recovery": self.recovery.state(),
         }
         self.watchdog.beat()  # a save has as long as a step
-        self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
+        # steps whose worth is not known yet, saved at the end or on a signal, must not cost the ones before them
+        keep_all = self.recovery.health.suspicious
+        self.saver.save(self.step, lambda folder: self.engine.save(folder, state), keep_all=keep_all)
         self.saved = self.step
         self.watchdog.beat()
         self.watch.lap("checkpoint")

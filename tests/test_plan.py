@@ -221,3 +221,37 @@ def test_epochs_are_exact():
     plan = SamplePlan(0, 10, 4)  # batches straddle epochs; every ten positions hold every image once
     samples = np.concatenate([plan.samples(plan.positions(s, 0, 1, 0, 4)) for s in range(5)])
     assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
+
+
+STRETCHES = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), max_size=4)
+
+
+@given(STRETCHES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretches, ranks, micro_batch, steps):
+    batch = ranks * micro_batch
+    plan, skipped = SamplePlan(3, 37, batch), set()
+    for first, length in stretches:
+        plan = plan.without(first, first + length)
+        skipped |= set(range(first, first + length))
+    taken = np.concatenate([plan.positions(s, r, ranks, 0, micro_batch) for s in range(steps) for r in range(ranks)])
+    kept = [position for position in range(500) if position not in skipped]
+    assert taken.tolist() == kept[: steps * batch]
+    assert {p for first, stop in plan.skips for p in range(first, stop)} == skipped
+    assert all(a[1] < b[0] for a, b in zip(plan.skips, plan.skips[1:], strict=False))
+    # what is drawn for a position is the same, whatever is left out and however positions are taken together
+    whole = SamplePlan(3, 37, batch)
+    positions = plan.positions(steps - 1, 0, 1, 0, batch)
+    alone = np.concatenate([whole.mask_noise(np.array([p]), 9) for p in positions])
+    assert np.array_equal(plan.mask_noise(positions, 9), alone)
+
+
+@given(st.integers(0, 30), st.integers(1, 5), st.integers(0, 10))
+@settings(max_examples=60, deadline=None)
+def test_steps_before_a_stretch_that_is_left_out_stay_as_they_were(step, length, later):
+    plan = SamplePlan(0, 50, 8)
+    without = plan.without(step * 8, (step + length) * 8)
+    for number in range(step):
+        assert np.array_equal(plan.positions(number, 0, 1, 0, 8), without.positions(number, 0, 1, 0, 8))
+    after = step + later
+    assert np.array_equal(plan.positions(after + length, 0, 1, 0, 8), without.positions(after, 0, 1, 0, 8))

@@ -78,7 +78,7 @@ def train(engine, ranks, config, steps, spoil=()):
             part = slice(first, first + micro)
             total += engine.forward_backward(images[part] * (1e18 if step in spoil else 1), noise[part]) / accumulation
             engine.step(SCHEDULE.lr(step), want_norm=False)
-        losses.append(ranks.reduce(total[None] / ranks.size, "sum")[0])
+        losses.append(ranks.reduce(total[None] / ranks.size)[0])
     return losses
 
 

@@ -12,20 +12,18 @@ training; a thread does the rest.
 from __future__ import annotations
 
 import hashlib
-import platform
 import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from scale_mae import __version__
 from scale_mae.checkpoint.disk import check_space, flush, sha256
+from scale_mae.checkpoint.facts import versions
 from scale_mae.checkpoint.local import LocalFolder, lost
 from scale_mae.checkpoint.retention import retained
 from scale_mae.checkpoint.store import (
@@ -112,6 +110,7 @@ class Saver:
         self._publishing: threading.Thread | None = None
         # of the save under way
         self._notes: list[str] = []
+        self._keep_all = False
         self._sources: dict[Path, str] = {}  # checksums of what was copied
         self._step = self._written = 0  # bytes
         self._local: LocalFolder | None = None
@@ -119,10 +118,16 @@ class Saver:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
             self._behind = world.separate()
 
-    def save(self, step: int, write: Write) -> None:
-        """Write a checkpoint; ``write`` puts this process's files into a folder and names them. See :meth:`ended`."""
+    def save(self, step: int, write: Write, *, keep_all: bool = False) -> None:
+        """Write a checkpoint; see :meth:`ended`.
+
+        Args:
+            step: its step.
+            write: puts this process's files into a folder and names them.
+            keep_all: delete no older one for it.
+        """
         self.drain()  # one at a time
-        self._step = step
+        self._step, self._keep_all = step, keep_all
         began = time.perf_counter()
         path, error, written, local = None, None, [], self._local
         try:
@@ -254,7 +259,8 @@ class Saver:
         except OSError as error:
             self._notes.append(f"{pointer}: not renewed ({error.strerror}); nothing relies on it")
         try:
-            self._prune(newest)
+            if not self._keep_all:
+                self._prune(newest)
         except OSError as error:
             self._notes.append(f"{newest.parent}: older checkpoints are not deleted ({error.strerror})")
 
@@ -289,9 +295,3 @@ def _seal(path: Path, source: str | None) -> dict[str, Any]:
     if source not in (None, digest):
         raise OSError(f"{path} differs from what was copied")
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def versions() -> dict[str, str]:
-    """What wrote a checkpoint: Python, this package, and those that its files depend on."""
-    ours = {"python": platform.python_version(), "scale-mae": __version__}
-    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}

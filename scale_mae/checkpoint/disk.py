@@ -35,3 +35,16 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
+
+
+def checkpoint_bytes(parameters: int, precision: str, stage: int) -> tuple[int, int]:
+    """What a checkpoint takes at most, and what of it the first process alone writes, in bytes.
+
+    Args:
+        parameters: of the model.
+        precision: ``train.precision``.
+        stage: of ZeRO; without it the first process writes everything.
+    """
+    module = parameters * (4 if precision == "fp32" else 2)
+    nbytes = module + parameters * 12  # masters and two moments
+    return nbytes, module if stage else nbytes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, Literal
 
+from scale_mae import __version__
 from scale_mae.config import Config
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
@@ -106,3 +109,9 @@ def timm_config(facts: Mapping[str, Any]) -> dict[str, Any]:
         "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
         "pretrained_cfg": {k: v for k, v in pretrained_cfg(facts).items() if k != "architecture"},
     }
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint: Python, this package, and those that its files depend on."""
+    ours = {"python": platform.python_version(), "scale-mae": __version__}
+    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}

@@ -218,7 +218,14 @@ def _verify_file(path: Path, facts: dict[str, Any], checksums: bool) -> None:
         raise CheckpointError(f"{path}: damaged (its checksum differs from the manifest's)")
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool = False, checksums: bool = True) -> Path | None:
+def newest_good(
+    run_dir: Path,
+    warn: Callable[[str], None],
+    *,
+    set_aside: bool = False,
+    checksums: bool = True,
+    last: int | None = None,
+) -> Path | None:
     """The newest checkpoint that verifies; None where there never was one.
 
     Args:
@@ -227,11 +234,13 @@ def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool =
         set_aside: rename those to ``damaged-step-...``, as a run does that goes on from the one before. Where that is not
             possible they stay, and a new checkpoint of their step takes their place.
         checksums: see :func:`verify`.
+        last: step of the newest that counts; those after it are not looked at.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged; then none is renamed.
     """
-    found, damaged = checkpoints(run_dir), []
+    found = [checkpoint for checkpoint in checkpoints(run_dir) if last is None or step_of(checkpoint) <= last]
+    damaged = []
     for checkpoint in reversed(found):
         try:
             verify(checkpoint, checksums=checksums)
@@ -239,7 +248,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None], *, set_aside: bool =
         except CheckpointError as error:
             damaged.append((checkpoint, error))
     else:
-        aside = list((run_dir / FOLDER).glob(f"{DAMAGED}*"))
+        aside = list((run_dir / FOLDER).glob(f"{DAMAGED}*")) if last is None else []
         if found or aside:
             named = f"; {damaged[0][1]}" if damaged else ""
             raise CheckpointError(

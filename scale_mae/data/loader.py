@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from itertools import islice
@@ -101,7 +101,7 @@ class Loader:
     pin_memory: bool = False
     warn: Callable[[str], None] = print
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Micro-batches of steps ``first_step`` to ``last_step - 1``, ``accumulation`` for each.
 
         Raises:

@@ -4,13 +4,15 @@ A run consumes positions 0, 1, 2, ...: row ``r`` of step ``s`` is position ``s *
 a position is computed from (seed, position), so that nothing has to be remembered: resuming needs the step number only, and
 splitting a batch over another number of processes changes nothing. An epoch is ``dataset_size`` positions, each a
 permutation of the whole data set; a batch may straddle two epochs.
+
+A run that has gone back leaves out the stretches of positions that led it astray: its steps read on past them.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +38,31 @@ class SamplePlan:
         seed: of everything random.
         dataset_size: images of the data set.
         global_batch: images of one optimizer step.
+        skips: stretches of positions left out, as (first, one past the last): sorted, apart from each other.
     """
 
     seed: int
     dataset_size: int
     global_batch: int
+    skips: tuple[tuple[int, int], ...] = ()
+
+    def without(self, first: int, stop: int) -> SamplePlan:
+        """The same plan, with positions ``first`` to ``stop - 1`` left out besides."""
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted({*self.skips, (first, stop)}):
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((begin, end))
+        return replace(self, skips=tuple(merged))
 
     def positions(self, step: int, rank: int, ranks: int, micro_step: int, micro_batch: int) -> Ints:
-        """Positions of one forward pass of one process: a contiguous stretch of the step's rows, ``[micro_batch]``."""
+        """Positions of one forward pass of one process: consecutive rows of the step, ``[micro_batch]``, ascending."""
         first = step * self.global_batch + (micro_step * ranks + rank) * micro_batch
-        return np.arange(first, first + micro_batch)
+        positions = np.arange(first, first + micro_batch)
+        for begin, end in self.skips:
+            positions += (positions >= begin) * (end - begin)
+        return positions
 
     def samples(self, positions: Ints) -> Ints:
         """Index of the image at each position, ``[n]``."""
@@ -78,7 +95,7 @@ class SamplePlan:
         of the short side (224 of 256) at a random place; ``none`` the same at the centre, never flipped.
 
         Args:
-            positions: ``[n]``, contiguous.
+            positions: ``[n]``, ascending.
             widths: of the upright images in pixels, ``[n]``.
             heights: likewise.
             config: kind of augmentation, scale, ratio and probability of a flip.
@@ -110,15 +127,19 @@ class SamplePlan:
         return noise
 
     def _uniforms(self, stream: int, positions: Ints, count: int) -> Floats:
-        """``[n, count]`` numbers in [0, 1) for contiguous positions."""
+        """``[n, count]`` numbers in [0, 1)."""
         uniforms: Floats = (self._words(stream, positions, count)[:, :count] >> np.uint64(11)) * 2.0**-53
         return uniforms
 
     def _words(self, stream: int, positions: Ints, count: int) -> Words:
-        """At least ``count`` random words for each of contiguous positions, from a counter-based generator (Philox 4x64)."""
+        """At least ``count`` random words for each of ascending positions, from a counter-based generator (Philox 4x64)."""
         blocks = -(-count // 4)  # the generator yields four words a counter value; every position owns whole ones
+        first = int(positions[0])
+        if int(positions[-1]) - first >= len(positions):  # a stretch between them is left out
+            parts = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+            return np.concatenate([self._words(stream, part, count) for part in parts])
         generator = np.random.Philox(key=[self.seed, stream])
-        generator.advance(int(positions[0]) * blocks)
+        generator.advance(first * blocks)
         return generator.random_raw(len(positions) * blocks * 4).reshape(len(positions), -1)
 
     def _permute(self, places: Ints, epoch: int) -> Ints:

@@ -19,6 +19,7 @@ from scale_mae.checkpoint import resume
 from scale_mae.config import Config, ConfigError
 from scale_mae.engine import TAG
 from scale_mae.engine.distributed import World
+from scale_mae.engine.finite import FiniteGuard
 from scale_mae.engine.optim import build_adamw
 from scale_mae.engine.recompute import apply_recompute
 from scale_mae.model.mae import MAE
@@ -39,13 +40,16 @@ def engine_json(config: Config, world_size: int) -> dict[str, Any]:
                 f"engine.deepspeed={config.engine.deepspeed}: {key} {'on nvme ' if nvme else ''}is not supported; "
                 f"{'offload to cpu' if nvme else 'runs resume on any number of processes without it'}"
             )
+        if key == "compute_grad_norm" and not value:
+            raise ConfigError(
+                f"engine.deepspeed={config.engine.deepspeed}: {key}=false would let bad gradients pass; leave it out"
+            )
     return content | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),
         # explicit, because leaving it out means clipping at 1.0 to DeepSpeed
         "gradient_clipping": config.optim.clip_grad_norm or 0.0,
-        # The run stops on a non-finite loss and saves nothing after one, so the check DeepSpeed makes of bf16 gradients,
-        # which waits for the accelerator in every step, is left out.
+        # FiniteGuard checks gradients without waiting for the accelerator, as DeepSpeed's own check of bf16 ones would
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": 0},
         "steps_per_print": None,
@@ -98,6 +102,11 @@ class Engine:
         if unsharded:
             self._optimizer.optimizer.state.clear()
         self._scales_loss = unsharded and config.train.precision == "fp16"
+        # Plain fp32 without ZeRO knows no norm of its own, and clips before AdamW is called: it is taken before.
+        self._plain = self.stage == 0 and config.train.precision == "fp32"
+        self._own_norm = torch.zeros(())
+        norm = (lambda: self._own_norm) if self._plain else (lambda: self._optimizer._global_grad_norm)
+        self._guard = FiniteGuard(self._engine.basic_optimizer, norm, world.device)
         resume.clear_padding(self._engine, world.rank)
 
     @property
@@ -111,9 +120,14 @@ class Engine:
         return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
 
     @property
+    def skipped(self) -> Tensor:
+        """1 when the last step had gradients that were not finite and was left out, else 0; a float on the device."""
+        return self._guard.skipped
+
+    @property
     def skipped_steps(self) -> int:
-        """Steps whose fp16 gradients overflowed and were not applied."""
-        return int(self._engine.skipped_steps)
+        """Steps left out so far; those of fp16 overflows too. Reading it waits for the accelerator."""
+        return int(self._guard.total)
 
     def forward_backward(self, images_B3HW: Tensor, noise_BL: Tensor) -> Tensor:
         """Add the gradients of one micro-batch; its loss, a scalar on the device, not waited for."""
@@ -122,25 +136,27 @@ class Engine:
         return loss.detach()
 
     def step(self, lr: float, *, want_norm: bool = False) -> float | None:
-        """After each micro-batch: DeepSpeed applies the update when the last one of the batch is in.
+        """After each micro-batch: DeepSpeed applies the update when the last one of the batch is in, unless gradients are not
+        finite.
 
         Args:
             lr: learning rate of this update.
             want_norm: return the global norm of the unclipped gradients (this waits for the accelerator); only with the
-                last micro-batch. None when an fp16 overflow left no norm.
+                last micro-batch. None when it is not finite.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # plain fp32 without ZeRO knows no norm of its own, and its gradients are gone after the step
-        own_norm = want_norm and self.stage == 0 and self.config.train.precision == "fp32"
-        norm: Any = None
-        scale = self.loss_scale if self._scales_loss else 1.0
-        if own_norm:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._plain:
+            self._own_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        scale = self.loss_scale if self._scales_loss else 1.0  # the step may change it
         self._engine.step()
-        if want_norm and not own_norm:
-            norm = self._engine.get_global_grad_norm()
-        return float(norm) / scale if norm is not None and 0 <= float(norm) < float("inf") else None
+        if last:
+            self._guard.stepped(bool(getattr(self._optimizer, "overflow", False)))
+        if not want_norm:
+            return None
+        norm = float(self._own_norm if self._plain else self._engine.get_global_grad_norm())
+        return norm / scale if 0 <= norm < float("inf") else None
 
     def weights_are_finite(self) -> bool:
         """Whether this process's weights hold no NaN and no infinity."""
@@ -182,6 +198,7 @@ class Engine:
             patch.object(files, "makedirs"),  # the first process would make the folder, on its own node
             patch.object(engine, "_copy_recovery_script"),  # scale-mae convert does that work
         ):
+            engine.skipped_steps = self.skipped_steps
             client = {"scale_mae": state | {"engine": resume.counters(engine)}}
             engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
         for problem in problems:
@@ -203,6 +220,7 @@ class Engine:
         reader = self.world.together(lambda: resume.open_for(engine, folder / TAG))
         self.world.together(lambda: resume.fill(engine, reader, rank))
         resume.publish(engine, rank)
+        self._guard.total.fill_(max(self.skipped_steps, engine.skipped_steps))  # going back does not undo what was counted
         return reader.state
 
 

@@ -95,9 +95,9 @@ class World:
                 raise found
         return result  # type: ignore[return-value]  # no error, so it is action's result
 
-    def reduce(self, values: Tensor, op: str) -> list[float]:
-        """Sum or minimum of a small tensor over all processes, brought to the host (this waits for the accelerator)."""
-        dist.all_reduce(values, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[op])
+    def reduce(self, values: Tensor) -> list[float]:
+        """Sum of a small tensor over all processes, brought to the host (this waits for the accelerator)."""
+        dist.all_reduce(values)
         reduced: list[float] = values.tolist()
         return reduced
 

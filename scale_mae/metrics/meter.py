@@ -78,7 +78,7 @@ class Meter:
             lr: learning rate of the last step.
             grad_norm: of the last step, before clipping.
             loss_scale: of fp16, else 1.
-            skipped_steps: fp16 steps not applied so far.
+            skipped_steps: left out so far, because gradients were not finite.
             laps: of this process in each step of the stretch.
             vitals: of all processes, in rank order.
         """

@@ -1,0 +1,349 @@
+"""Numbers gone bad: steps left out, spikes told from noise, runs that go back and leave out what led there."""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import RankError, run_ranks
+from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
+from test_train import log, train, train_until
+from test_train import make_config as make_run
+
+from scale_mae import history
+from scale_mae.config import ConfigError
+from scale_mae.health import Health, Verdict
+from scale_mae.sections import HealConfig
+
+# ---------------------------------------------------------------- steps with gradients that are not finite
+
+LAYOUTS = [
+    *(("fp32", f"zero{stage}") for stage in range(4)),
+    *(("bf16", f"zero{stage}") for stage in range(4)),
+    *itertools.product(("fp32", "bf16"), ("zero2_offload", "zero3_offload")),
+]
+BAD = 2  # the step, counted from 0
+
+
+def snapshot(engine):
+    """All that an update changes, on this process: weights, masters, moments, counts."""
+    states = engine._engine.basic_optimizer.state
+    weights = [getattr(p, "ds_tensor", p).detach().clone() for p in engine.model.parameters()]
+    return weights, [p.detach().clone() for p in states], [copy.deepcopy(dict(states[p])) for p in states]
+
+
+def same(one, other):
+    for a, b in zip(one, other, strict=True):
+        for x, y in zip(a, b, strict=True):
+            pairs = [(x[key], y[key]) for key in x] if isinstance(x, dict) else [(x, y)]
+            if not all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p, q in pairs):
+                return False
+    return True
+
+
+def take_steps(engine, ranks, config, steps, bad=None):
+    """Losses of some steps; in step ``bad`` the second rank's gradient is ``value`` in one micro-batch."""
+    accumulation, losses = config.accumulation(ranks.size), []
+    for step in steps:
+        images, noise = batch(step)
+        for micro in range(accumulation):
+            first = (micro * ranks.size + ranks.rank) * config.train.micro_batch
+            part = slice(first, first + config.train.micro_batch)
+            spoilt = bad and step == BAD and (micro, ranks.rank) == (bad[0], ranks.size - 1)
+            hook = (
+                engine.model.register_forward_hook(lambda _, __, out: out._replace(loss=out.loss * bad[1])) if spoilt else None
+            )
+            losses.append(engine.forward_backward(images[part], noise[part]).item())
+            if hook:
+                hook.remove()
+            norm = engine.step(SCHEDULE.lr(step), want_norm=step == BAD and micro + 1 == accumulation)
+            if step == BAD and micro + 1 == accumulation:
+                losses.append(norm)
+    return losses
+
+
+def leave_out(settings, value, micro, folder):
+    """Of each setting: whether the bad step changed anything, the counts, whether what followed equals a run without it, at
+    once and again after going back in place."""
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.distributed import world
+    from scale_mae.engine.optim import parameter_names
+
+    told = []
+    with world() as ranks:
+        for number, setting in enumerate(settings):
+            config, model = make_config(**setting), small_mae()
+            names = parameter_names(model)
+            engine = Engine(model, config, ranks)
+            take_steps(engine, ranks, config, range(BAD))
+            engine.save(folder / str(number), {"step": BAD, "parameter_groups": names})
+            before, count = snapshot(engine), engine.skipped_steps
+            norm = take_steps(engine, ranks, config, [BAD], bad=(micro, value))[-1]
+            unchanged, skipped = same(before, snapshot(engine)), (count, engine.skipped_steps, float(engine.skipped), norm)
+            after = take_steps(engine, ranks, config, range(BAD + 1, BAD + 3))
+            clean = Engine(small_mae(), config, ranks)
+            take_steps(clean, ranks, config, range(BAD))
+            expected = take_steps(clean, ranks, config, range(BAD + 1, BAD + 3))
+            as_without = after == expected and same(snapshot(engine), snapshot(clean))
+            ranks.barrier()
+            engine.load(folder / str(number))
+            again = take_steps(engine, ranks, config, range(BAD + 1, BAD + 3))
+            as_before = again == expected and same(snapshot(engine), snapshot(clean)) and engine.skipped_steps == 1
+            finite = bool(np.isfinite(after).all()) and engine.weights_are_finite()
+            told.append((unchanged, skipped, as_without, as_before, finite))
+    return told
+
+
+@pytest.mark.parametrize(("value", "micro", "clip"), [(float("nan"), 0, 0.5), (float("inf"), 1, None)])
+def test_a_bad_gradient_on_one_rank_changes_nothing_on_any(tmp_path, value, micro, clip):
+    settings = [{"stage": s, "precision": p, "micro_batch": BATCH // 4, "clip": clip} for p, s in LAYOUTS]
+    for told in run_ranks(2, leave_out, settings, value, micro, tmp_path):
+        for setting, (unchanged, skipped, as_without, as_before, finite) in zip(settings, told, strict=True):
+            assert unchanged, setting
+            assert skipped == (0, 1, 1.0, None), setting
+            assert as_without, setting
+            assert as_before, setting
+            assert finite, setting
+
+
+def test_gradients_without_a_norm_are_refused(tmp_path):
+    from scale_mae.engine.deepspeed import engine_json
+
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}')
+    with pytest.raises(ConfigError, match="compute_grad_norm=false would let bad gradients pass"):
+        engine_json(make_config(stage=str(path)), 1)
+
+
+# ---------------------------------------------------------------- spikes told from noise
+
+HEAL = HealConfig(window=20, spike=10.0, spike_steps=3, skipped_steps=4)
+
+
+def verdict_of(losses, config=HEAL, skipped=(), health=None):
+    health = health or Health(config)
+    for step, loss in enumerate(losses, 1):
+        if verdict := health.add(step, loss, step in skipped):
+            return verdict
+    return None
+
+
+def noise(number, seed=0):
+    return (1 + 0.01 * np.random.default_rng(seed).standard_normal(number)).tolist()
+
+
+def test_some_losses_in_a_row_that_are_too_high_give_a_verdict_that_names_them():
+    assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Verdict(31, 33, "the loss was too high")
+    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0, *noise(9)]) is None
+    assert verdict_of([*noise(30), 0.1, 0.1, 0.1, 0.1]) is None  # only upward
+    assert verdict_of([*noise(19), 2.0, 2.0, 2.0]) is None  # the window is not full
+    assert verdict_of([*noise(30), 9.0, 9.0, 9.0], HEAL.model_copy(update={"spike": None})) is None
+
+
+def test_steps_left_out_in_a_row_give_a_verdict_at_any_time():
+    assert verdict_of(noise(9), skipped={3, 4, 5, 6}) == Verdict(3, 6, "gradients were not finite")
+    assert verdict_of(noise(9), skipped={2, 3, 4, 6, 7, 8}) is None
+    assert verdict_of([1.0, math.nan, math.inf, 1e30, -math.inf, math.nan], skipped={4}) == Verdict(
+        2, 5, "gradients were not finite"
+    )
+
+
+def test_losses_that_do_not_differ_or_rise_slowly_are_no_spikes():
+    assert verdict_of([1.0] * 30 + [1.005] * 30) is None
+    assert verdict_of([1.0] * 30 + [1.5] * 3) == Verdict(31, 33, "the loss was too high")
+    assert verdict_of(np.linspace(1, 3, 2000).tolist()) is None
+    assert verdict_of([0.0] * 60) is None
+
+
+@given(st.lists(st.sampled_from([1.0, 1.01, 0.99, 1.02, 5.0, math.nan]), min_size=22, max_size=60), st.integers(0, 59))
+@settings(max_examples=200, deadline=None)
+def test_a_resumed_run_comes_to_the_same_verdict(tail, cut):
+    losses = noise(20) + tail
+    whole, resumed = Health(HEAL), Health(HEAL)
+    for step, loss in enumerate(losses, 1):
+        if step == cut:
+            resumed = Health(HEAL, json.loads(json.dumps(resumed.state())))
+        verdict = whole.add(step, loss, False)
+        assert resumed.add(step, loss, False) == verdict
+        assert resumed.suspicious == whole.suspicious
+        if verdict:
+            break
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_curve_like_that_of_a_clean_run_is_left_alone(seed):
+    """Steep at first, then flat, with the noise of small batches, now and then a batch out of the ordinary."""
+    generator = np.random.default_rng(seed)
+    steps = np.arange(4000)
+    curve = 0.5 + 0.6 * np.exp(-steps / 150) + 0.3 * np.exp(-steps / 1500)
+    curve *= 1 + 0.05 * generator.standard_t(3, len(steps)).clip(-20, 20)
+    assert verdict_of(curve.tolist(), HealConfig()) is None
+
+
+# ---------------------------------------------------------------- runs that go back
+
+MARK = 251  # every pixel of a poisoned image has this value
+RUN = {
+    "train.duration": "36 steps",
+    "heal.window": 20,
+    "heal.spike_steps": 3,
+    "heal.skipped_steps": 3,
+    "model.target": "pixel",
+    "checkpoint.keep": 20,
+    "data.threads": 1,
+}
+POISON = (26 * 16, 29 * 16)  # positions of steps 27 to 29
+LEFT_OUT = [25 * 16, 29 * 16]  # with the step before them
+
+
+def poison(value, first, stop):
+    """Images at some positions are worth ``value`` times what others are."""
+    import scale_mae.train
+    from scale_mae.data.loader import Loader
+
+    assemble, normalise = Loader._assemble, scale_mae.train.normalise
+
+    def poisoned(self, staged):
+        positions, batch = staged.result().positions, assemble(self, staged)
+        batch.images[torch.from_numpy((positions >= first) & (positions < stop))] = MARK
+        return batch
+
+    def spoilt(images, *args):
+        marked = (images == MARK).flatten(1).all(1)
+        return torch.where(marked[:, None, None, None], value, 1.0) * normalise(images, *args)
+
+    Loader._assemble, scale_mae.train.normalise = poisoned, spoilt
+
+
+def train_on_poison(config, value, span=POISON):
+    poison(value, *span)
+    return train(config)
+
+
+def train_without(config, left_out):
+    """A run that never sees some positions, and has no poison."""
+    import scale_mae.train
+    from scale_mae.data.plan import SamplePlan
+
+    scale_mae.train.SamplePlan = lambda *args: SamplePlan(*args).without(*left_out)
+    return train(config)
+
+
+def killed_as_it_goes_on(config, value):
+    """The rollback is recorded and loaded; then all is over."""
+    from scale_mae.train import _Run
+
+    poison(value, *POISON)
+    go_back = _Run._go_back
+
+    def then_die(self, verdict):
+        go_back(self, verdict)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _Run._go_back = then_die
+    return train(config)
+
+
+CASES = {
+    "spike": (300.0, {"engine.deepspeed": "zero2"}),
+    "nan": (math.nan, {"engine.deepspeed": "zero3", "train.precision": "bf16", "log.every": 7}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_goes_back_and_leaves_out_what_led_astray_killed_or_not(tmp_path, case):
+    value, setting = CASES[case]
+    whole, killed, clean = (make_run(tmp_path / name, **RUN, **setting) for name in ("whole", "killed", "clean"))
+    assert run_ranks(2, train_on_poison, whole, value)[0].finished
+    (event,) = [e for e in history.read(tmp_path / "whole") if e["event"] == "rollback"]
+    assert (event["number"], event["to"], event["skipped_steps"], event["positions"]) == (1, 24, [26, 29], LEFT_OUT)
+    assert event["detected"] == 29 if case == "spike" else event["detected"] in (32, 35)
+    assert len(event["samples"]) == 20
+    text = (tmp_path / "whole/log.txt").read_text()
+    assert "in steps 27 to 29; 64 images from position 400 on lead there" in text
+    assert "goes back from step" in text
+    # as if the run had never seen those images
+    run_ranks(2, train_without, clean, LEFT_OUT)
+    assert log(tmp_path / "whole", "loss", "lr", "grad_norm") == log(tmp_path / "clean", "loss", "lr", "grad_norm")
+    assert log(tmp_path / "whole", "rollbacks", "skipped_steps")[36] == (1, 3 * (case == "nan"))
+    with pytest.raises(RankError):
+        run_ranks(2, killed_as_it_goes_on, killed, value)
+    assert max(log(tmp_path / "killed", "step")) < 36
+    assert run_ranks(2, train_on_poison, killed, value)[0].finished
+    assert log(tmp_path / "killed", "loss", "lr") == log(tmp_path / "whole", "loss", "lr")
+    assert len([e for e in history.read(tmp_path / "killed") if e["event"] == "rollback"]) == 1
+
+
+def command(run_dir, value, *words):
+    """Exit code and error lines of the console command on poisoned data."""
+    from scale_mae.cli import main
+
+    poison(value, *POISON)
+    torch.set_num_threads(1)
+    config = make_run(run_dir, **RUN, **{"train.micro_batch": 16})
+    path = run_dir.with_suffix(".yaml")
+    path.write_text(config.to_yaml())
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = main(["pretrain", str(path), *words])
+    return code, [line for line in told.getvalue().splitlines() if "error" in line]
+
+
+def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
+    code, lines = run_ranks(1, command, tmp_path / "run", math.nan, "heal.rollbacks=0")[0]
+    assert code == 2
+    assert len(lines) == 1
+    assert "gradients were not finite in steps 27 to 29; 64 images from position 400 on lead there" in lines[0]
+    assert "went back 0 times before, as often as heal.rollbacks allows" in lines[0]
+    assert "history.jsonl" in lines[0]
+    assert (tmp_path / "run/outcome").read_text().startswith("failed: gradients were not finite in steps 27")
+
+
+def test_a_run_without_a_checkpoint_to_go_back_to_says_so(tmp_path):
+    code, lines = run_ranks(1, command, tmp_path / "run", math.nan, "checkpoint.every=1000 steps")[0]
+    assert code == 2
+    assert "there is no checkpoint before them to go back to" in lines[0]
+
+
+def test_a_checkpoint_waits_until_it_is_known_what_its_steps_are_worth(tmp_path):
+    span = (26 * 16, 28 * 16)  # two high steps, the second of which is one to save; three would be too many
+    config = make_run(tmp_path, **RUN | {"train.duration": "30 steps"}, **{"train.micro_batch": 8})
+    assert run_ranks(2, train_on_poison, config, 30.0, span)[0].finished
+    saved = [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert "step-00000028" not in saved
+    assert "step-00000024" in saved
+
+
+def train_to_a_signal(config, value, step):
+    poison(value, *POISON)
+    return train_until(config, step)
+
+
+def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resumed_run_goes_back(tmp_path):
+    config = make_run(tmp_path, **RUN | {"checkpoint.keep": 1}, **{"train.micro_batch": 8})
+    (result, _) = run_ranks(2, train_to_a_signal, config, 300.0, 27)
+    assert result.step == 28  # two steps of three
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000024", "step-00000028"]
+    assert run_ranks(2, train_on_poison, config, 300.0)[0].finished
+    (event,) = history.read(tmp_path)
+    assert (event["to"], event["skipped_steps"], event["detected"]) == (24, [26, 29], 29)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*step-*"))] == ["damaged-step-00000028", "step-00000036"]
+
+
+def test_a_run_begun_anew_has_no_past(tmp_path):
+    from scale_mae.rollback import _past
+
+    history.append(tmp_path, "rollback", number=1, to=4, positions=[64, 96])
+    assert len(_past(tmp_path)) == 1
+    history.append(tmp_path, "start", step=4)
+    assert len(_past(tmp_path)) == 1
+    history.append(tmp_path, "start", step=0)
+    assert _past(tmp_path) == []

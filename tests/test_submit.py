@@ -23,7 +23,7 @@ from scale_mae.launcher import meeting_port
 from scale_mae.slurm.site import Site
 from scale_mae.slurm.submit import prepare, set_aside
 
-PATIENCE = 180  # seconds
+PATIENCE = 400  # seconds; the machine may have other work
 ROOT = Path(__file__).parent.parent
 SITE = "preflight: {preflight}\npreflight_options: [--need-gb=1, --min-mbps=1]\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
 RUN = ["train.duration=400 steps", "checkpoint.every=400 steps"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Iterator
 
 from scale_mae.data.loader import Batch
 from scale_mae.data.storage import DataError
 from scale_mae.engine.distributed import Ballot, StopRequest, Vote, World
-from scale_mae.metrics.meter import Meter
+from scale_mae.metrics.stopwatch import Stopwatch
 
 
 class Feed:
@@ -18,8 +17,8 @@ class Feed:
     The vote for the next batch is cast while the accelerator works on the present one.
     """
 
-    def __init__(self, batches: Iterator[Batch], ranks: World, stop: StopRequest, meter: Meter) -> None:
-        self._batches, self._ranks, self._stop, self._meter = batches, ranks, stop, meter
+    def __init__(self, batches: Iterator[Batch], ranks: World, stop: StopRequest, watch: Stopwatch) -> None:
+        self._batches, self._ranks, self._stop, self._watch = batches, ranks, stop, watch
         self._ballot = Ballot(ranks)
         self._batch: Batch | None = None
         self._problem: DataError | None = None
@@ -27,7 +26,6 @@ class Feed:
 
     def advance(self) -> None:
         """Fetch the next batch, if any is left, and cast the vote on it."""
-        began = time.perf_counter()
         vote = Vote.STOP if self._stop.received else Vote.GO_ON
         try:
             self._batch = next(self._batches, None)
@@ -36,7 +34,7 @@ class Feed:
         except Exception as problem:  # a fault of ours must not leave the others waiting either
             traceback.print_exc()
             self._problem, vote = DataError(f"a batch cannot be loaded ({type(problem).__name__}: {problem})"), Vote.FAILED
-        self._meter.waited_for_data(time.perf_counter() - began)
+        self._watch.lap("data")
         self._ballot.cast(vote)
 
     def take(self) -> tuple[Batch, Vote]:
@@ -46,6 +44,7 @@ class Feed:
             DataError: on every process, when any could not load its batch.
         """
         vote = self._ballot.count()
+        self._watch.lap("vote")
         if vote is Vote.FAILED:
             raise next(problem for problem in self._ranks.gather(self._problem) if problem)
         assert self._batch is not None  # the loop asks for no more than the loader has

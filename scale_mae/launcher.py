@@ -61,3 +61,11 @@ def tasks_here(tasks_per_node: str, node: int) -> int:
         count, _, times = part.partition("(x")
         counts += [int(count)] * int(times.rstrip(")") or 1)
     return counts[node]
+
+
+def node_number() -> int:
+    """Number of this machine among those of the job, from torchrun or Slurm; 0 without them."""
+    for name in ("GROUP_RANK", "SLURM_NODEID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.commit import Saver
+from scale_mae.checkpoint.commit import Saver, versions
 from scale_mae.checkpoint.initial import first_model
 from scale_mae.config import Config, UserError, load_config
 from scale_mae.data import decoders
@@ -29,14 +29,14 @@ from scale_mae.engine.distributed import StopRequest, Vote, World, world
 from scale_mae.engine.optim import make_schedule, parameter_names
 from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed
+from scale_mae.instruments import make_instruments, start_facts
 from scale_mae.launcher import rank_and_size
 from scale_mae.lock import alone
-from scale_mae.metrics.meter import Meter
-from scale_mae.metrics.sinks import Log, make_log, to_stderr
+from scale_mae.metrics.sinks import to_stderr
 from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
-from scale_mae.telling import Teller
+from scale_mae.telling import Newest, Teller
 
 
 class NonFiniteError(UserError):
@@ -118,6 +118,7 @@ class _Run:
         self.engine = Engine(model, config, ranks)
         self.step = self.saved = failed_saves = 0
         recent_saves: list[float] = []
+        measured: dict[str, Any] | None = None
         self.tally = Tally(config.data.max_failures)
         if checkpoint:
             state = self.engine.load(checkpoint)
@@ -125,6 +126,7 @@ class _Run:
             self.step = self.saved = int(state["step"])
             self.tally = Tally(config.data.max_failures, state["failures"])
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
+            measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
         self.saver = self._saver(parameters, len(index), failed_saves)
         self.pace = Pace(16 * parameters, recent_saves)
@@ -137,10 +139,13 @@ class _Run:
         warn = functools.partial(_warn, ranks.rank)
         loader = Loader(index, plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
         self.batches = loader.batches(self.step, self.schedule.total_steps)
-        self.meter = Meter(config.train.global_batch, len(index), ranks.size, model.flops().train, self.schedule.total_steps)
-        self.log = make_log(self.dir, self.schedule.total_steps, self.step) if ranks.is_main else Log([])
-        told = (self.log, ranks, self.meter, self.tally, self.saver, self.pace, self.decoder)
-        self.teller = Teller(*told, config.train.global_batch)
+        total_steps = self.schedule.total_steps
+        instruments = make_instruments(config, ranks, model, len(index), total_steps, self.step, measured)
+        self.watch, self.log = instruments.watch, instruments.log
+        told = (instruments, ranks, self.tally, self.saver, self.pace, self.decoder)
+        skipped = self.engine.skipped_steps
+        self.teller = Teller(*told, save_every=self.save_every, newest=Newest.of(checkpoint), skipped_steps=skipped)
+        self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
         notes.append(
             f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
             f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
@@ -176,8 +181,8 @@ class _Run:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped = self.schedule.total_steps, ""
         with self.log, ExitStack() as last, self.saver:
-            last.callback(self.teller.saves)  # of the save that was under way, whatever ended the run
-            feed = Feed(self.batches, self.ranks, self.stop, self.meter)
+            last.push(lambda _, error, __: self.teller.end(self.step, stopped or str(error or "finished")))
+            feed = Feed(self.batches, self.ranks, self.stop, self.watch)
             first_bad = torch.full((), math.inf, device=self.ranks.device)
             verdict = Vote.GO_ON
             try:
@@ -216,12 +221,14 @@ class _Run:
             images = normalise(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(images, noise) / accumulation
+            self.watch.lap("backward")
             norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
+            self.watch.lap("optimizer")
             feed.advance()
         first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), math.inf, float(step + 1)))
         self.step += 1
         self.watchdog.beat()
-        self.meter.stepped()
+        self.watch.stepped()
         if logged:
             self._check_finite(first_bad)
             (mean_loss,) = ranks.reduce(loss[None] / ranks.size, "sum")
@@ -246,6 +253,7 @@ class _Run:
         self.teller.failures(self.step)
         if self.step == self.saved:
             return
+        self.watch.lap("other")
         self._check_finite(first_bad)
         if not all(self.ranks.gather(self.engine.weights_are_finite())):
             raise NonFiniteError(self._non_finite(f"weights are not finite after step {self.step}"))
@@ -258,11 +266,13 @@ class _Run:
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,
             "recent_saves_s": list(self.pace.saves),
+            "metrics": self.teller.state(),
         }
         self.watchdog.beat()  # a save has as long as a step
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state))
         self.saved = self.step
         self.watchdog.beat()
+        self.watch.lap("checkpoint")
         self.teller.saves()
 
 

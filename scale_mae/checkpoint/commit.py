@@ -57,6 +57,8 @@ class Saved:
         seconds: from its beginning until it had its name, or was lost.
         stalled: of these, how long training stood still.
         notes: what else went wrong.
+        nbytes: size of the checkpoint.
+        step: of the schedule.
     """
 
     path: Path | None
@@ -64,6 +66,8 @@ class Saved:
     seconds: float
     stalled: float
     notes: tuple[str, ...] = ()
+    nbytes: int = 0
+    step: int = 0
 
 
 class Saver:
@@ -109,6 +113,7 @@ class Saver:
         # of the save under way
         self._notes: list[str] = []
         self._sources: dict[Path, str] = {}  # checksums of what was copied
+        self._step = self._written = 0  # bytes
         self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
@@ -117,6 +122,7 @@ class Saver:
     def save(self, step: int, write: Write) -> None:
         """Write a checkpoint; ``write`` puts this process's files into a folder and names them. See :meth:`ended`."""
         self.drain()  # one at a time
+        self._step = step
         began = time.perf_counter()
         path, error, written, local = None, None, [], self._local
         try:
@@ -179,7 +185,7 @@ class Saver:
     def _end(self, saved: Saved) -> None:
         self.error = saved.error
         self.failures += saved.path is None
-        self._ended.put(replace(saved, notes=tuple(self._notes)))
+        self._ended.put(replace(saved, notes=tuple(self._notes), nbytes=self._written, step=self._step))
         self._notes.clear()
 
     def _commit(self, world: World, step: int, write: Write) -> Path:
@@ -192,7 +198,8 @@ class Saver:
             mine = written + ([staging / "config.yaml"] if world.is_main else [])
             sums = world.together(lambda: lost(lambda: self._sums(mine, staging), final))
             files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
-            manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), _versions(), files)
+            self._written = sum(facts["bytes"] for facts in files.values())
+            manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), versions(), files)
             world.on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
         except CheckpointError:
             if world.is_main:
@@ -284,6 +291,7 @@ def _seal(path: Path, source: str | None) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint: Python, this package, and those that its files depend on."""
     ours = {"python": platform.python_version(), "scale-mae": __version__}
     return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}

@@ -18,6 +18,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scale_mae.model.sizes import Flops
 from scale_mae.sections import TrainConfig
 
 _aten = torch.ops.aten
@@ -71,3 +72,16 @@ def apply_recompute(blocks: list[nn.Module], policy: str, every: int = TrainConf
             checkpoint_wrapper(block, offload_to_cpu=True)
     elif policy != "none":
         raise ValueError(f"unknown recompute policy {policy!r}")
+
+
+def recomputed_flops(flops: Flops, policy: str, every: int) -> int:
+    """Operations of one image that a policy does once more, counted as those of :class:`Flops` are.
+
+    Args:
+        flops: of the model.
+        policy: see this module's text.
+        every: k of ``every_k``.
+    """
+    if policy in ("full", "offload"):
+        return flops.encoder + flops.decoder
+    return 0

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from scale_mae.metrics.hardware import Memory
+from scale_mae.metrics.stopwatch import OWN, Laps, phases
+
 Metrics = dict[str, int | float | None]
+SMOOTHING = 100.0  # steps after which a loss has 1/e of its weight left in the smoothed one
+
+
+class Vitals(NamedTuple):
+    """What each process tells of itself at a log step.
+
+    Attributes:
+        own_s: seconds a step that it took for what it does without waiting for others; see :data:`OWN`.
+        memory: of the process.
+        energy: joules that its GPU used since the last time; None where that is not known.
+    """
+
+    own_s: float
+    memory: Memory
+    energy: float | None
 
 
 @dataclass
@@ -21,34 +42,35 @@ class Meter:
         dataset_size: images of one epoch.
         processes: that share the work.
         flops_per_image: operations of one image, forward and backward.
+        recomputed_per_image: of them, those done once more to save memory.
         total_steps: of the schedule.
+        peak: operations a second that the device of one process could do; None: not known.
+        smoothed: loss averaged over about :data:`SMOOTHING` steps; travels in checkpoints.
+        smoothed_at: its step.
     """
 
     global_batch: int
     dataset_size: int
     processes: int
     flops_per_image: int
+    recomputed_per_image: int
     total_steps: int
-    _since: float = field(default_factory=time.perf_counter)
-    _steps: int = 0
-    _data_wait: float = 0.0
-
-    def waited_for_data(self, seconds: float) -> None:
-        """Add time in which the process had nothing to compute on."""
-        self._data_wait += seconds
-
-    def stepped(self) -> None:
-        """Count a step."""
-        self._steps += 1
-
-    def pause(self, seconds: float) -> None:
-        """Leave ``seconds`` (of saving, say) out of the speed."""
-        self._since += seconds
+    peak: float | None = None
+    smoothed: float | None = None
+    smoothed_at: int = 0
 
     def read(
-        self, step: int, loss: float, lr: float, grad_norm: float | None, loss_scale: float, skipped_steps: int
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        loss_scale: float,
+        skipped_steps: int,
+        laps: Sequence[Laps],
+        vitals: Sequence[Vitals],
     ) -> Metrics:
-        """Metrics of the stretch since the last reading, and start a new one.
+        """Metrics of a stretch of steps.
 
         Args:
             step: steps done since the start of the schedule.
@@ -56,31 +78,76 @@ class Meter:
             lr: learning rate of the last step.
             grad_norm: of the last step, before clipping.
             loss_scale: of fp16, else 1.
-            skipped_steps: fp16 steps not applied so far in this process's life.
+            skipped_steps: fp16 steps not applied so far.
+            laps: of this process in each step of the stretch.
+            vitals: of all processes, in rank order.
         """
-        now = time.perf_counter()
-        step_time = (now - self._since) / max(1, self._steps)
-        images_per_s = self.global_batch / step_time
-        metrics: Metrics = {
+        parts = [phases(step_laps) for step_laps in laps]
+        mean = {name: sum(part[name] for part in parts) / max(1, len(parts)) for name in phases({})}
+        images_per_s = self.global_batch / mean["step"]
+        flops_per_s = images_per_s / self.processes * self.flops_per_image
+        share = None if self.peak is None else flops_per_s / self.peak
+        return {
             "step": step,
             "total_steps": self.total_steps,
             "epoch": step * self.global_batch / self.dataset_size,
             "images": step * self.global_batch,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
+            "loss_smoothed": self._smooth(step, loss),
             "lr": lr,
             "grad_norm": grad_norm,
             "images_per_s": images_per_s,
-            "step_time_s": step_time,
-            "data_wait_s": self._data_wait / max(1, self._steps),
-            "tflops_per_process": images_per_s * self.flops_per_image / self.processes / 1e12,
+            "step_time_s": mean.pop("step"),
+            **{f"{name}_s": seconds for name, seconds in mean.items()},
+            "tflops_per_process": flops_per_s / 1e12,
+            "mfu": share,
+            "hfu": None if share is None else share * (1 + self.recomputed_per_image / self.flops_per_image),
+            **_ranks(vitals),
             "memory_gib": peak_memory() / 2**30,
             "loss_scale": loss_scale,
             "skipped_steps": skipped_steps,
-            "time_left_s": (self.total_steps - step) * step_time,
+            "time_left_s": (self.total_steps - step) * self.global_batch / images_per_s,
             "time": time.time(),
         }
-        self._since, self._steps, self._data_wait = now, 0, 0.0
-        return metrics
+
+    def _smooth(self, step: int, loss: float) -> float | None:
+        """An exponential average in which a loss counts for the steps since the one before it."""
+        if math.isfinite(loss):
+            old = math.exp(-max(1, step - self.smoothed_at) / SMOOTHING)
+            self.smoothed = loss if self.smoothed is None else old * self.smoothed + (1 - old) * loss
+            self.smoothed_at = step
+        return self.smoothed
+
+
+def own_seconds(laps: Sequence[Laps]) -> float:
+    """Seconds a step that this process took without waiting for others."""
+    return sum(step.get(name, 0.0) for step in laps for name in OWN) / max(1, len(laps))
+
+
+def _ranks(vitals: Sequence[Vitals]) -> Metrics:
+    """The slowest and the fastest process, and the most memory that any has."""
+    own = [vital.own_s for vital in vitals]
+    slowest, fastest = own.index(max(own)), own.index(min(own))
+    return {
+        "rank_slowest": slowest,
+        "rank_slowest_s": own[slowest],
+        "rank_fastest": fastest,
+        "rank_fastest_s": own[fastest],
+        **most_memory([vital.memory for vital in vitals]),
+    }
+
+
+def most_memory(processes: Sequence[Memory]) -> Metrics:
+    """The most of each kind of memory that any of these processes has, in GiB."""
+    found: Metrics = {}
+    for key, field in {
+        "memory_allocated_gib": "allocated",
+        "memory_reserved_gib": "reserved",
+        "host_rss_gib": "host_rss",
+    }.items():
+        known = [value for process in processes if (value := getattr(process, field)) is not None]
+        found[key] = max(known) / 2**30 if known else None
+    return found
 
 
 def peak_memory() -> int:

@@ -184,20 +184,22 @@ class JsonSink:
 def describe(metrics: Metrics, total_steps: int) -> str:
     """One line for people."""
     left = int(metrics["time_left_s"] or 0)
-    norm = metrics["grad_norm"]
+    loss, norm = metrics["loss"], metrics["grad_norm"]
+    loss_text = "not finite" if loss is None else f"{loss:.4f}"
     return (
-        f"step {metrics['step']}/{total_steps}  epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  "
+        f"step {metrics['step']}/{total_steps}  epoch {metrics['epoch']:.2f}  loss {loss_text}  "
         f"lr {metrics['lr']:.2e}  grad norm {'-' if norm is None else format(norm, '.3g')}  "
         f"{metrics['images_per_s']:.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
     )
 
 
-def make_log(run_dir: Path, total_steps: int, first_step: int) -> Log:
-    """Console, ``log.txt`` and ``log.jsonl``."""
+def make_log(run_dir: Path, total_steps: int, first_step: int, more: Sequence[Sink] = ()) -> Log:
+    """Console, ``log.txt`` and ``log.jsonl``, and whatever is asked for besides."""
     return Log(
         [
             ConsoleSink(total_steps, first_step),
             TextSink(run_dir / "log.txt", total_steps),
             JsonSink(run_dir / "log.jsonl"),
+            *more,
         ]
     )

@@ -1,0 +1,85 @@
+"""Which processes share a machine, what hardware they have, and by what name a run goes in the systems that watch it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scale_mae.engine.distributed import World
+from scale_mae.launcher import node_number
+from scale_mae.metrics.hardware import Nvml
+from scale_mae.metrics.meter import Metrics
+
+IDENTITY = "run.id"
+
+
+@dataclass
+class Node:
+    """The machine that this process runs on, among those of the run.
+
+    Attributes:
+        number: 0 to ``count - 1``.
+        count: machines.
+        places: of each process, in rank order: its node, and NVML's number of its GPU; None without one.
+        memory: the most that a process of this node has, as of the last log step.
+    """
+
+    number: int
+    count: int
+    places: list[tuple[int, int | None]]
+    memory: Metrics = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Processes of this node."""
+        return [rank for rank, (node, _) in enumerate(self.places) if node == self.number]
+
+    @property
+    def gpus(self) -> list[int]:
+        """NVML's numbers of the GPUs that these use."""
+        return sorted({gpu for node, gpu in self.places if node == self.number and gpu is not None})
+
+
+def find_node(world: World, nvml: Nvml) -> Node:
+    """This process's machine. All processes call it."""
+    found = world.gather((node_number(), nvml.number(world.device)))
+    numbers = sorted({number for number, _ in found})
+    places = [(numbers.index(number), gpu) for number, gpu in found]
+    return Node(places[world.rank][0], len(numbers), places)
+
+
+def address() -> str:
+    """A name or number by which other machines reach this one."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    with suppress(OSError):
+        socket.getaddrinfo(name, None)
+        return name
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", "192.0.2.1"), 9))  # sends nothing; chooses the interface
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def run_id(run_dir: Path) -> str:
+    """The name of a run, the same for as long as its directory lives; made at the first call.
+
+    A copy of the directory has another path and another inode, and is another run.
+    """
+    path, place = run_dir / IDENTITY, {"path": str(run_dir.resolve()), "inode": run_dir.stat().st_ino}
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(path.read_text())
+        if any(known[key] == value for key, value in place.items()):
+            return str(known["id"])
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir.resolve().name).strip("-.")[:40] or "run"
+    found = f"{name}-{secrets.token_hex(4)}"
+    staging = run_dir / f".{IDENTITY}.tmp"
+    with suppress(OSError):  # a full disk; the next start gives another name
+        staging.write_text(json.dumps({"id": found, **place}) + "\n")
+        staging.replace(path)
+    return found

@@ -1,0 +1,99 @@
+"""Where the time of a step goes, measured without waiting for the accelerator.
+
+A lap gives its name to the time since the lap before it. On a GPU a lap is an event recorded on the stream, so laps are those
+of the device: that the host waits while the device still computes costs nothing and is not seen. Events are read at log steps,
+when the host waits for the device anyway. On a CPU a lap is a reading of the clock.
+
+    data        this process waited for its batch
+    vote        it waited for the others to have theirs
+    forward     copy to the device, normalisation, forward pass
+    backward    backward pass; under ZeRO-2 and 3 gradients travel in it
+    optimizer   the update; under ZeRO-1 and 2 weights travel in it
+    checkpoint  training stood still for a save
+    other       the rest: log lines, mostly
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+PHASES: Mapping[str, tuple[str, ...]] = {
+    "data_wait": ("data", "vote"),
+    "forward_backward": ("forward", "backward"),
+    "optimizer": ("optimizer",),
+    "checkpoint": ("checkpoint",),
+    "other": ("other",),
+}
+OWN = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
+PENDING = 4096  # events after which those that have come to pass are read early
+
+Laps = dict[str, float]
+
+
+def phases(laps: Laps) -> dict[str, float]:
+    """Seconds of a step by phase; ``step`` is all but the checkpoint."""
+    found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
+    return {"step": sum(laps.values()) - found["checkpoint"], **found}
+
+
+class Stopwatch:
+    """Laps of steps.
+
+    Args:
+        device: whose time is taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._spare: list[Any] = []
+        self._pending: deque[tuple[str, Any, bool]] = deque()
+        self._steps: list[Laps] = []
+        self._laps: Laps = defaultdict(float)
+        self._last = self._mark()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was that of ``name``."""
+        self._pending.append((name, self._mark(), False))
+
+    def after_forward(self, *_: Any) -> None:
+        """A forward hook of the model, where the loop has no place for a lap."""
+        self.lap("forward")
+
+    def stepped(self) -> None:
+        """A step has ended; what was left of it was ``other``."""
+        self._pending.append(("other", self._mark(), True))
+        if len(self._pending) > PENDING:
+            self._settle(wait=False)
+
+    def read(self) -> list[Laps]:
+        """Seconds by name of each step that has ended since the last reading. This waits for the device."""
+        self._settle(wait=True)
+        steps, self._steps = self._steps, []
+        return steps
+
+    def _mark(self) -> Any:
+        if not self._on_device:
+            return time.perf_counter()
+        event: Any = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _settle(self, *, wait: bool) -> None:
+        if wait and self._on_device and self._pending:
+            self._pending[-1][1].synchronize()
+        while self._pending and (not self._on_device or self._pending[0][1].query()):
+            name, mark, ends = self._pending.popleft()
+            if self._on_device:
+                self._laps[name] += self._last.elapsed_time(mark) / 1000
+                self._spare.append(self._last)
+            else:
+                self._laps[name] += mark - self._last
+            self._last = mark
+            if ends:
+                self._steps.append(dict(self._laps))
+                self._laps.clear()

@@ -24,6 +24,12 @@ def fast(rules):
     return re.sub(r"\* 60\b", "* 1", rules)
 
 
+def fetch(address, data=None):
+    """What a server answers, no proxy asked."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, data=data, timeout=20) as answer:
+        return answer.read()
+
+
 class PrometheusServer:
     """Started in ``folder``, watching ``discovery`` for targets, with a scrape and an evaluation each quarter of a second."""
 
@@ -55,10 +61,12 @@ class PrometheusServer:
         self.process.wait(20)
 
     def _get(self, path, **arguments):
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        query = urllib.parse.urlencode(arguments).encode() or None
-        with opener.open(f"http://{self.address}{path}", data=query, timeout=20) as answer:
-            return answer.read()
+        return fetch(f"http://{self.address}{path}", urllib.parse.urlencode(arguments).encode() or None)
+
+    def scrape(self):
+        """What the only target says now."""
+        (target,) = self.targets()
+        return fetch(f"http://{target['address']}/metrics").decode()
 
     def query(self, expression, at=None):
         """The samples of an instant query. One that cannot be parsed raises."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_mae.config import Config
+from scale_mae.metrics.hardware import peak_flops
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES
 from scale_mae.sections import OptimConfig
@@ -42,7 +43,6 @@ IMAGE = 224
 LR = 1.5e-4
 POLICIES = ("none", "full", "every_k", "selective", "offload")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 of the data sheets, by part of the name
 
 Step = Callable[[Tensor, Tensor], Tensor]  # one whole training step of (images, noise); gives the loss
 
@@ -202,7 +202,7 @@ def sweep(options: argparse.Namespace, ranks: Any) -> None:
     device = ranks.device
     measured = matmul_rate(torch.bfloat16, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = options.peak_tflops * 1e12 if options.peak_tflops else next((v for k, v in PEAKS.items() if k in name), None)
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else peak_flops(name, "bf16")
     print(f"{name}: bf16 matrix product measured {measured / 1e12:.2f} TFLOP/s, taken as peak: {peak}", flush=True)
     table: list[dict[str, str]] = []
     cases: list[dict[str, Any]] = []

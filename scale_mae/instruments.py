@@ -22,6 +22,7 @@ from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.node import Node, address, find_node, run_id
 from scale_mae.metrics.sinks import Log, Sink, make_log, to_stderr
 from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.metrics.trackers import make_trackers
 from scale_mae.model.mae import MAE
 
 
@@ -86,13 +87,19 @@ def make_instruments(
     meter.smoothed, meter.smoothed_at = saved.get("smoothed"), int(saved.get("smoothed_at", 0))
     run = Run(name, run_dir, _facts(config, counters))
     sinks: list[Sink] = []
+    problems: list[str] = []
     if config.log.port is not None and (world.local_rank == 0 or world.is_main):
         discovery = Path(config.log.discovery_dir or run_dir.parent / "prometheus")
         try:
-            sinks.append(Exporter(run, node, nvml, counters, config.log.port, discovery, is_first=world.is_main))
+            exporter = Exporter(run, node, nvml, counters, config.log.port, discovery, is_first=world.is_main)
+            sinks, problems = [exporter], exporter.problems
         except OSError as error:
-            to_stderr(f"no metrics for Prometheus from node {node.number}: {error}")
+            problems = [f"no metrics for Prometheus from node {node.number}: {error}"]
+    if world.is_main:
+        sinks += make_trackers(config, name, step)
     log = make_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
+    for problem in problems:
+        (log.say if world.is_main else to_stderr)(problem)
     return Instruments(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
 
 

@@ -33,6 +33,7 @@ from scale_mae.instruments import make_instruments, start_facts
 from scale_mae.launcher import rank_and_size
 from scale_mae.lock import alone
 from scale_mae.metrics.sinks import to_stderr
+from scale_mae.metrics.trackers import check_packages
 from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
@@ -77,6 +78,7 @@ def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
     config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
+    check_packages(config.log.sinks)
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, world() as ranks, ExitStack() as held:
         notes: list[str] = []

@@ -77,11 +77,15 @@ def apply_recompute(blocks: list[nn.Module], policy: str, every: int = TrainConf
 def recomputed_flops(flops: Flops, policy: str, every: int) -> int:
     """Operations of one image that a policy does once more, counted as those of :class:`Flops` are.
 
+    Torch's checkpoint ends as soon as all is there that the backward pass needs, before a block's last product; fairscale's
+    does the whole block again. (Fused attention recomputes within its backward pass besides, which is not counted.)
+
     Args:
         flops: of the model.
         policy: see this module's text.
         every: k of ``every_k``.
     """
-    if policy in ("full", "offload"):
-        return flops.encoder + flops.decoder
-    return 0
+    if policy == "offload":
+        return sum(whole for whole, _ in flops.blocks)
+    chosen = {"full": flops.blocks, "every_k": flops.blocks[::every]}.get(policy, ())
+    return sum(whole - last for whole, last in chosen)

@@ -25,7 +25,6 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.sinks import to_stderr
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -86,6 +85,12 @@ class Exporter(Collector):
         port: 0 for any free one; one that is taken is replaced by a free one.
         discovery_dir: where the entry for Prometheus goes.
         is_first: whether the run as a whole is told here.
+
+    Attributes:
+        problems: what went wrong when it began, for people.
+
+    Raises:
+        OSError: there is no port at all.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class Exporter(Collector):
         self._run, self._node, self._nvml, self._counters, self._is_first = run, node, nvml, counters, is_first
         self._started, self._asking = time.time(), threading.Lock()
         self._entry = discovery_dir / f"{run.id}-node{node.number}.json"
-        self._content = ""
+        self._content, self.problems = "", list[str]()
         self._take({})
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
@@ -102,7 +107,7 @@ class Exporter(Collector):
             self._server, self._thread = start_http_server(port, registry=registry)
         except OSError as error:
             self._server, self._thread = start_http_server(0, registry=registry)
-            to_stderr(f"log.port={port} cannot be used ({error.strerror}); metrics are at port {self.port}")
+            self.problems.append(f"log.port={port} cannot be used ({error.strerror}); metrics are at port {self.port}")
         self._announce()
 
     @property
@@ -152,7 +157,7 @@ class Exporter(Collector):
                 if left.isdigit() and int(left) >= self._node.count:
                     path.unlink(missing_ok=True)
         except OSError as error:
-            to_stderr(
+            self.problems.append(
                 f"log.discovery_dir={self._entry.parent}: cannot be written ({error.strerror}); "
                 f"Prometheus does not learn of {address()}:{self.port}"
             )

@@ -36,7 +36,8 @@ SIZES: dict[str, Size] = {
 class Flops:
     """Operations of one image in a MAE; 1 multiply-add = 2, matrix products only (the usual convention for MFU).
 
-    ``patch_embed`` is apart because its backward pass computes no gradient with respect to the image.
+    ``patch_embed`` is apart because its backward pass computes no gradient with respect to the image. ``blocks`` has the
+    forward pass of each transformer block, encoder first, and of these operations those of the block's last product.
     """
 
     patch_embed: int
@@ -44,6 +45,7 @@ class Flops:
     bridge: int
     decoder: int
     predict: int
+    blocks: tuple[tuple[int, int], ...]
 
     @property
     def forward(self) -> int:
@@ -56,11 +58,11 @@ class Flops:
         return 3 * self.forward - self.patch_embed
 
 
-def _blocks(tokens: int, width: int, depth: int, mlp_ratio: float) -> int:
+def _block(tokens: int, width: int, mlp_ratio: float) -> tuple[int, int]:
     hidden = int(width * mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width + 2 * hidden)
     attention = 2 * 2 * tokens * tokens * width
-    return depth * (projections + attention)
+    return projections + attention, 2 * tokens * width * hidden
 
 
 def mae_flops(
@@ -82,10 +84,13 @@ def mae_flops(
         decoder_width: D of the decoder.
         decoder_depth: blocks of the decoder.
     """
+    encoder = [_block(kept + 1, size.width, size.mlp_ratio)] * size.depth
+    decoder = [_block(patches + 1, decoder_width, 4.0)] * decoder_depth
     return Flops(
         patch_embed=2 * patches * patch_pixels * size.width,
-        encoder=_blocks(kept + 1, size.width, size.depth, size.mlp_ratio),
+        encoder=sum(whole for whole, _ in encoder),
         bridge=2 * (kept + 1) * size.width * decoder_width,
-        decoder=_blocks(patches + 1, decoder_width, decoder_depth, 4.0),
+        decoder=sum(whole for whole, _ in decoder),
         predict=2 * (patches + 1) * decoder_width * patch_pixels,
+        blocks=(*encoder, *decoder),
     )

@@ -1,0 +1,303 @@
+"""The exporter of real runs, scraped over HTTP: what it says, for how long, and what goes wrong beside it."""
+
+import json
+import math
+import os
+import signal
+import socket
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ranks import collect, run_ranks, start_ranks
+from test_train import log, make_config, train, train_until
+
+from scale_mae import history
+from scale_mae.metrics.counters import Counters
+from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
+from scale_mae.metrics.hardware import REASONS, Gpu
+from scale_mae.metrics.node import Node
+
+LONG = {"train.duration": "100000 steps", "checkpoint.every": "100000 steps"}
+
+
+def entries(run_dir):
+    return sorted((run_dir.parent / "prometheus").glob("*.json"))
+
+
+def wait_for(condition, seconds=150):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def target(run_dir):
+    (entry,) = wait_for(lambda: entries(run_dir))
+    (group,) = json.loads(entry.read_text())
+    return group["targets"][0]
+
+
+def scrape(address):
+    """(name, labels) -> value."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def value(series, name, **labels):
+    return series[f"scale_mae_{name}", tuple(sorted(labels.items()))]
+
+
+def counters_of(series):
+    return {key: v for key, v in series.items() if key[0].endswith(("_total", "_bucket", "_sum", "_count")) and v == v}
+
+
+def last_line(run_dir):
+    return json.loads((run_dir / "log.jsonl").read_text().rpartition("\n")[0].rpartition("\n")[2])
+
+
+def logged(run_dir, steps):
+    return (run_dir / "log.jsonl").exists() and len(log(run_dir, "loss")) >= steps
+
+
+def scrape_a_line(run_dir, address):
+    """A scrape and the log line it shows, while the run goes on."""
+    for _ in range(200):
+        before, series, after = last_line(run_dir), scrape(address), last_line(run_dir)
+        if before == after and value(series, "step") == before["step"]:
+            return series, before
+    raise AssertionError("never between two steps")
+
+
+def start(ranks, run_dir, **setting):
+    return start_ranks(ranks, train, make_config(run_dir, **LONG | setting))
+
+
+def stop(processes, pipes):
+    os.kill(processes[0].pid, signal.SIGTERM)
+    return collect(processes, pipes, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What a run of two ranks served, the line of that step, and the run directory after it was stopped."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    running = start(2, run_dir, **{"checkpoint.every": "3 steps"})
+    try:
+        wait_for(lambda: logged(run_dir, 5))
+        entry = json.loads(entries(run_dir)[0].read_text())
+        series, line = scrape_a_line(run_dir, target(run_dir))
+    finally:
+        stop(*running)
+    return series, line, entry, run_dir
+
+
+def test_a_scrape_has_the_values_of_the_log_line(two):
+    series, line, _, _ = two
+    for name, (key, _) in GAUGES.items():
+        if line[key] is None:
+            assert (f"scale_mae_{name}", ()) not in series
+        else:
+            assert value(series, name) == line[key], name
+    keys = {"images": "images_processed", "steps": "steps_done"}
+    for name in COUNTERS:
+        assert value(series, f"{name}_total") == line[keys.get(name, name)], name
+    for which in ("slowest", "fastest"):
+        assert value(series, "rank_seconds", which=which) == line[f"rank_{which}_s"]
+        assert value(series, "rank_number", which=which) == line[f"rank_{which}"]
+    assert value(series, "memory_bytes", kind="host_rss") == line["host_rss_gib"] * 2**30
+    assert value(series, "checkpoint_timestamp_seconds") == pytest.approx(line["time"] - line["checkpoint_age_s"])
+    assert value(series, "estimated_end_timestamp_seconds") == pytest.approx(line["time"] + line["time_left_s"])
+    assert value(series, "finished") == 0
+    assert value(series, "step_seconds_count", phase="step") == line["steps_done"]
+    assert value(series, "step_seconds_count", phase="checkpoint") == line["checkpoints"]
+    assert 0 < value(series, "disk_free_bytes") < value(series, "disk_size_bytes")
+
+
+def test_a_log_line_divides_the_time_of_a_step(two):
+    _, line, _, run_dir = two
+    parts = ("data_wait_s", "forward_backward_s", "optimizer_s", "other_s")
+    for step, values in log(run_dir, "step_time_s", "checkpoint_s", *parts).items():
+        assert values[0] == pytest.approx(sum(values[2:]))
+        assert (values[1] > 0) == (step % 3 == 1 and step > 1)  # a save comes after the step's line
+    assert line["rank_fastest_s"] <= line["rank_slowest_s"]
+    assert line["mfu"] is line["energy_j"] is None
+
+
+def test_the_info_names_run_and_job_and_the_entry_names_the_run(two):
+    series, _, entry, run_dir = two
+    (labels,) = [dict(labels) for name, labels in series if name == "scale_mae_info"]
+    run = json.loads((run_dir / "run.id").read_text())["id"]
+    assert labels.keys() == {"run", "job_id", "restart", "version", "model", "target", "host"}
+    assert (labels["run"], labels["restart"], labels["model"], labels["target"]) == (run, "0", "nano", "norm_pixel")
+    assert [group["labels"] for group in entry] == [{"run": run, "node": "0", "instance": f"{run}/node0"}]
+    assert all("run" not in dict(labels) for name, labels in series if name != "scale_mae_info")
+
+
+def test_an_entry_is_removed_at_exit_and_the_history_says_why(two):
+    _, _, _, run_dir = two
+    assert list((run_dir.parent / "prometheus").iterdir()) == []
+    events = history.read(run_dir)
+    assert events[0]["event"] == "start"
+    assert events[0].items() >= {"step": 0, "restarts": 0, "world_size": 2, "zero_stage": 2, "device": "cpu"}.items()
+    assert events[0].keys() >= {"host", "job_id", "versions", "command"}
+    saves = [e for e in events if e["event"] == "checkpoint"]
+    assert [e["step"] for e in saves[:2]] == [3, 6][: len(saves)]
+    newest = run_dir / "checkpoints" / f"step-{saves[-1]['step']:08d}"
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    assert saves[-1]["bytes"] == sum(facts["bytes"] for facts in files.values())
+    assert events[-1].items() >= {"event": "stop", "step": saves[-1]["step"]}.items()
+    assert events[-1]["reason"].startswith("stopped by")
+
+
+def test_the_number_of_series_is_the_same_for_one_rank_and_two(two, tmp_path):
+    running = start(1, tmp_path / "run", **{"train.micro_batch": 16, "checkpoint.every": "3 steps"})
+    try:
+        wait_for(lambda: logged(tmp_path / "run", 5))
+        series, _ = scrape_a_line(tmp_path / "run", target(tmp_path / "run"))
+    finally:
+        stop(*running)
+    assert {key for key in series if key[0] != "scale_mae_info"} == {key for key in two[0] if key[0] != "scale_mae_info"}
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage):
+    run_dir = tmp_path / "run"
+    setting = {"checkpoint.every": "3 steps", "train.micro_batch": 8}
+    processes, _ = start(2, run_dir, **setting)
+    wait_for(lambda: logged(run_dir, 5))
+    before, line = scrape_a_line(run_dir, target(run_dir))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    saved = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
+    lines = len((run_dir / "log.jsonl").read_text().splitlines())
+    (left,) = entries(run_dir)  # a kill leaves it
+    if damage:
+        (run_dir / "counters.json").write_text('{"steps": 3, "ima')
+    running = start(2, run_dir, **setting)
+    try:
+        wait_for(lambda: entries(run_dir)[0].read_text() != left.read_text() or logged(run_dir, saved + 1))
+        wait_for(lambda: len((run_dir / "log.jsonl").read_text().splitlines()) > lines)
+        after, _ = scrape_a_line(run_dir, target(run_dir))
+    finally:
+        stop(*running)
+    assert entries(run_dir) == []
+    assert value(after, "restarts_total") == 1
+    if damage:  # the steps since the checkpoint are forgotten, those before it are not
+        assert value(after, "steps_total") > saved
+        return
+    old, new = counters_of(before), counters_of(after)
+    assert all(new[key] >= old[key] for key in old)
+    repeated = line["step"] - saved
+    assert value(after, "steps_total") >= value(after, "step") + repeated
+    assert value(after, "images_total") == 16 * value(after, "steps_total")
+    assert [e["event"] for e in history.read(run_dir)].count("start") == 2
+
+
+def test_a_finished_run_says_so_in_its_history(tmp_path):
+    assert run_ranks(1, train, make_config(tmp_path / "run", **{"train.micro_batch": 16}))[0].finished
+    assert history.read(tmp_path / "run")[-1].items() >= {"event": "stop", "step": 10, "reason": "finished"}.items()
+    counted = json.loads((tmp_path / "run" / "counters.json").read_text())
+    assert (counted["steps"], counted["images"], counted["checkpoints"]) == (10, 160, 3)  # the last save too
+
+
+def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        setting = {"log.port": port, "log.discovery_dir": str(tmp_path / "file" / "folder"), "train.micro_batch": 16}
+        assert run_ranks(1, train, make_config(tmp_path / "run", **setting))[0].finished
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert told.count(f"log.port={port} cannot be used (Address already in use)") == 1
+    assert told.count("cannot be written (Not a directory); Prometheus does not learn of") == 1
+
+
+def test_without_a_port_there_is_no_exporter(tmp_path):
+    assert run_ranks(1, train, make_config(tmp_path / "run", **{"log.port": None, "train.micro_batch": 16}))[0].finished
+    assert not (tmp_path / "prometheus").exists()
+
+
+# One exporter without a run
+
+
+class TwoGpus:
+    """In NVML's place, which this machine may not have."""
+
+    def read(self, number):
+        return Gpu(number, 300.5 + number, None if number else 61.0, frozenset({"power_cap"}) if number == 0 else None)
+
+
+@pytest.fixture
+def make_exporter(tmp_path):
+    made = []
+
+    def make(number=0, count=1, run_id="r-1", **more):
+        node = Node(number, count, [(number, 0), (number, 3), (number, 3)])
+        counters = Counters({f"gpu_energy/{number}/0": 7.0, "gpu_energy/9/0": 99.0})
+        is_first = more.get("is_first", number == 0)
+        made.append(Exporter(Run(run_id, tmp_path, {}), node, TwoGpus(), counters, 0, tmp_path / "sd", is_first=is_first))
+        return made[-1]
+
+    yield make
+    for exporter in made:
+        exporter.close()
+
+
+def test_gpus_of_the_node_have_what_nvml_says_and_no_more(make_exporter):
+    series = scrape(f"127.0.0.1:{make_exporter().port}")
+    assert value(series, "gpu_power_watts", gpu="0") == 300.5
+    assert value(series, "gpu_power_watts", gpu="3") == 303.5
+    assert [dict(labels)["gpu"] for name, labels in series if name == "scale_mae_gpu_temperature_celsius"] == ["0"]
+    held = {dict(labels)["reason"]: v for (name, labels), v in series.items() if name == "scale_mae_gpu_throttled"}
+    assert held == {reason: float(reason == "power_cap") for reason in REASONS.values()}
+    assert value(series, "gpu_energy_joules_total", gpu="0") == 7
+    assert len([name for name, _ in series if name == "scale_mae_gpu_energy_joules_total"]) == 1
+
+
+def test_other_nodes_serve_their_own_hardware_only(make_exporter):
+    series = scrape(f"127.0.0.1:{make_exporter(number=1, count=2).port}")
+    names = {name for name, _ in series}
+    assert "scale_mae_gpu_power_watts" in names
+    assert "scale_mae_disk_free_bytes" in names
+    assert not {"scale_mae_info", "scale_mae_loss", "scale_mae_steps_total", "scale_mae_step_seconds_count"} & names
+
+
+def test_a_loss_that_is_not_finite_is_served_as_nan(make_exporter):
+    exporter = make_exporter()
+    assert ("scale_mae_loss", ()) not in scrape(f"127.0.0.1:{exporter.port}")
+    exporter.metrics({"step": 3, "total_steps": 3, "loss": None, "energy_j": 50.0, "images_processed": 100})
+    series = scrape(f"127.0.0.1:{exporter.port}")
+    assert math.isnan(value(series, "loss"))
+    assert value(series, "finished") == 1
+    assert value(series, "joules_per_million_images") == 500_000
+
+
+def test_entries_of_nodes_that_are_gone_are_taken_back_and_a_successors_is_left(make_exporter, tmp_path):
+    def names():
+        return sorted(p.name for p in (tmp_path / "sd").iterdir())
+
+    make_exporter(1, 2)
+    make_exporter(2, 3)
+    make_exporter(4, 5, "r-10")
+    first = make_exporter(0, 2)
+    assert names() == ["r-1-node0.json", "r-1-node1.json", "r-10-node4.json"]
+    successor = make_exporter(0, 2)
+    first.close()
+    assert "r-1-node0.json" in names()
+    successor.close()
+    assert "r-1-node0.json" not in names()
+
+
+def test_a_run_stopped_between_log_lines_counts_all_of_its_steps(tmp_path):
+    config = make_config(tmp_path / "run", **{"log.every": 4, "train.micro_batch": 16})
+    result = run_ranks(1, train_until, config, 4)[0]
+    counted = json.loads((Path(config.run.dir) / "counters.json").read_text())
+    assert counted["steps"] == result.step

@@ -1,0 +1,367 @@
+"""What is measured: laps, counters, utilisation, hardware; and the trackers that are told of it."""
+
+import json
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from test_engine import batch, small_mae
+
+from scale_mae.config import UserError, load_config
+from scale_mae.engine.recompute import apply_recompute, recomputed_flops
+from scale_mae.metrics import counters, trackers
+from scale_mae.metrics.counters import Counters, restore
+from scale_mae.metrics.hardware import Gpu, Memory, Nvml, peak_flops
+from scale_mae.metrics.meter import SMOOTHING, Meter, Vitals, own_seconds
+from scale_mae.metrics.node import run_id
+from scale_mae.metrics.sinks import Log
+from scale_mae.metrics.stopwatch import Stopwatch, phases
+from scale_mae.metrics.trackers import Tracker, check_packages, make_trackers
+
+CPU = torch.device("cpu")
+
+
+def test_laps_name_all_of_the_time():
+    began = time.perf_counter()
+    watch = Stopwatch(CPU)
+    for name, seconds in {"data": 0.02, "forward": 0.03, "checkpoint": 0.04}.items():
+        time.sleep(seconds)
+        watch.lap(name)
+    watch.stepped()
+    watch.lap("vote")
+    (laps,) = watch.read()
+    assert sum(laps.values()) == pytest.approx(time.perf_counter() - began, abs=0.01)
+    parts = phases(laps)
+    assert parts["data_wait"] >= 0.02
+    assert parts["forward_backward"] >= 0.03
+    assert parts["checkpoint"] >= 0.04
+    assert parts["step"] == pytest.approx(sum(laps.values()) - parts["checkpoint"])
+    assert own_seconds([laps]) == laps["data"] + laps["forward"]
+    watch.stepped()
+    assert watch.read()[0].keys() == {"vote", "other"}  # a lap before the reading is not lost
+    assert watch.read() == []
+
+
+@pytest.mark.gpu
+def test_laps_of_a_gpu_are_read_without_waiting_until_they_are_asked_for():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+    a @ a
+    torch.cuda.synchronize()
+    watch = Stopwatch(device)
+    torch.cuda.set_sync_debug_mode("error")
+    began = time.perf_counter()
+    for _ in range(50):
+        for _ in range(20):
+            a @ a
+        watch.lap("forward")
+        watch.stepped()
+    queued = time.perf_counter() - began
+    torch.cuda.set_sync_debug_mode("default")
+    laps = watch.read()
+    total = time.perf_counter() - began
+    assert len(laps) == 50
+    assert queued < total / 2
+    assert sum(step["forward"] for step in laps) == pytest.approx(total, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_laps_of_many_steps_are_bounded():
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in range(20_000):
+        watch.stepped()
+    assert len(watch._pending) < 10_000
+    assert len(watch.read()) == 20_000
+
+
+def test_counters_go_on_from_the_larger_of_file_and_checkpoint(tmp_path):
+    told = Counters({"steps": 12, "step_seconds/step/0.5": 3, "checkpoints": 1})
+    told.save(tmp_path)
+    found = restore(tmp_path, {"steps": 10, "checkpoints": 2, "decode_failures/damaged": 4}).values
+    assert found == {"steps": 12, "step_seconds/step/0.5": 3, "checkpoints": 2, "decode_failures/damaged": 4}
+    assert [p.name for p in tmp_path.iterdir()] == [counters.FILE]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"steps": 1', b"[1, 2]", b"\xff\xfe\x00", b'{"steps": NaN}', b'{"steps": "9"}', b"9"]
+)
+def test_a_damaged_file_of_counters_is_no_error(tmp_path, content):
+    (tmp_path / counters.FILE).write_bytes(content)
+    assert restore(tmp_path, {"steps": 10}).values == {"steps": 10}
+    assert restore(tmp_path, None).values == {}
+
+
+def test_a_total_that_falls_back_counts_on():
+    found = Counters({"skipped_steps": 7})
+    for total in (2, 3, 5, 1, 2):  # restored at 2; back to 1 by a rollback
+        found.follow("skipped_steps", total)
+    assert found["skipped_steps"] == 7 + 1 + 2 + 0 + 1
+
+
+def test_a_histogram_is_cumulative_and_never_falls_when_merged(tmp_path):
+    one = Counters()
+    for seconds in (0.0005, 0.3, 0.5, 0.50001, 7, 1e6):
+        one.observe("step_seconds/step", seconds)
+    buckets, total = one.histogram("step_seconds/step")
+    assert dict(buckets) | {"0.5": 3, "1.0": 4, "0.001": 1, "+Inf": 6} == dict(buckets)
+    assert total == pytest.approx(1000008.30051, abs=1e-3)
+    assert [n for _, n in buckets] == sorted(n for _, n in buckets)
+    before = Counters(one.values)
+    one.observe("step_seconds/step", 2)
+    before.save(tmp_path)
+    merged = restore(tmp_path, one.values).histogram("step_seconds/step")[0]
+    assert all(new >= old for (_, new), (_, old) in zip(merged, buckets, strict=True))
+
+
+def vitals(own, rss=2**30):
+    return Vitals(own, Memory(None, None, rss), None)
+
+
+def read(meter, step, loss, laps=({"forward": 0.5, "checkpoint": 9.0},), told=None):
+    return meter.read(step, loss, 1e-3, 1.0, 1.0, 0, laps, told or [vitals(0.5)])
+
+
+def test_utilisation_is_the_share_of_the_peak():
+    meter = Meter(100, 1000, 2, 3_000_000, 1_000_000, 1000, peak=1e9)
+    line = read(meter, 10, 1.0)
+    assert line["step_time_s"] == 0.5
+    assert line["images_per_s"] == 200
+    assert line["mfu"] == pytest.approx(200 / 2 * 3e6 / 1e9)
+    assert line["hfu"] == pytest.approx(200 / 2 * 4e6 / 1e9)
+    assert line["checkpoint_s"] == 9
+    assert line["time_left_s"] == 990 * 0.5
+    unknown = read(Meter(100, 1000, 2, 3_000_000, 1_000_000, 1000), 10, 1.0)
+    assert unknown["mfu"] is unknown["hfu"] is None
+
+
+def test_the_smoothed_loss_depends_on_steps_not_on_log_lines():
+    often, seldom = (Meter(1, 1, 1, 1, 0, 1000) for _ in range(2))
+    for meter in (often, seldom):
+        read(meter, 0, 2.0)
+    for step in range(1, 101):
+        every = read(often, step, 1.0)
+    once = read(seldom, 100, 1.0)
+    assert every["loss_smoothed"] == pytest.approx(once["loss_smoothed"]) == pytest.approx(1 + math.exp(-100 / SMOOTHING))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_null_and_spoils_no_average(bad):
+    meter = Meter(1, 1, 1, 1, 0, 1000)
+    read(meter, 1, 2.0)
+    line = read(meter, 2, bad)
+    assert line["loss"] is None
+    assert line["loss_smoothed"] == 2.0
+    json.dumps(line, allow_nan=False)
+
+
+def test_the_slowest_and_fastest_rank_and_the_most_memory_are_named():
+    line = read(Meter(1, 1, 3, 1, 0, 10), 1, 1.0, told=(vitals(0.2), vitals(0.1, 3 * 2**30), vitals(0.4)))
+    assert (line["rank_slowest"], line["rank_slowest_s"]) == (2, 0.4)
+    assert (line["rank_fastest"], line["rank_fastest_s"]) == (1, 0.1)
+    assert line["host_rss_gib"] == 3
+    assert line["memory_allocated_gib"] is None
+
+
+@pytest.mark.parametrize(("policy", "every"), [("full", 1), ("every_k", 2), ("every_k", 3), ("selective", 1), ("offload", 1)])
+def test_recomputed_operations_equal_what_pytorch_executes(policy, every):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def executed(policy):
+        model = small_mae()
+        apply_recompute([*model.blocks, *model.decoder_blocks], policy, every)
+        with FlopCounterMode(display=False) as counter:
+            model(*batch(0)).loss.backward()
+        return counter.get_total_flops(), len(batch(0)[0]), model.flops()
+
+    plain, _, flops = executed("none")
+    again, images, _ = executed(policy)
+    assert again - plain == images * recomputed_flops(flops, policy, every)
+    assert recomputed_flops(flops, "none", every) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA A100-SXM4-40GB", "bf16", 312),
+        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA A10G", "bf16", 70),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("Quadro K620", "fp32", None),
+    ],
+)
+def test_peaks_of_the_data_sheets(name, precision, teraflops):
+    peak = peak_flops(name, precision)
+    assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+def test_without_nvml_there_is_nothing_and_no_error():
+    nvml = Nvml()
+    assert nvml.number(CPU) is None
+    assert nvml.energy(None) is None
+    assert nvml.read(999) == Gpu(999, None, None, None)
+
+
+@pytest.mark.gpu
+def test_nvml_reads_the_gpu_that_torch_uses():
+    nvml = Nvml()
+    number = nvml.number(torch.device("cuda", 0))
+    gpu = nvml.read(number)
+    assert 10 < gpu.power < 2000
+    assert 5 < gpu.temperature < 110
+    assert gpu.throttled is not None
+    before = nvml.energy(number)
+    time.sleep(1)
+    assert 5 < nvml.energy(number) - before < 2000
+
+
+def test_a_run_keeps_its_name_and_a_copy_gets_another(tmp_path):
+    (tmp_path / "my run").mkdir()
+    name = run_id(tmp_path / "my run")
+    assert name.startswith("my-run-")
+    assert run_id(tmp_path / "my run") == name
+    shutil.copytree(tmp_path / "my run", tmp_path / "copy")
+    assert run_id(tmp_path / "copy") != name
+    (tmp_path / "my run").rename(tmp_path / "moved")
+    assert run_id(tmp_path / "moved") == name
+    (tmp_path / "moved" / "run.id").write_text("{")
+    assert run_id(tmp_path / "moved") != name
+
+
+# Trackers
+
+
+def line(step, **more):
+    return {"step": step, "total_steps": 8, "time": 1.8e9 + step, "loss": 1 / step, "mfu": None, **more}
+
+
+def track(name, run_dir, first, steps):
+    config = load_config("debug", {"run.dir": str(run_dir), "log.sinks": [name]})
+    with Log(make_trackers(config, "a-run", first)) as log:
+        for step in steps:
+            log.metrics(line(step))
+
+
+def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track("tensorboard", tmp_path, 0, range(1, 7))
+    track("tensorboard", tmp_path, 4, range(5, 9))  # steps 5 and 6 were lost with the crash
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(1 / s)) for s in range(1, 9)]
+    assert events.Scalars("loss")[0].wall_time == 1.8e9 + 1
+    assert "mfu" not in events.Tags()["scalars"]
+
+
+def wandb_records(path):
+    """Records of an offline run: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, data = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        data += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            yield record
+            data = b""
+
+
+def test_wandb_goes_on_with_the_same_run_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    found = []
+    for first, steps in ((0, range(1, 4)), (2, range(3, 6))):
+        track("wandb", tmp_path, first, steps)
+        (folder,) = set((tmp_path / "wandb").glob("offline-run-*")) - {f for f, _ in found}
+        rows = []
+        for record in wandb_records(next(folder.glob("*.wandb"))):
+            if record.HasField("run"):
+                assert record.run.run_id == "a-run"
+            if record.HasField("history"):
+                row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+                rows.append((row["step"], row["loss"]))
+        found.append((folder, rows))
+        time.sleep(1.1)  # wandb names its folders by the second
+    assert [rows for _, rows in found] == [[(s, 1 / s) for s in range(1, 4)], [(s, 1 / s) for s in range(3, 6)]]
+
+
+def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    ends = []
+    for first, steps in ((0, range(1, 4)), (3, range(4, 9))):
+        track("mlflow", tmp_path, first, steps)
+        client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+        experiment = client.get_experiment_by_name("scale-mae").experiment_id
+        (run,) = client.search_runs([experiment])
+        ends.append(run.info.status)
+    assert ends == ["KILLED", "FINISHED"]
+    assert run.data.params["train.global_batch"] == "16"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(s, 1 / s) for s in range(1, 9)]
+
+
+def test_a_missing_package_is_one_line_before_training(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"log\.sinks=wandb needs .*scale-mae\[sinks\]"):
+        check_packages(("wandb",))
+
+
+class Broken(Tracker):
+    """Fails when it opens, at a line, or hangs."""
+
+    how = "open"
+
+    def open(self):
+        if self.how == "open":
+            raise OSError("no server")
+
+    def write(self, step, seconds, values):
+        if self.how == "write":
+            raise OSError("no server")
+        time.sleep(100 if self.how == "hang" else 0)
+
+    def finish(self, *, finished):
+        pass
+
+
+@pytest.mark.parametrize("how", ["open", "write", "hang"])
+def test_a_tracker_that_fails_is_told_once_and_holds_up_nothing(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(Broken, "how", how)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.5)
+    broken, seen = Broken(load_config("debug", {"run.dir": str(tmp_path)}), "a-run", 0), []
+
+    class Good:
+        def say(self, message): ...
+        def close(self): ...
+        def metrics(self, metrics):
+            seen.append(metrics["step"])
+
+    began = time.monotonic()
+    with Log([broken, Good()]) as log:
+        for step in range(1, 6):
+            log.metrics(line(step))
+            time.sleep(0.05)
+    assert time.monotonic() - began < 5
+    assert seen == [1, 2, 3, 4, 5]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("Broken failed and is left out: " + ("not done after 0.5 s" if how == "hang" else "no server"))

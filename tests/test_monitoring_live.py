@@ -1,0 +1,268 @@
+"""A real Prometheus, with the shipped rules and alerts in fast motion, watches a real run of two processes."""
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from images import demo_index
+from prometheus_server import PrometheusServer
+from ranks import start_ranks
+from test_monitoring import alerts, dashboard, expressions, names_in, panels, recorded
+
+from scale_mae.config import load_config
+
+pytestmark = [pytest.mark.service("prometheus"), pytest.mark.slow]
+LOG_KEYS = {  # series -> key of a log line
+    "scale_mae_step": "step",
+    "scale_mae_total_steps": "total_steps",
+    "scale_mae_epoch": "epoch",
+    "scale_mae_schedule_images": "images",
+    "scale_mae_images_total": "images_processed",
+    "scale_mae_steps_total": "steps_done",
+    "scale_mae_loss": "loss",
+    "scale_mae_loss_smoothed": "loss_smoothed",
+    "scale_mae_learning_rate": "lr",
+    "scale_mae_gradient_norm": "grad_norm",
+    "scale_mae_images_per_second": "images_per_s",
+    "scale_mae_last_step_timestamp_seconds": "time",
+    'scale_mae_rank_seconds{which="slowest"}': "rank_slowest_s",
+    'scale_mae_rank_number{which="fastest"}': "rank_fastest",
+    "scale_mae_checkpoints_total": "checkpoints",
+}
+
+
+def needs_gpu(name):
+    """Whether a series is there only with GPUs, or devices whose peak is known."""
+    return "_gpu_" in name or "joule" in name or name in ("scale_mae_mfu", "scale_mae_hfu")
+
+
+def train_with_faults(config, faults):
+    """Train; files in ``faults`` say what goes wrong: ``nan`` makes losses of the second rank NaN, ``full`` fills the disk."""
+    from scale_mae import pretrain
+    from scale_mae.engine.deepspeed import Engine
+    from scale_mae.train import _Run
+
+    forward_backward, save = Engine.forward_backward, torch.save
+
+    def bad(self, images, noise):
+        loss = forward_backward(self, images, noise)
+        return loss * float("nan") if self.world.rank == 1 and (faults / "nan").exists() else loss
+
+    def full(state, path, *args, **kwargs):
+        if (faults / "full").exists():
+            raise OSError(28, "No space left on device")
+        return save(state, path, *args, **kwargs)
+
+    Engine.forward_backward, torch.save = bad, full
+    _Run._check_finite = lambda self, first_bad: None  # gradients stay sound: only the loss that is told is not
+    return pretrain(config)
+
+
+class Watched:
+    """A run that goes on until it is killed, and the Prometheus that watches it."""
+
+    def __init__(self, folder):
+        self.dir, self.faults, self.processes = folder / "runs" / "nano", folder / "faults", []
+        for path in (folder / "prometheus", self.faults):
+            path.mkdir()
+        overrides = {"run.dir": str(self.dir), "data.source": demo_index(), "train.duration": "1000000 steps"}
+        overrides |= {"checkpoint.every": "40 steps", "log.every": "5", "train.micro_batch": "8"}
+        self.config = load_config("debug", overrides)
+        self.server = PrometheusServer(folder / "prometheus", folder / "runs" / "prometheus")
+
+    def start(self):
+        """Until Prometheus has seen ten steps and a checkpoint of this process group."""
+        before = self.log()[-1]["steps_done"] if self.log() else 0
+        self.processes, self.pipes = start_ranks(2, train_with_faults, self.config, self.faults)
+        self.until(lambda: (self.server.value("scale_mae_steps_total") or 0) >= before + 10, 120)
+        self.until(lambda: self.server.value("scale_mae_checkpoint_timestamp_seconds > scale_mae_start_timestamp_seconds"), 60)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def log(self):
+        path = self.dir / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until(self, condition, seconds):
+        """Wait for a condition while the run is alive."""
+
+        def holds():
+            assert all(process.is_alive() for process in self.processes), "the run has ended"
+            return condition()
+
+        return self.server.wait(holds, seconds)
+
+    def fires(self, *names):
+        self.until(lambda: set(names) <= self.server.firing(), 90)
+
+    def calm(self, *names):
+        self.until(lambda: not set(names) & self.server.firing(), 60)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    run = Watched(tmp_path_factory.mktemp("watched"))
+    try:
+        run.start()
+        yield run
+    finally:
+        run.kill()
+        run.server.stop()
+
+
+def test_queries_return_the_values_of_the_log(watched):
+    """At each scrape, all series are of one and the same log line."""
+    server = watched.server
+    server.wait(lambda: len(set(server.samples("scale_mae_step").values())) > 20, 60)
+    steps = server.samples("scale_mae_step", 20)
+    lines = watched.server.wait(
+        lambda: {line["step"]: line for line in watched.log() if line["step"] >= max(steps.values())}, 5
+    )
+    lines = {line["step"]: line for line in watched.log()}
+    for series, key in LOG_KEYS.items():
+        scraped = server.samples(series, 20)
+        assert len(scraped) > 5, series
+        for at, value in scraped.items():
+            if at in steps:
+                assert value == lines[steps[at]][key], (series, at)
+    (sample,) = server.query("scale_mae_info")
+    run = json.loads((watched.dir / "run.id").read_text())["id"]
+    assert sample["metric"]["run"] == run
+    assert sample["metric"]["instance"] == f"{run}/node0"
+    assert sample["metric"]["model"] == "nano"
+    assert "exported_run" not in sample["metric"]
+
+
+def test_rates_are_those_of_the_log(watched):
+    now = time.time()
+    rate = watched.server.value("run:scale_mae_images:rate10m", now)
+    lines = [line for line in watched.log() if now - 10 <= line["time"] <= now]
+    expected = (lines[-1]["images_processed"] - lines[0]["images_processed"]) / (lines[-1]["time"] - lines[0]["time"])
+    assert rate == pytest.approx(expected, rel=0.3)
+    shares = {
+        found["metric"]["phase"]: float(found["value"][1])
+        for found in watched.server.query("run_phase:scale_mae_step_seconds:share10m")
+    }
+    assert set(shares) == {"data_wait", "forward_backward", "optimizer", "checkpoint"}
+    assert 0.3 < sum(shares.values()) - shares["checkpoint"] <= 1.05
+    p50, p95 = (watched.server.value(f"run:scale_mae_step_seconds:p{q}_10m") for q in (50, 95))
+    assert 0 < p50 <= p95
+
+
+def offered(text):
+    """Series that an exporter has, those without a sample on this machine among them."""
+    found = set()
+    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE):
+        found |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
+    return found
+
+
+def test_every_metric_that_is_asked_for_exists_and_every_one_that_exists_is_shown(watched):
+    texts = [alert["expr"] for alert in alerts().values()] + list(recorded().values()) + expressions()
+    asked = {name for text in texts for name in names_in(text)}
+    there = offered(watched.server.scrape())
+    assert len(there) > 40
+    assert asked - set(recorded()) - there == set()
+    assert {name for name in asked - watched.server.names() if not (needs_gpu(name) and not torch.cuda.is_available())} == set()
+    shown = {name for text in expressions() for name in names_in(text)}
+    assert there - shown == {f"scale_mae_step_seconds_{part}" for part in ("count", "sum")}  # by way of rules
+
+
+def test_every_expression_of_the_dashboard_is_understood_and_answered(watched):
+    """Those that need GPUs, or a failure, may have no answer."""
+    empty = {asks for asks in expressions() if not watched.server.query(asks)}
+    allowed = {asks for asks in expressions() if "ALERTS" in asks or any(map(needs_gpu, names_in(asks)))}
+    allowed |= {dashboard()["annotations"]["list"][1]["expr"].replace("$run", ".+")}  # no rollback
+    assert empty <= allowed
+    assert len(expressions()) > len(panels()) > 40
+
+
+def test_killed_and_resumed_its_series_go_on_and_no_counter_falls(watched):
+    server = watched.server
+    restarts = server.value("scale_mae_restarts_total")
+    before = server.samples("scale_mae_images_total", 600)
+    began = min(before)
+    address = server.targets()[0]["address"]
+    watched.kill()
+    killed = time.time()
+    server.wait(lambda: server.value("up") == 0, 10)
+    server.wait(lambda: "ScaleMaeTargetDown" in server.firing(), 60)
+    done = watched.log()[-1]
+    watched.start()
+    watched.calm("ScaleMaeTargetDown", "ScaleMaeRestartsWithoutProgress")
+    assert [target["instance"] for target in server.targets()] == [f"{server.targets()[0]['run']}/node0"]
+    assert server.targets()[0]["address"] != address
+    assert server.value("scale_mae_restarts_total") == restarts + 1
+    window = math.ceil(time.time() - began)
+    images = server.samples("scale_mae_images_total", window)  # one series, over both lives
+    assert min(images) <= killed < max(images)
+    assert list(images.values()) == sorted(images.values())
+    resumed = min(value for at, value in images.items() if at > killed)
+    assert done["images_processed"] <= resumed
+    counters = [name for name in server.names() if re.fullmatch(r"scale_mae_.+_(total|count|sum|bucket)", name)]
+    assert len(counters) > 10
+    for name in counters:
+        assert server.query(f"resets({name}[{window}s]) > 0") == [], name
+    grown = max(images.values()) - min(images.values())
+    assert server.value(f"increase(scale_mae_images_total[{window}s])") == pytest.approx(grown, rel=0.05)
+    rates = server.range("rate(scale_mae_images_total[3s])", began, time.time())
+    speed = max(line["images_per_s"] for line in watched.log())
+    assert 0 <= min(rates) <= max(rates) < 2 * speed
+    # what was repeated is counted as work, not as progress
+    line = watched.log()[-1]
+    assert line["images_processed"] > line["images"]
+
+
+def test_a_stall_raises_its_alert_and_goes_by(watched):
+    watched.calm("ScaleMaeNoProgress")
+    second = watched.processes[1].pid
+    os.kill(second, signal.SIGSTOP)
+    try:
+        watched.fires("ScaleMaeNoProgress")
+        assert "ScaleMaeTargetDown" not in watched.server.firing()
+    finally:
+        os.kill(second, signal.SIGCONT)
+    watched.calm("ScaleMaeNoProgress")
+
+
+def test_a_loss_that_is_not_a_number_raises_its_alert_and_goes_by(watched):
+    watched.calm("ScaleMaeLossNotFinite")
+    (watched.faults / "nan").touch()
+    try:
+        watched.fires("ScaleMaeLossNotFinite")
+        assert math.isnan(watched.server.value("scale_mae_loss"))
+        assert watched.log()[-1]["loss"] is None
+    finally:
+        (watched.faults / "nan").unlink()
+    watched.calm("ScaleMaeLossNotFinite")
+
+
+def test_a_checkpoint_that_is_too_old_raises_its_alert_and_goes_by(watched):
+    watched.calm("ScaleMaeCheckpointTooOld")
+    (watched.faults / "full").touch()
+    try:
+        watched.fires("ScaleMaeCheckpointTooOld", "ScaleMaeCheckpointFailed")
+        assert watched.server.value("time() - scale_mae_checkpoint_timestamp_seconds") > 10
+    finally:
+        (watched.faults / "full").unlink()
+    watched.calm("ScaleMaeCheckpointTooOld")
+
+
+def test_stopped_in_good_order_it_takes_its_target_away(watched):
+    server = watched.server
+    os.kill(watched.processes[0].pid, signal.SIGTERM)
+    for process in watched.processes:
+        process.join(60)
+    server.wait(lambda: server.targets() == [], 20)
+    assert not list(Path(watched.dir.parent / "prometheus").glob("*.json"))
+    time.sleep(12)  # as long as a target that is down may be
+    assert "ScaleMaeTargetDown" not in server.firing()

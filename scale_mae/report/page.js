@@ -60,13 +60,14 @@
       type: "line", x0: m[by], x1: m[by], yref: "paper", y0: 0, y1: 1,
       line: { color: colour(`series-${MARKS[m.kind] || 4}`), width: 1, dash: "dot" },
     }));
+    const legend = chart.series.length + chart.marks.length > 1;
     return {
-      autosize: true, shapes, hovermode: "x unified", showlegend: chart.series.length + chart.marks.length > 1,
+      autosize: true, shapes, hovermode: "x unified", showlegend: legend,
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // fingers scroll the page
       paper_bgcolor: colour("page"), plot_bgcolor: colour("page"), font: { color: colour("text"), family: "inherit", size: 13 },
-      margin: { l: 10, r: 10, t: 10, b: 10 },
+      margin: { l: 10, r: 10, t: 34, b: legend ? 72 : 10 },
       hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("edge"), font: { color: colour("text") } },
-      legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top" },
+      legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("link") },
       xaxis: { ...frame, title: { text: by === "images" ? "images seen" : "step" } },
       yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear" },
@@ -74,7 +75,8 @@
   }
 
   const CONFIG = {
-    displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    displaylogo: false, responsive: true, displayModeBar: true, // and nothing is handed to a service:
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
   };
 
   function draw() {

@@ -19,7 +19,7 @@ from scale_mae.slurm.runs import METRICS, Standing, is_run, standing
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
-SHORTEST, LINES_OF_MEAN = 5, 50  # smoothing: a mean over at least 5 log lines, and over a 50th of them
+SHORTEST, SHARE = 5, 50  # smoothing where a run does not: a mean over 5 log lines, or a 50th of them if that is more
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Lines:
         """The loss smoothed, ``[N]``, and how."""
         if self.has("loss_smoothed"):
             return self.column("loss_smoothed"), "as the run itself smooths it"
-        width = max(SHORTEST, len(self) // LINES_OF_MEAN)
-        return running_mean(self.column("loss"), width), f"mean of the last {width} log lines"
+        around = max(SHORTEST, len(self) // SHARE) // 2
+        return running_mean(self.column("loss"), around), f"the mean of {2 * around + 1} log lines around each"
 
 
 def column(lines: Iterable[Line], key: str) -> Floats:
@@ -69,12 +69,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def running_mean(values: Floats, width: int) -> Floats:
-    """Mean of each value and the ``width - 1`` before it, ``[N]``; what is not finite is left out."""
+def running_mean(values: Floats, around: int) -> Floats:
+    """Mean of each value and the ``around`` before and after it, ``[N]``; fewer at the ends, and none that is not finite."""
     known = np.isfinite(values)
     sums, counts = (np.concatenate([np.zeros(1), np.cumsum(part)]) for part in (np.where(known, values, 0.0), known))
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(0, stop - width)
+    here = np.arange(len(values))
+    reach = np.minimum(around, np.minimum(here, here[::-1]))  # as far on either side, or a slope would bend at the ends
+    start, stop = here - reach, here + reach + 1
     number = counts[stop] - counts[start]
     return np.where(number > 0, (sums[stop] - sums[start]) / np.maximum(number, 1), np.nan)
 

@@ -43,7 +43,7 @@ def summary(record: Record) -> Markup:
             words = f"{last['step']} of {total} steps"
             parts.append(tag("progress", words, value=str(last["step"]), max=str(total), aria_label="progress of the schedule"))
     if log.unreadable:
-        parts.append(note(f"{log.unreadable} lines of log.jsonl were cut short or damaged and are left out."))
+        parts.append(note(f"Left out of log.jsonl, cut short or damaged: {log.unreadable} lines."))
     return section("summary", "State", facts(pairs), *parts)
 
 
@@ -171,7 +171,7 @@ def reconstructions(pictures: Sequence[Picture] | None, problems: Sequence[str])
         for picture in group:
             words = f"{picture.hidden} % of the patches hidden"
             alt = f"Step {step}, {words}: rows of masked image, reconstruction and original"
-            image = tag("img", src=picture.data_uri(), alt=alt, loading="lazy")
+            image = tag("img", src=picture.data_uri(), alt=alt)
             figures.append(tag("figure", image, tag("figcaption", words)))
         parts += [tag("h3", f"Step {step:,}"), tag("div", *figures, class_="pictures")]
     return section("reconstructions", "Reconstructions", *parts, *(note(problem) for problem in problems))

@@ -30,16 +30,12 @@ class Browser:
         read_theirs, self._write = os.pipe()
         self._read, write_theirs = os.pipe()
 
-        def pipes() -> None:
-            # the browser reads commands from 3 and answers on 4
-            a, b = os.dup(read_theirs), os.dup(write_theirs)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
+        # the browser reads commands from 3 and answers on 4
+        pipes = f'exec "$@" 3<&{read_theirs} 4>&{write_theirs}'
         resolve = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        command = ["chromium", *ARGUMENTS, resolve, f"--user-data-dir={self._folder.name}", "about:blank"]
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, preexec_fn=pipes, close_fds=False, stdout=quiet, stderr=quiet)
+        browser = ["chromium", *ARGUMENTS, resolve, f"--user-data-dir={self._folder.name}", "about:blank"]
+        theirs, quiet = (read_theirs, write_theirs), subprocess.DEVNULL
+        self._process = subprocess.Popen(["bash", "-c", pipes, "bash", *browser], pass_fds=theirs, stdout=quiet, stderr=quiet)
         os.close(read_theirs)
         os.close(write_theirs)
         self._number, self._rest, self._session = 0, b"", None

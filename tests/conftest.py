@@ -18,6 +18,7 @@ SERVICES = {  # Debian package -> a file it brings
     "dataset-fashion-mnist": "/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz",
     "buildah": "/usr/bin/buildah",
     "debootstrap": "/usr/sbin/debootstrap",
+    "chromium": "/usr/bin/chromium",
 }
 
 

@@ -6,7 +6,7 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "solid"];
   const MARKS = { restart: 3, rollback: 6, skip: 5, stop: 4, "loss not finite": 6, "lost checkpoint": 2 };
-  const axis = () => document.querySelector("input[name=axis]:checked").value;
+  const axis = () => document.querySelector("input[name=axis]:checked")?.value ?? "images";
   const logarithmic = (chart) => chart.log_scale && document.getElementById("logarithmic").checked;
 
   const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -109,6 +109,7 @@
   function follow() {
     const version = document.body.dataset.version, live = document.getElementById("live");
     if (!version) return;
+    history.scrollRestoration = "manual";
     const opened = () => [...document.querySelectorAll("details")].map((d) => d.open);
     const stored = JSON.parse(sessionStorage.getItem("place") || "null");
     if (stored) {

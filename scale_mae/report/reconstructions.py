@@ -87,13 +87,19 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
         UserError: a file of ``images`` cannot be read.
     """
     folder = folder_of(run, images)
+    if config is None:
+        return drawn(folder)
+    possible = [hidden for hidden in HIDDEN if _kept(config, hidden)]
+    if len(possible) < len(HIDDEN):
+        left_out = ", ".join(f"{hidden} %" for hidden in HIDDEN if hidden not in possible)
+        warn(f"no reconstructions at {left_out}: that hides all patches of so small an image")
     there = {(picture.step, picture.hidden) for picture in drawn(folder)}
     missing = {}
     for checkpoint in checkpoints(run):
-        ratios = [hidden for hidden in HIDDEN if (step_of(checkpoint), hidden) not in there]
+        ratios = [hidden for hidden in possible if (step_of(checkpoint), hidden) not in there]
         if ratios:
             missing[checkpoint] = ratios
-    if not missing or config is None:
+    if not missing:
         return drawn(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +119,12 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
             except UserError as error:
                 warn(f"{checkpoint.name}: no reconstructions drawn: {error}")
     return sorted({*drawn(folder), *drawn(kept)}, key=lambda picture: (picture.step, picture.hidden))
+
+
+def _kept(config: Config, hidden: int) -> int:
+    """Patches that are shown."""
+    rows, columns = (side // p for side, p in zip(config.model.image_size, config.model.patch, strict=True))
+    return int(rows * columns * (1 - hidden / 100))
 
 
 _scratch: dict[Path, tempfile.TemporaryDirectory[str]] = {}

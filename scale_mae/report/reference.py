@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scale_mae.config import Config, UserError
-from scale_mae.report.record import Floats, Record
+from scale_mae.report.record import Floats, Record, running_mean
 
 FORMAT = 1
 DEVIATIONS = 4.0  # of the seeds' losses, on either side of their mean ...
@@ -87,16 +87,19 @@ def stretch_means(images: Floats, loss: Floats, ends: Floats) -> Floats:
     start = 0.0
     for number, end in enumerate(ends.tolist()):
         inside = loss[(images > start) & (images <= end)]
-        if len(inside) and len(images) and images[-1] >= end * 0.999:  # schedules round to whole batches
+        if len(inside) and images[-1] >= end:
             found[number] = inside.mean() if np.isfinite(inside).all() else np.inf
         start = end
     return found
 
 
 def band(losses: Floats) -> tuple[Floats, Floats]:
-    """Lower and upper edge, ``[P]`` each, from the stretch means of several seeds, ``[S, P]``: mean and deviations, widened."""
-    mean, deviation = losses.mean(0), losses.std(0, ddof=1)
-    half = np.maximum(DEVIATIONS * deviation, FLOOR * mean)
+    """Lower and upper edge, ``[P]`` each, from the stretch means of several seeds, ``[S, P]``: their mean, and deviations.
+
+    Few seeds say little of the deviation of one stretch, so its variance is the mean of three, with those beside it.
+    """
+    mean, variance = losses.mean(0), losses.var(0, ddof=1)
+    half = np.maximum(DEVIATIONS * np.sqrt(running_mean(variance, 1)), FLOOR * mean)
     return mean - half, mean + half
 
 

@@ -96,8 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def serve(server: Server) -> None:
     """Until Ctrl-C."""
-    print(f"{server.url} follows the run; Ctrl-C ends it", flush=True)
     try:
+        print(f"{server.url} follows the run; Ctrl-C ends it", flush=True)
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         pass

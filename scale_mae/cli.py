@@ -13,6 +13,7 @@ from scale_mae.checkpoint.command import WEIGHT_COMMANDS, add_weight_commands, w
 from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight
+from scale_mae.report.command import REPORT_COMMANDS, add_report_commands
 from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
 
 EPILOG = """\
@@ -77,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
     sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
     sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
+
+    add_report_commands(add)
 
     add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
     text = "Look over all nodes of a job just before it trains, and name the bad ones in DIR/slurm/bad_nodes."
@@ -229,6 +232,7 @@ COMMANDS = {
     **WEIGHT_COMMANDS,
     "reconstruct": reconstruct,
     "knn": knn,
+    **REPORT_COMMANDS,
     "doctor": doctor,
     "preflight": run_preflight,
     "schema": schema,

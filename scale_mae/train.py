@@ -138,14 +138,12 @@ class _Run:
         # Batches, measurements, and where they are told
         pin_memory = ranks.device.type == "cuda"
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
-        self.decoder, chosen, why = make_decoder(config, ranks)
-        image_size = config.model.image_size
-        warn = functools.partial(_warn, ranks.rank)
-        read = (index, self.recovery.plan, share, config.data, self.decoder, image_size, model.patches, pin_memory, warn)
-        self.loader = Loader(*read)
+        decoder, chosen, why = make_decoder(config, ranks)
+        shape, warn = (config.model.image_size, model.patches), functools.partial(_warn, ranks.rank)
+        self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
         instruments = make_instruments(config, ranks, model, len(index), self.schedule.total_steps, self.step, measured)
         self.watch, self.log = instruments.watch, instruments.log
-        told = (instruments, ranks, self.tally, self.saver, self.pace, self.decoder, self.save_every, Newest.of(checkpoint))
+        told = (instruments, ranks, self.tally, self.saver, self.pace, decoder, self.save_every, Newest.of(checkpoint))
         self.teller = Teller(*told, self.engine.skipped_steps, self.recovery.rollbacks)
         self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
         notes.append(
@@ -258,9 +256,8 @@ class _Run:
         self._load(checkpoint)
         self.watchdog.beat()
         decoder, _, _ = make_decoder(self.config, self.ranks)  # its loader has closed the old one
-        decoder.fallbacks = self.decoder.fallbacks
-        self.decoder = self.teller.decoder = decoder
-        self.teller.tally = self.tally
+        decoder.fallbacks = self.teller.decoder.fallbacks
+        self.teller.decoder, self.teller.tally = decoder, self.tally
         self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
         self.watch.lap("checkpoint")  # training stood still
 

@@ -19,6 +19,7 @@ SERVICES = {  # Debian package -> a file it brings
     "buildah": "/usr/bin/buildah",
     "debootstrap": "/usr/sbin/debootstrap",
     "prometheus": "/usr/bin/prometheus",
+    "chromium": "/usr/bin/chromium",
 }
 
 

@@ -1,0 +1,115 @@
+"""Makes a reference curve: the band of losses that runs of one recipe keep to, whatever their seed.
+
+nice -n 15 python benchmarks/reference_curves.py demo --runs DIR --out scale_mae/reference_curves/demo.json \\
+    --wrong optim.base_lr=0.01 model.target=pixel --result benchmarks/results/reference_curves_demo.json
+
+Trains the recipe with each seed, one process, one after the other; a run that is in DIR already is not repeated, and an
+interrupted one goes on. The schedule is cut into stretches of equal length, and each run's logged losses are averaged within
+each (scale_mae.report.reference). The band is the seeds' mean plus and minus what `band` there documents.
+
+Two checks go into the result: each seed against the band of the others, which it must be inside; and runs with a wrong value,
+trained for a part of the schedule, which must be outside the band.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import save, versions
+
+import scale_mae
+from scale_mae.config import Config
+from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.report.record import Record, read_record
+from scale_mae.report.reference import FORMAT, Reference, band, judge, setting_value, stretch_means
+
+MODEL = ("size", "image_size", "patch_size", "target", "mask_ratio")
+KEYS = (*(f"model.{key}" for key in MODEL), "train.global_batch", "train.duration")
+
+
+def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -> Record:
+    """Pre-train in ``folder``, or go on there, to this share of the schedule."""
+
+    def done() -> float:
+        line = read_record(folder).log.lines[-1:] if (folder / "log.jsonl").exists() else []
+        return line[0]["step"] / line[0]["total_steps"] if line else 0.0
+
+    if done() < share:
+        command = [sys.executable, "-m", "scale_mae", "pretrain", recipe, f"run.dir={folder}", *overrides]
+        with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+            while process.poll() is None:
+                if share < 1 and done() >= share:
+                    process.send_signal(signal.SIGTERM)
+                    break
+                time.sleep(1)
+            if process.wait():
+                sys.exit(f"{folder}: pre-training failed")
+    return read_record(folder)
+
+
+def means(record: Record, ends: np.ndarray) -> np.ndarray:
+    return stretch_means(record.images(record.log.lines), record.log.column("loss"), ends)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--stretches", type=int, default=12)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--wrong", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--wrong-share", type=float, default=0.4)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--result", type=Path)
+    args = parser.parse_args()
+
+    records = [train(args.recipe, args.runs / f"seed-{seed}", [f"run.seed={seed}"]) for seed in args.seeds]
+    config = records[0].config
+    assert isinstance(config, Config)
+    index = Index.open(index_of(config.data.source) or records[0].dir / NAME)
+    total = config.steps(config.train.duration, len(index)) * config.train.global_batch
+    ends = np.round(np.arange(1, args.stretches + 1) * total / args.stretches)
+    losses = np.stack([means(record, ends) for record in records])
+    setting = {key: setting_value(config, key) for key in KEYS} | {"data": [config.data.source, index.digest]}
+    low, high = band(losses)
+    reference = Reference(args.recipe, setting, ends, low, high)
+
+    alone = {}
+    for number, seed in enumerate(args.seeds):
+        edges = dict(zip(("low", "high"), band(np.delete(losses, number, 0)), strict=True))
+        alone[str(seed)] = str(judge(records[number], replace(reference, **edges)))
+    wrong = {}
+    for override in args.wrong:
+        record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", override], args.wrong_share)
+        wrong[override] = {"verdict": str(judge(record, reference)), "loss": means(record, ends).tolist()}
+
+    content = {
+        "format": FORMAT,
+        "name": args.recipe,
+        "about": f"{args.recipe} recipe, one process, seeds {args.seeds}; made by benchmarks/reference_curves.py",
+        "made_with": {"scale_mae": scale_mae.__version__} | versions(),
+        "setting": setting,
+        "images": ends.tolist(),
+        "low": low.round(5).tolist(),
+        "high": high.round(5).tolist(),
+        "seeds": {str(seed): row.round(5).tolist() for seed, row in zip(args.seeds, losses, strict=True)},
+    }
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    table = [{"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in alone.items()]
+    table += [{"run": name, "judged by": "all seeds", "verdict": found["verdict"]} for name, found in wrong.items()]
+    title = f"Reference curve of {args.recipe}: seeds left out in turn, and wrong values"
+    save(args.result, device=torch.device("cpu"), title=title, table=table, images=ends.tolist(), wrong=wrong)
+
+
+if __name__ == "__main__":
+    main()

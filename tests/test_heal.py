@@ -19,7 +19,7 @@ from test_train import log, train, train_until
 from test_train import make_config as make_run
 
 from scale_mae import history
-from scale_mae.config import ConfigError
+from scale_mae.config import ConfigError, UserError
 from scale_mae.health import Health, Verdict
 from scale_mae.sections import HealConfig
 
@@ -53,7 +53,7 @@ def take_steps(engine, ranks, config, steps, bad=None):
     """Losses of some steps; in step ``bad`` the second rank's gradient is ``value`` in one micro-batch."""
     accumulation, losses = config.accumulation(ranks.size), []
     for step in steps:
-        images, noise = batch(step)
+        images, noise = (t.to(ranks.device) for t in batch(step))
         for micro in range(accumulation):
             first = (micro * ranks.size + ranks.rank) * config.train.micro_batch
             part = slice(first, first + config.train.micro_batch)
@@ -112,6 +112,19 @@ def test_a_bad_gradient_on_one_rank_changes_nothing_on_any(tmp_path, value, micr
             assert as_without, setting
             assert as_before, setting
             assert finite, setting
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_bad_gradient_changes_nothing_on_a_gpu(tmp_path, precision):
+    layouts = [*(f"zero{stage}" for stage in range(4)), "zero2_offload", "zero3_offload"]
+    settings = [{"stage": s, "precision": precision, "micro_batch": BATCH // 2} for s in layouts]
+    for setting, (unchanged, skipped, _, _, finite) in zip(
+        settings, run_ranks(1, leave_out, settings, float("nan"), 0, tmp_path)[0], strict=True
+    ):
+        assert unchanged, setting
+        assert skipped == (0, 1, 1.0, None), setting
+        assert finite, setting
 
 
 def test_gradients_without_a_norm_are_refused(tmp_path):
@@ -351,3 +364,6 @@ def test_a_run_begun_anew_has_no_past(tmp_path):
     assert len(_past(tmp_path)) == 1
     history.append(tmp_path, "start", step=0)
     assert _past(tmp_path) == []
+    history.append(tmp_path, "rollback", number=1, to=4)
+    with pytest.raises(UserError, match="does not tell what it left out"):
+        _past(tmp_path)

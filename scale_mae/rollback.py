@@ -46,12 +46,14 @@ class Recovery:
         health: of the run, up to the last step that :meth:`judge` saw.
         rollbacks: times that the run has gone back.
         loss: of the last step that :meth:`judge` saw.
+        verdict: of :meth:`judge`; stays until the run has gone back.
     """
 
     def __init__(
         self, run_dir: Path, config: HealConfig, ranks: World, plan: SamplePlan, index: Index, *, resumed: bool
     ) -> None:
         self.plan, self.health, self.loss = plan, Health(config), float("nan")
+        self.verdict: Verdict | None = None
         self._dir, self._config, self._ranks, self._index = run_dir, config, ranks, index
         self._steps: list[int] = []
         self._seen: list[Tensor] = []
@@ -67,7 +69,7 @@ class Recovery:
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's :meth:`state`; None: it is of a version that had none."""
         state = state or {"health": None, "skips": [], "rollbacks": 0}
-        self.health = Health(self._config, state["health"])
+        self.health, self.verdict = Health(self._config, state["health"]), None
         self.rollbacks = max(self.rollbacks, state["rollbacks"])  # should somebody have deleted the history
         for first, stop in state["skips"]:
             self.plan = self.plan.without(first, stop)
@@ -84,19 +86,18 @@ class Recovery:
         self._seen.append(torch.stack([loss, skipped]))
 
     def judge(self) -> Verdict | None:
-        """Look at the steps since the last call; this waits for the accelerator. They all count, up to a verdict."""
+        """The verdict on the run, after a look at the steps since the last call; that waits for the accelerator."""
         steps, seen = self._steps, self._seen
         self._steps, self._seen = [], []
         if not steps:
-            return None
+            return self.verdict
         # added up in fp64, so that the result does not depend on the order, which depends on how many are added at once
         sums = torch.stack(seen).double().flatten()
         means = (torch.tensor(self._ranks.reduce(sums)).view(-1, 2) / self._ranks.size).float().tolist()
         self.loss = means[-1][0]
         for step, (loss, skipped) in zip(steps, means, strict=True):
-            if verdict := self.health.add(step, loss, skipped > 0):
-                return verdict
-        return None
+            self.verdict = self.verdict or self.health.add(step, loss, skipped > 0)
+        return self.verdict
 
     def go_back(self, verdict: Verdict, step: int, notes: list[str]) -> Path:
         """Leave out what led to a verdict; the checkpoint to go on from, which is to be loaded and its state restored.
@@ -167,10 +168,16 @@ class Recovery:
 
 def _past(run_dir: Path) -> list[dict[str, Any]]:
     """Rollbacks of the run that a directory holds, in order; not of one that was begun anew since."""
-    found: list[dict[str, Any]] = []
+    path, found = run_dir / history.FILE, list[dict[str, Any]]()
     for event in history.read(run_dir):
         if event["event"] == "start" and not event.get("step"):
             found.clear()
         elif event["event"] == "rollback":
+            if not (_are_numbers(event.get("positions"), 2) and _are_numbers([event.get("to")], 1)):
+                raise RollbackError(f"{path}: a rollback does not tell what it left out; bring the file back as it was")
             found.append(event)
     return found
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and [type(value) for value in values] == [int] * count

@@ -171,9 +171,9 @@ class _Run:
         with self.log, ExitStack() as last, self.saver:
             last.push(lambda _, error, __: self.teller.end(self.step, stopped or str(error or "finished")))
             while self.step < total and vote is Vote.GO_ON:
-                vote, verdict = self._train()
-                if verdict:
-                    self._go_back(verdict)
+                vote = self._train()
+                if self.recovery.verdict:
+                    self._go_back(self.recovery.verdict)
             self._save()
             self.watchdog.beat()
             self.saver.drain()
@@ -185,30 +185,30 @@ class _Run:
                 raise self.saver.error
         return Result(self.dir, self.step, self.step >= total, stopped)
 
-    def _train(self) -> tuple[Vote, Verdict | None]:
+    def _train(self) -> Vote:
         """Step until the schedule ends, a signal comes, or the run has gone bad."""
-        total, vote, verdict, due = self.schedule.total_steps, Vote.GO_ON, None, False
+        total, recovery, vote, due = self.schedule.total_steps, self.recovery, Vote.GO_ON, False
         with Feed(self.loader.batches(self.step, total), self.ranks, self.stop, self.watch) as feed:
             try:
-                while self.step < total and vote is Vote.GO_ON and verdict is None:
+                while self.step < total and vote is Vote.GO_ON and not recovery.verdict:
                     self.stop.lead, began = self.pace.lead, time.perf_counter()
-                    vote, verdict = self._one_step(feed)
+                    vote = self._one_step(feed)
                     self.pace.stepped(time.perf_counter() - began)
                     due = due or self.step % self.save_every == 0
                     if due or vote is Vote.STOP:
-                        verdict = verdict or self.recovery.judge()
-                        if due and not self.recovery.health.suspicious:  # else when it is known what these steps are worth
-                            self._save()
-                            due = False
+                        recovery.judge()
+                    if due and not recovery.health.suspicious:  # else when it is known what these steps are worth
+                        self._save()
+                        due = False
             except DataError:
-                if not (verdict or self.recovery.judge()):
+                if not recovery.judge():
                     self._save()  # the steps before the bad image are sound
                 raise
-        return vote, verdict
+        return vote
 
-    def _one_step(self, feed: Feed) -> tuple[Vote, Verdict | None]:
+    def _one_step(self, feed: Feed) -> Vote:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
-        step, config, ranks, verdict = self.step, self.config, self.ranks, None
+        step, config, ranks = self.step, self.config, self.ranks
         lr = self.schedule.lr(step)
         accumulation = config.accumulation(ranks.size)
         logged = (step + 1) % config.log.every == 0 or step + 1 == self.schedule.total_steps
@@ -230,10 +230,10 @@ class _Run:
         self.watchdog.beat()
         self.watch.stepped()
         if logged:
-            verdict = self.recovery.judge()
+            self.recovery.judge()
             counts = self.engine.skipped_steps, self.recovery.rollbacks
             self.teller.step(self.step, self.recovery.loss, lr, norm, self.engine.loss_scale, *counts)
-        return vote, verdict
+        return vote
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.

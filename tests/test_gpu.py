@@ -9,6 +9,7 @@ from test_train import log, train, train_until
 from test_train import make_config as make_run
 
 from scale_mae.engine.recompute import apply_recompute
+from scale_mae.metrics.stopwatch import Stopwatch
 from scale_mae.model.mae import build_mae
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +44,8 @@ def step_without_waiting(stage):
 
     with world() as ranks:
         engine = Engine(small_mae(), make_config(stage, "bf16"), ranks)
+        watch = Stopwatch(ranks.device)
+        engine.model.register_forward_hook(watch.after_forward)
         images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8).pin_memory()
         noise = torch.rand(8, 16).pin_memory()
         for step in range(4):
@@ -50,13 +53,19 @@ def step_without_waiting(stage):
                 torch.cuda.set_sync_debug_mode("error")
             on_device = normalise(images.to(ranks.device, non_blocking=True), (0.5,) * 3, (0.25,) * 3)
             engine.forward_backward(on_device, noise.to(ranks.device, non_blocking=True))
+            watch.lap("backward")
             engine.step(1e-3)
+            watch.lap("optimizer")
+            watch.stepped()
         torch.cuda.set_sync_debug_mode("default")
+        return watch.read()
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
 def test_no_wait_for_the_gpu_between_log_steps(stage):
-    run_ranks(1, step_without_waiting, stage)
+    laps = run_ranks(1, step_without_waiting, stage)[0]
+    assert [step.keys() for step in laps] == [{"forward", "backward", "optimizer", "other"}] * 4
+    assert all(step["forward"] > 0 for step in laps)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,0 +1,216 @@
+"""What metrics cost: laps, the work of a log step and the exporter, as a share of a training step.
+
+Two ways. First each part is timed by itself and put together: the laps of every step, a log step's work in every twentieth
+(reading, counting, ``counters.json``, ``log.jsonl``, ``log.txt``, console), and the processor time that a scrape takes from the
+training process once a second, fifteen times as often as usual. That is set against the step timed here and, for scale, against
+a step of ViT-B on H100s that reach 40 % of their 989 TFLOP/s with 512 images each (58.5 GFLOP an image). There the host has the
+time while the GPU computes, so that what is told is an upper bound; but laps are events of the stream there, not timed here.
+
+Second, stretches of ``log.every`` steps of a real engine with all of it, scraped each second by another process, and with none
+of it, taken in turns, every second round in reverse order.
+
+    python benchmarks/metrics.py --rounds 8 --out benchmarks/results/metrics_cpu_NAME.json
+    python benchmarks/metrics.py --rounds 1 --repeats 20      (a check that it runs)
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import redirect_stderr
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from report import save
+from torch import Tensor
+from train_step import paired_ratio
+
+from scale_mae.checkpoint.commit import Saver
+from scale_mae.config import load_config
+from scale_mae.data.failures import Tally
+from scale_mae.engine.deepspeed import Engine
+from scale_mae.engine.distributed import World, world
+from scale_mae.instruments import make_instruments
+from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.model.mae import build_mae
+from scale_mae.pace import Pace
+from scale_mae.telling import Newest, Teller
+
+LOG_EVERY = 20
+IMAGE, DECODER_DEPTH = 112, 2  # a quick step, of which metrics are a large share
+H100_STEP_S = 512 * 58.5e9 / (0.4 * 989e12)
+SCRAPER = """
+import sys, time, urllib.request
+from pathlib import Path
+while True:
+    if Path(sys.argv[2]).exists():
+        urllib.request.urlopen(sys.argv[1]).read()
+    time.sleep(1)
+"""
+
+
+class Training:
+    """A real engine, with everything that measures it."""
+
+    def __init__(self, ranks: World, folder: Path, size: str, batch: int) -> None:
+        setting = {"run.dir": str(folder / "run"), "log.every": LOG_EVERY, "model.size": size, "model.image_size": IMAGE}
+        setting |= {
+            "train.global_batch": batch,
+            "train.micro_batch": batch,
+            "train.precision": "fp32",
+            "engine.deepspeed": "zero1",
+        }
+        config = load_config("vit_base", setting)
+        (folder / "run").mkdir()
+        self.model = build_mae(size, image_size=(IMAGE, IMAGE), decoder_depth=DECODER_DEPTH, seed=0)
+        self.engine = Engine(self.model, config, ranks)
+        instruments = make_instruments(config, ranks, self.model, 1_281_167, 10**6, 0, None)
+        self.watch = instruments.watch
+        saver = Saver(folder / "run", config, ranks, zero_stage=1, nbytes=0, alone=0)
+        parts: Any = (instruments, ranks, Tally(0.1), saver, Pace(0), SimpleNamespace(fallbacks=0))
+        self.teller = Teller(*parts, save_every=1000, newest=Newest(), skipped_steps=0)
+        self.hooks = dict(self.model._forward_hooks)
+        self.step_number = 0
+        (entry,) = (folder / "prometheus").glob("*.json")
+        port = json.loads(entry.read_text())[0]["targets"][0].rpartition(":")[2]
+        self.url = f"http://127.0.0.1:{port}/metrics"
+
+    def steps(self, images: Tensor, noise: Tensor, *, measured: bool) -> dict[str, float]:
+        """Seconds a step of one stretch between log steps."""
+        self.model._forward_hooks.clear()
+        if measured:
+            self.model._forward_hooks.update(self.hooks)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(LOG_EVERY):
+            if measured:
+                self.watch.lap("vote")
+            loss = self.engine.forward_backward(images, noise)
+            if measured:
+                self.watch.lap("backward")
+            self.engine.step(1e-5)
+            if measured:
+                self.watch.lap("optimizer")
+                self.watch.lap("data")
+                self.watch.stepped()
+        if measured:
+            self.log(float(loss))
+        return {"wall_s": (time.perf_counter() - wall) / LOG_EVERY, "cpu_s": (time.process_time() - cpu) / LOG_EVERY}
+
+    def log(self, loss: float) -> None:
+        """The work of a log step."""
+        self.step_number += LOG_EVERY
+        self.teller.step(self.step_number, loss, 1e-5, 1.0, 1.0, 0)
+
+
+def time_laps(device: torch.device, repeats: int) -> float:
+    """Seconds of processor time that the laps of a step take."""
+    watch, samples = Stopwatch(device), []
+    for _ in range(repeats):
+        began = time.thread_time()
+        for _ in range(LOG_EVERY):
+            for name in ("vote", "forward", "backward", "optimizer", "data"):
+                watch.lap(name)
+            watch.stepped()
+        samples.append((time.thread_time() - began) / LOG_EVERY)
+        watch.read()
+    return median(samples)
+
+
+def time_log_steps(training: Training, repeats: int) -> tuple[float, float]:
+    """Seconds of (clock, processor) that a log step takes."""
+    wall, cpu = [], []
+    for _ in range(repeats):
+        for _ in range(LOG_EVERY):
+            for name in ("vote", "forward", "backward", "optimizer", "data"):
+                training.watch.lap(name)
+            training.watch.stepped()
+        began, busy = time.perf_counter(), time.thread_time()
+        training.log(1.0)
+        wall.append(time.perf_counter() - began)
+        cpu.append(time.thread_time() - busy)
+    return median(wall), median(cpu)
+
+
+def time_scrapes(url: str, repeats: int) -> tuple[float, int]:
+    """Seconds of processor time that the process spends on a scrape, asker included; lines of the answer."""
+    samples = []
+    for _ in range(repeats):
+        began = time.process_time()
+        with urllib.request.urlopen(url) as answer:
+            content = answer.read()
+        samples.append(time.process_time() - began)
+    return median(samples), sum(not line.startswith(b"#") for line in content.splitlines())
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name, world() as ranks, redirect_stderr(io.StringIO()):
+        training = Training(ranks, Path(name), options.size, options.batch)
+        images = torch.randn(options.batch, 3, IMAGE, IMAGE, device=ranks.device)
+        noise = torch.rand(options.batch, training.model.patches, device=ranks.device)
+        training.steps(images, noise, measured=True)
+        laps = time_laps(ranks.device, options.repeats)
+        log_wall, log_cpu = time_log_steps(training, options.repeats)
+        scrape, lines = time_scrapes(training.url, options.repeats)
+
+        flag = Path(name) / "scrape"
+        scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, training.url, str(flag)])
+        times: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        for number in range(options.rounds):
+            for measured in (True, False) if number % 2 else (False, True):
+                flag.touch() if measured else flag.unlink(missing_ok=True)
+                times[measured].append(training.steps(images, noise, measured=measured))
+        scraper.kill()
+        scraper.wait()
+        training.teller.log.__exit__(None, None, None)
+        device = ranks.device
+
+    step = median(taken["wall_s"] for taken in times[False])
+    ratios = {key: paired_ratio(times[True], times[False], key) for key in ("wall_s", "cpu_s")}
+    rows = {
+        "laps of a step": (laps, 1.0),
+        f"a log step, every {LOG_EVERY} steps": (log_wall, 1 / LOG_EVERY),
+        "a scrape, each second": (scrape, None),
+    }
+    table, shares = [], {"here": 0.0, "h100": 0.0}
+    for what, (seconds, per_step) in rows.items():
+        row = {"part": what, "us": f"{seconds * 1e6:.1f}"}
+        for where, length in (("here", step), ("h100", H100_STEP_S)):
+            share = seconds * (per_step / length if per_step else 1.0)  # of a second, for a scrape
+            shares[where] += share
+            row[f"share of {'this' if where == 'here' else 'an H100s'} step"] = f"{share:.4%}"
+        table.append(row)
+    total = {"part": "together", "us": ""}
+    table.append(total | dict(zip(list(table[0])[2:], (f"{share:.4%}" for share in shares.values()), strict=True)))
+    title = (
+        f"Cost of metrics, ViT-{options.size} encoder, batch {options.batch}, {IMAGE} pixels, step {step:.3f} s here and "
+        f"{H100_STEP_S:.4f} s on an H100, {lines} series; {options.rounds} stretches of {LOG_EVERY} steps in turns, "
+        f"with / without: {ratios['wall_s']}, by CPU time {ratios['cpu_s']}"
+    )
+    samples: dict[str, Any] = {"with": times[True], "without": times[False], "log_step_cpu_s": log_cpu}
+    save(options.out, device=device, title=title, table=table, samples=samples, shares=shares)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=8, help="stretches with metrics, and as many without")
+    parser.add_argument("--repeats", type=int, default=300, help="of each part by itself")
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,7 @@
       legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("link") },
       xaxis: { ...frame, title: { text: by === "images" ? "images seen" : "step" } },
-      yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear" },
+      yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear", exponentformat: "power" },
     };
   }
 

@@ -22,7 +22,7 @@ from ranks import run_ranks
 
 from scale_mae import history, load_config
 from scale_mae.cli import main
-from scale_mae.report.charts import POINTS, thin
+from scale_mae.report.charts import POINTS, ROWS, thin
 from scale_mae.report.page import _file, report_page
 from scale_mae.report.record import read_lines, read_record, running_mean
 from scale_mae.report.serve import Server
@@ -289,7 +289,7 @@ def test_a_long_log_is_thinned_and_keeps_its_extremes(browser, tmp_path):
     assert all(known[x] == y for x, y in zip(images, losses, strict=True))
     assert {9.0, 0.01, None} <= set(losses)
     assert "at most 2,000 points" in browser.evaluate("document.querySelector('footer').innerText")
-    assert browser.evaluate("document.querySelectorAll('#loss details tbody tr').length") <= 60
+    assert browser.evaluate("document.querySelectorAll('#loss details tbody tr').length") == 3 * ROWS
     assert browser.problems == []
 
 

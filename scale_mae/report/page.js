@@ -62,7 +62,7 @@
     }));
     const legend = chart.series.length + chart.marks.length > 1;
     return {
-      autosize: true, shapes, hovermode: "x unified", showlegend: legend,
+      autosize: true, shapes, hovermode: "x unified", hoverdistance: -1, showlegend: legend,
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // fingers scroll the page
       paper_bgcolor: colour("page"), plot_bgcolor: colour("page"), font: { color: colour("text"), family: "inherit", size: 13 },
       margin: { l: 10, r: 10, t: 34, b: legend ? 72 : 10 },
@@ -70,7 +70,7 @@
       legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("link") },
       xaxis: { ...frame, title: { text: by === "images" ? "images seen" : "step" } },
-      yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear" },
+      yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear", exponentformat: "power" },
     };
   }
 

@@ -355,6 +355,18 @@ def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resum
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*step-*"))] == ["damaged-step-00000028", "step-00000036"]
 
 
+@pytest.mark.slow
+def test_a_clean_run_gives_no_reason_for_suspicion(tmp_path):
+    setting = {"train.duration": "300 steps", "train.micro_batch": 16, "checkpoint.every": "150 steps"}
+    assert run_ranks(1, train, make_run(tmp_path, **setting))[0].finished
+    losses = [loss for (loss,) in log(tmp_path, "loss").values()]
+    assert len(losses) == 300
+    health = Health(HealConfig(window=50, spike=HealConfig().spike / 2))
+    for step, loss in enumerate(losses, 1):
+        health.add(step, loss, False)
+        assert not health.suspicious, step
+
+
 def test_a_run_begun_anew_has_no_past(tmp_path):
     from scale_mae.rollback import _past
 

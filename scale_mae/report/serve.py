@@ -72,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        """The page, or its version."""
         path = self.path.partition("?")[0]
         if path not in ("/", "/version"):
             self.send_error(HTTPStatus.NOT_FOUND)

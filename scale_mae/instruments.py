@@ -91,7 +91,7 @@ def make_instruments(
     if config.log.port is not None and (world.local_rank == 0 or world.is_main):
         discovery = Path(config.log.discovery_dir or run_dir.parent / "prometheus")
         try:
-            exporter = Exporter(run, node, nvml, counters, config.log.port, discovery, is_first=world.is_main)
+            exporter = Exporter(run, node, nvml, counters, watch, config.log.port, discovery, is_first=world.is_main)
             sinks, problems = [exporter], exporter.problems
         except OSError as error:
             problems = [f"no metrics for Prometheus from node {node.number}: {error}"]

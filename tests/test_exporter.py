@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ranks import collect, run_ranks, start_ranks
 from test_train import log, make_config, train, train_until
@@ -19,6 +20,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
 from scale_mae.metrics.hardware import REASONS, Gpu
 from scale_mae.metrics.node import Node
+from scale_mae.metrics.stopwatch import Stopwatch
 
 LONG = {"train.duration": "100000 steps", "checkpoint.every": "100000 steps"}
 
@@ -243,7 +245,18 @@ def make_exporter(tmp_path):
         node = Node(number, count, [(number, 0), (number, 3), (number, 3)])
         counters = Counters({f"gpu_energy/{number}/0": 7.0, "gpu_energy/9/0": 99.0})
         is_first = more.get("is_first", number == 0)
-        made.append(Exporter(Run(run_id, tmp_path, {}), node, TwoGpus(), counters, 0, tmp_path / "sd", is_first=is_first))
+        made.append(
+            Exporter(
+                Run(run_id, tmp_path, {}),
+                node,
+                TwoGpus(),
+                counters,
+                Stopwatch(torch.device("cpu")),
+                0,
+                tmp_path / "sd",
+                is_first=is_first,
+            )
+        )
         return made[-1]
 
     yield make

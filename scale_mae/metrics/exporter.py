@@ -25,6 +25,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
+from scale_mae.metrics.stopwatch import Stopwatch
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -44,7 +45,6 @@ GAUGES = {  # of the run: name -> (key of a log line, what it says)
     "checkpoint_duration_seconds": ("checkpoint_duration_s", "What the newest checkpoint took until it had its name."),
     "checkpoint_size_bytes": ("checkpoint_bytes", "Size of the newest checkpoint."),
     "checkpoint_interval_seconds": ("checkpoint_interval_s", "Time between checkpoints, from the config and recent speed."),
-    "last_step_timestamp_seconds": ("time", "When the last logged step was done."),
 }
 COUNTERS = {  # of the run: name -> (count, what it says)
     "images": ("images", "Images trained on; those of work that was done twice count twice."),
@@ -82,6 +82,7 @@ class Exporter(Collector):
         node: the machine, and which part of it is served.
         nvml: asked at each scrape.
         counters: of the run; those of the last log step are served.
+        watch: asked when the last step was done.
         port: 0 for any free one; one that is taken is replaced by a free one.
         discovery_dir: where the entry for Prometheus goes.
         is_first: whether the run as a whole is told here.
@@ -94,9 +95,19 @@ class Exporter(Collector):
     """
 
     def __init__(
-        self, run: Run, node: Node, nvml: Nvml, counters: Counters, port: int, discovery_dir: Path, *, is_first: bool
+        self,
+        run: Run,
+        node: Node,
+        nvml: Nvml,
+        counters: Counters,
+        watch: Stopwatch,
+        port: int,
+        discovery_dir: Path,
+        *,
+        is_first: bool,
     ) -> None:
         self._run, self._node, self._nvml, self._counters, self._is_first = run, node, nvml, counters, is_first
+        self._watch = watch
         self._started, self._asking = time.time(), threading.Lock()
         self._entry = discovery_dir / f"{run.id}-node{node.number}.json"
         self._content, self.problems = "", list[str]()
@@ -202,6 +213,7 @@ class Exporter(Collector):
         info.add_metric([], {"run": self._run.id, **self._run.facts})
         yield info
         yield _gauge("start_timestamp_seconds", "When this process group began.", value=self._started)
+        yield _gauge("last_step_timestamp_seconds", "When the host was through with a step.", value=self._watch.stepped_at)
         for name, (key, text) in GAUGES.items():
             value = metrics.get(key)
             yield _gauge(name, text, value=math.nan if name == "loss" and metrics and value is None else value)

@@ -46,7 +46,12 @@ class Stopwatch:
 
     Args:
         device: whose time is taken.
+
+    Attributes:
+        stepped_at: when the host was last through with a step, in seconds since 1970; None before the first one.
     """
+
+    stepped_at: float | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"
@@ -67,6 +72,7 @@ class Stopwatch:
     def stepped(self) -> None:
         """A step has ended; what was left of it was ``other``."""
         self._pending.append(("other", self._mark(), True))
+        self.stepped_at = time.time()
         if len(self._pending) > PENDING:
             self._settle(wait=False)
 

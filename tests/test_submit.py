@@ -235,7 +235,7 @@ def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys, ch
     write_site(here, preflight="true")
     with (here / "site.yaml").open("a") as file:
         file.write(f"setup: export PYTHONPATH={here}/faulty\n")
-    first, *_ = submit(capsys, run, "--exclude-bad-nodes", "--chain", str(chain), nodes="1-2")
+    first, *_ = submit(capsys, run, "--exclude-bad-nodes", "--chain", str(chain), "train.duration=20 steps", nodes="1-2")
     finish(cluster, run)
     nodes = [(line.split("job=")[1].split()[0], line.split("nodes=")[1].split()[0]) for line in attempts(run)]
     assert nodes == [(str(first), "127.0.0.[1-2]"), (str(first + 1), "127.0.0.1")]

@@ -1,8 +1,8 @@
 """Features of all images of a source in one file, by any number of processes; what is done stays done.
 
-Pieces of :data:`PIECE` images are written aside in ``OUT.pieces``, each whole or not at all. An interrupted run goes on with the
-pieces that are missing. Which images share a batch depends on their place in the source alone, so a resumed run gives the file
-of an undisturbed one.
+Pieces of :data:`PIECE` images are written aside in ``OUT.pieces``, each whole or not at all. An interrupted run goes on with
+the pieces that are missing. Which images share a batch depends on their place in the source alone, so a resumed run gives the
+file of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from scale_mae.evaluate.features import Pool, Progress, features
 from scale_mae.lock import alone
 
 PIECE = 1024  # images
-PLAN = "plan.json"
+PLAN, JOINED = "plan.json", "joined.tmp"
 Writer = Callable[[Path, NDArray[np.float32], NDArray[np.int32], Sequence[str], dict[str, str]], None]
 
 
@@ -68,7 +69,9 @@ def embed(
     index = ranks.on_main(lambda: list_source(source))
     plan = {"weights": subject.digest or subject.path, "size": subject.size, "pool": pool, "batch": batch, "piece": PIECE}
     plan |= {"images": len(index), "listing": _listing_digest(index)}
-    with alone(pieces.with_name(f"{pieces.name}.{ranks.rank}.lock"), f"{out} is being written"):
+    with ExitStack() as held:
+        lock = alone(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
+        ranks.on_main(lambda: held.enter_context(lock))
         done = ranks.on_main(lambda: _begin(pieces, plan))
         starts = [start for start in range(0, len(index), PIECE) if start not in done]
         mine = starts[ranks.rank :: ranks.size]
@@ -137,9 +140,11 @@ def _join(index: Index, pieces: Path, out: Path, facts: dict[str, str]) -> None:
     files = [pieces / f"{start:012d}.npy" for start in range(0, len(index), PIECE)]
     staging = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        whole = np.concatenate([np.load(file) for file in files])
-        if len(whole) != len(index):
-            raise UserError(f"{pieces}: holds features of {len(whole)} images, not {len(index)}; delete the folder")
+        shape = len(index), np.load(files[0], mmap_mode="r").shape[1]
+        whole = np.lib.format.open_memmap(pieces / JOINED, "w+", np.float32, shape)  # there may be more than fits in memory
+        for number, file in enumerate(files):
+            whole[number * PIECE : (number + 1) * PIECE] = np.load(file)
+        whole.flush()
         names = [index.where(row) for row in range(len(index))]
         _writer(out)(staging, whole, index.entries["label"].astype(np.int32), names, facts)
         staging.replace(out)
@@ -168,8 +173,8 @@ def _writer(out: Path) -> Writer:
 def _write_npy(
     path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
 ) -> None:
-    with open(path, "wb") as file:
-        np.save(file, values)
+    assert isinstance(values, np.memmap)
+    Path(str(values.filename)).replace(path)
     lines = (f"{name}\t{label}\n" for name, label in zip(names, labels.tolist(), strict=True))
     # OUT.npy.<process>.tmp -> OUT.tsv; -1 is no label
     path.with_name(path.name.rsplit(".npy.", 1)[0] + ".tsv").write_text("path\tlabel\n" + "".join(lines), "utf-8")

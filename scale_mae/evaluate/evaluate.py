@@ -65,9 +65,10 @@ def evaluate(
         if name == "imagenet_c":
             tell(f"{part.name}: top-1 {found[part.name].top1:.2%} ({found[part.name].images} images)")
     protocol = {"name": "evaluate", "set": name, **how}
+    images = sum(each.images for each in found.values())
     data = {
         "root": os.path.abspath(root) if os.path.exists(root) else root,
-        "images": sum(each.images for each in found.values()),
+        "images": images,
         "digest": content_digest([each.content for each in found.values()]),
     }
     result = Result(
@@ -84,7 +85,7 @@ def evaluate(
     unlike = differences(
         subject.architecture,
         whole,
-        data["images"],
+        images,
         crop_pct is None or crop_pct == reference_crop(subject.size),
         (subject.classes, known) if known else None,
     )

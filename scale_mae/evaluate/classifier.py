@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -96,12 +95,13 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     grids = [(sides[0] // patch[0], sides[1] // patch[1]) for sides in (old, new)]
     tensors["pos_embed"] = resize_table(tensors["pos_embed"], grids[0], grids[1])
     if head:
-        rows = head["head.weight"].shape[0] if "head.weight" in head and head["head.weight"].dim() == 2 else 0
-        wanted = {"head.weight": (rows, arguments["embed_dim"]), "head.bias": (rows,)}
-        if head.keys() != wanted.keys():
-            raise CheckpointError(f"{path}: its head is not one linear layer ({', '.join(head)})")
+        shapes = {name: list(tensor.shape) for name, tensor in head.items()}
+        rows = shapes.get("head.bias", [0])[0] if shapes.get("head.bias") else 0
+        if shapes != {"head.weight": [rows, arguments["embed_dim"]], "head.bias": [rows]}:
+            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise CheckpointError(f"{path}: its head is not one linear layer on {arguments['embed_dim']} features ({told})")
         source = Weights(weights.path, head, [], {}, weights.origin, weights.digest)
-        tensors |= {name: checked(source, name, torch.empty(shape, device="meta")) for name, shape in wanted.items()}
+        tensors |= {name: checked(source, name, tensor) for name, tensor in head.items()}
         arguments["num_classes"] = rows
         if weights.origin.pool == "avg" and arguments["global_pool"] == "token":
             arguments |= {"global_pool": "avg", "fc_norm": False}

@@ -26,7 +26,11 @@ MEAN, STD = (0.286,) * 3, (0.353,) * 3
 
 def vit(pool="avg", seed=0, **more):
     torch.manual_seed(seed)
-    arguments = ARCHITECTURE | {"num_classes": 10, "global_pool": pool, "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-6)}
+    arguments = ARCHITECTURE | {
+        "num_classes": 10,
+        "global_pool": pool,
+        "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    }
     return timm.create_model("vit_tiny_patch16_224", **(arguments | more)).eval()
 
 
@@ -38,7 +42,12 @@ def write_timm(folder, model, pool="avg", config=True, name="model.safetensors")
     else:
         save_file(model.state_dict(), folder / name)
     args = {name: value for name, value in ARCHITECTURE.items() if name != "num_classes"}
-    content = {"architecture": "vit_tiny_patch16_224", "num_classes": model.num_classes, "global_pool": pool, "model_args": args}
+    content = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": model.num_classes,
+        "global_pool": pool,
+        "model_args": args,
+    }
     content["pretrained_cfg"] = {"mean": MEAN, "std": STD}
     (folder / "config.json").write_text(json.dumps(content))
     return folder

@@ -196,7 +196,7 @@ def test_only_classes_that_are_there_compete(tmp_path, name):
     with pytest.raises(DataError, match="3 classes, the model tells 10 apart; say with --classes FILE"):
         measure(name, tmp_path)
     with pytest.raises(DataError, match="no output of the model is called n00000001 .1 of 3 classes"):
-        measure(name, tmp_path, classes=classes_file(tmp_path / "classes.txt", ["x", "y"] + WNIDS[2:]))
+        measure(name, tmp_path, classes=classes_file(tmp_path / "classes.txt", ["x", "y", *WNIDS[2:]]))
 
 
 def test_classes_in_another_order_are_found_by_name(tmp_path):

@@ -1,4 +1,4 @@
-"""Small classifiers and sets for tests: a ViT of random weights with a fitted head, Fashion-MNIST in the folders of each set."""
+"""Small classifiers and sets for tests: a random ViT with a fitted head, Fashion-MNIST in the folders of each set."""
 
 import functools
 import io
@@ -55,7 +55,7 @@ def write_timm(folder, model, pool="avg", config=True, name="model.safetensors")
 
 @functools.cache
 def fitted_classifier():
-    """A folder with a classifier of Fashion-MNIST that is right more often than not: random ViT, head by logistic regression."""
+    """A folder with a classifier of Fashion-MNIST, better than chance: a random ViT, its head by logistic regression."""
     from scale_mae.evaluate.classifier import load_subject
 
     folder = tempfile.TemporaryDirectory()
@@ -65,10 +65,11 @@ def fitted_classifier():
     subject, train = load_subject(path), Source.labelled("demo:train")
     rows = range(0, len(train.index), 20)
     found = features(subject, train.index, rows, 100).values.clone()
-    solution = fit(found, train.labels[list(rows)], 10, 1e-5)
+    deviation, mean = torch.std_mean(found, dim=0)
+    solution = fit((found - mean) / deviation, train.labels[list(rows)], 10, 1e-3)
     with torch.no_grad():
-        model.head.weight.copy_(solution[:-1].T)
-        model.head.bias.copy_(solution[-1])
+        model.head.weight.copy_((solution[:-1] / deviation[:, None]).T)
+        model.head.bias.copy_(solution[-1] - (mean / deviation) @ solution[:-1])
     return write_timm(path, model)
 
 

@@ -107,7 +107,7 @@ def test_class_folders_score_as_a_loop_with_torchvision_does(tmp_path):
     assert result.scores["top1"] == (logits.argmax(1) == labels).double().mean().item()
     assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
-    assert 0.4 < result.scores["top1"] < 1  # else the test would compare nothing
+    assert 0.15 < result.scores["top1"] < 1  # else the test would compare nothing
     assert "ViT-32x3/8, 32 px is none of the published models" in unlike
     cropped, _ = measure("folder", root, crop_pct=1.0)
     assert cropped.scores["loss"] == pytest.approx(
@@ -258,7 +258,7 @@ def test_sets_as_they_are_handed_out(tmp_path):
     assert {result.data["images"] for result in scores.values()} == {30}
     assert len({result.scores["top1"] for result in scores.values()}) == 1
     assert len({result.data["digest"] for result in scores.values()}) == 1
-    assert scores["imagenet1k"].scores["top1"] > 0.4
+    assert scores["imagenet1k"].scores["top1"] > 0.15
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name != "folder"])

@@ -54,8 +54,7 @@ def evaluate(
     Raises:
         UserError: see :func:`scale_mae.evaluate.sets.parts_of` and :func:`scale_mae.evaluate.accuracy.score`.
     """
-    began = time.monotonic()
-    view, how = _view(name, subject.size, crop_pct)
+    began, (view, how) = time.monotonic(), _view(name, subject.size, crop_pct)
     subject.model.to(ranks.device)
     names = ranks.on_main(lambda: read_classes(classes, subject.classes))
     parts = parts_of(name, root, names, subject.classes)
@@ -64,32 +63,32 @@ def evaluate(
         found[part.name] = score(subject, part, view, ranks, batch, progress)
         if name == "imagenet_c":
             tell(f"{part.name}: top-1 {found[part.name].top1:.2%} ({found[part.name].images} images)")
-    protocol = {"name": "evaluate", "set": name, **how}
-    images = sum(each.images for each in found.values())
     data = {
         "root": os.path.abspath(root) if os.path.exists(root) else root,
-        "images": images,
+        "images": sum(each.images for each in found.values()),
         "digest": content_digest([each.content for each in found.values()]),
     }
     result = Result(
-        protocol,
+        {"name": "evaluate", "set": name, **how},
         model_facts(subject, seed),
         data,
         _scores(name, found),
         _parts(name, found),
         made_by(ranks.size, str(ranks.device.type), time.monotonic() - began),
     )
-    published = SETS[name].images
-    whole = not published or all(each.images in published for each in found.values())
-    known = PUBLISHED_CLASSES.get(name)
-    unlike = differences(
+    return result, _unlike(name, subject, found, crop_pct)
+
+
+def _unlike(name: str, subject: Subject, found: dict[str, Score], crop_pct: float | None) -> list[str]:
+    """Why a result may not be compared with the published ones."""
+    published, known = SETS[name].images, PUBLISHED_CLASSES.get(name)
+    return differences(
         subject.architecture,
-        whole,
-        images,
+        not published or all(each.images in published for each in found.values()),
+        sum(each.images for each in found.values()),
         crop_pct is None or crop_pct == reference_crop(subject.size),
         (subject.classes, known) if known else None,
     )
-    return result, unlike
 
 
 def _view(name: str, size: int, crop_pct: float | None) -> tuple[View, dict[str, object]]:

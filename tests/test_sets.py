@@ -369,3 +369,20 @@ def test_what_is_missing_of_imagenet_c(corrupted, tmp_path):
     with pytest.raises(Exception, match="central crops already"):
         measure("imagenet_c", root, crop_pct=0.875)
     assert Result(**vars(result)).scores["mce"] > 0
+
+
+def test_through_the_command_line(tmp_path, capsys):
+    root = class_folders(tmp_path / "imagenet-r", per_class=1)
+    words = ["evaluate", str(fitted_classifier()), "--on", "imagenet_r", "--root", str(tmp_path)]
+    assert main([*words, "--out", str(tmp_path / "results" / "r.json"), "--seed", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "(10 images, ViT-32x3/8, 32 px)" in text
+    assert "paper, table 13" in text
+    assert "not comparable: ViT-32x3/8, 32 px is none of the published models; 10 images are not the published set" in text
+    written = Result.read(tmp_path / "results" / "r.json")
+    assert (written.model["seed"], written.data["root"]) == (4, str(root.parent))
+    assert len(written.model["sha256"]) == 64
+    assert main(["results", str(tmp_path / "results")]) == 0
+    assert "imagenet_r" in capsys.readouterr().out
+    assert main([*words, "--crop-pct", "2"]) == 2
+    assert "--crop-pct 2.0: a share above 0 and up to 1" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from scale_mae.checkpoint.command import WEIGHT_COMMANDS, add_weight_commands, warn
 from scale_mae.config import UserError, json_schema, load_config, recipes
+from scale_mae.evaluate.command import EVALUATION_COMMANDS, add_evaluation_commands
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight
 from scale_mae.report.command import REPORT_COMMANDS, add_report_commands
@@ -72,13 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="FILE.png")
     sub.add_argument("--mask-ratio", nargs="+", type=float, default=[0.75], metavar="R", help="shares hidden (default: 0.75)")
 
-    sub = add("knn", "Nearest-neighbour accuracy of an encoder.")
-    sub.add_argument("encoder", metavar="WEIGHTS")
-    sub.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to compare with")
-    sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
-    sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
-    sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
-
+    add_evaluation_commands(add)
     add_report_commands(add)
 
     add("doctor", "Look over versions, accelerators, DALI, DeepSpeed, disk and memory; say what to do about problems.")
@@ -193,24 +188,6 @@ def reconstruct(args: argparse.Namespace) -> int:
     return 0
 
 
-def knn(args: argparse.Namespace) -> int:
-    """``scale-mae knn``."""
-    import torch
-
-    from scale_mae.checkpoint.export import load_encoder, untrained_encoder
-    from scale_mae.evaluate.knn import knn_accuracy
-
-    encoders = {"trained": load_encoder(args.encoder, warn)}
-    if args.untrained:
-        encoders["untrained"] = untrained_encoder(args.encoder, warn)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, encoder in encoders.items():
-        encoder.to(device)
-        result = knn_accuracy(encoder, args.train, args.val, args.k)
-        print(f"{name}: k-NN top-1 {result.top1:.2%} ({result.images} images, k={result.k})", flush=True)
-    return 0
-
-
 def doctor(args: argparse.Namespace) -> int:
     """``scale-mae doctor``."""
     from scale_mae.doctor import examine
@@ -231,7 +208,7 @@ COMMANDS = {
     "pack": pack,
     **WEIGHT_COMMANDS,
     "reconstruct": reconstruct,
-    "knn": knn,
+    **EVALUATION_COMMANDS,
     **REPORT_COMMANDS,
     "doctor": doctor,
     "preflight": run_preflight,

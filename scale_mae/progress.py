@@ -13,9 +13,9 @@ EVERY = 10.0  # seconds between lines
 
 
 class Bar:
-    """Shows (done, total) of ``what`` on standard error."""
+    """Shows (done, total) of ``what`` on standard error; not ``shown``, it shows nothing: several processes need one bar."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, shown: bool = True) -> None:
         self._what, self._told, self._began = what, 0.0, time.monotonic()
         columns = (
             BarColumn(),
@@ -24,7 +24,8 @@ class Bar:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True)) if sys.stderr.isatty() else None
+        self._shown = shown
+        self._progress = Progress(*columns, console=Console(stderr=True)) if shown and sys.stderr.isatty() else None
         self._first: int | None = None
 
     def __enter__(self) -> Bar:
@@ -44,6 +45,6 @@ class Bar:
         rate = (done - self._first) / max(now - self._began, 1e-9)
         if self._progress:
             self._progress.update(self._task, completed=done, total=total, description=f"{self._what}, {rate:.0f}/s")
-        elif now - self._told > EVERY or done == total:
+        elif self._shown and (now - self._told > EVERY or done == total):
             self._told = now
             print(f"{done} of {total} {self._what}, {rate:.0f}/s", file=sys.stderr, flush=True)

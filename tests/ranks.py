@@ -13,7 +13,9 @@ from typing import Any
 _context = multiprocessing.get_context("forkserver")
 # the server imports the heavy packages once; every rank is then a quick fork of it (the last is what DeepSpeed imports when it
 # makes its first ZeRO optimizer, torch's compiler with it)
-_context.set_forkserver_preload(["scale_mae.train", "scale_mae.evaluate.knn", "deepspeed.runtime.zero.muon.muon_optimizer"])
+_context.set_forkserver_preload(
+    ["scale_mae.train", "scale_mae.evaluate.evaluate", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 class RankError(AssertionError):

@@ -1,23 +1,33 @@
 """Nearest neighbours and reconstruction pictures."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from images import jpeg, make_folders
 from PIL import Image
+from ranks import run_ranks
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from scale_mae import UserError, load_config
-from scale_mae.checkpoint.export import build_encoder, model_from_config
-from scale_mae.checkpoint.facts import describe
-from scale_mae.data.build import open_source
+from scale_mae.checkpoint.export import encoder_weights, model_from_config
+from scale_mae.checkpoint.facts import METADATA_KEY, describe
+from scale_mae.data.build import list_source
 from scale_mae.data.storage import DataError
-from scale_mae.evaluate.knn import features, knn_accuracy, vote
+from scale_mae.engine.distributed import world
+from scale_mae.evaluate import knn
+from scale_mae.evaluate.classifier import load_subject
+from scale_mae.evaluate.features import Source, features
+from scale_mae.evaluate.knn import decide, knn_accuracy, nearest
+from scale_mae.evaluate.logistic import choose_penalty, fit, logistic_accuracy, logits
 from scale_mae.evaluate.reconstruct import draw, reconstruct
 from scale_mae.model.targets import make_target, unpatchify
 
 
-def test_vote_follows_an_independent_implementation():
+def test_votes_follow_an_independent_implementation(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     train = torch.nn.functional.normalize(torch.randn(300, 8, generator=generator), dim=1)
     queries = torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1)
@@ -25,43 +35,94 @@ def test_vote_follows_an_independent_implementation():
     # for unit vectors the Euclidean distance d gives the cosine similarity 1 - d**2 / 2
     theirs = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
     theirs.fit(train.numpy(), labels.numpy())
-    assert vote(train, labels, queries, 20).tolist() == theirs.predict(queries.numpy()).tolist()
+    wanted = theirs.predict(queries.numpy()).tolist()
+    assert decide(*nearest(train, labels, queries, 20), 5).tolist() == wanted
+    monkeypatch.setattr(knn, "QUERIES", 7)
+    monkeypatch.setattr(knn, "BANK", 13)  # fewer than neighbours
+    assert decide(*nearest(train, labels, queries, 20), 5).tolist() == wanted
+
+
+def test_logistic_regression_follows_an_independent_implementation():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator)
+    y = (x[:, :3] + torch.randn(200, 3, generator=generator)).argmax(1)
+    ours = fit(x, y, 3, l2=0.01)
+    theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-8, max_iter=5000).fit(x.numpy(), y.numpy())
+    probabilities = torch.softmax(logits(ours, x), dim=1).numpy()
+    assert np.abs(probabilities - theirs.predict_proba(x.numpy())).max() < 1e-3
+
+
+def test_the_penalty_is_chosen_on_images_held_out():
+    """Labels without any relation to the features: the strongest penalty is as good as any."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 50, generator=generator), torch.zeros(100, dtype=torch.int64)
+    y[:10] = 1
+    assert choose_penalty(x, y, 2) == 0.1
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def encoder(tmp_path_factory):
+    """A MAE, and its encoder as an export of ours."""
     config = load_config("debug")
     model = model_from_config(config)
-    encoder = build_encoder(describe(config, 0))
-    encoder.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith(("decoder", "mask_token"))})
-    return encoder, model
+    path = tmp_path_factory.mktemp("encoder") / "e.safetensors"
+    facts = {METADATA_KEY: json.dumps(describe(config, 0))}
+    save_file({n: t.contiguous() for n, t in encoder_weights(model.state_dict()).items()}, path, facts)
+    return path, model
+
+
+def measured(measure, path, train, val, *more):
+    with world() as ranks:
+        return measure(load_subject(path), Source.labelled(str(train)), Source.labelled(str(val)), ranks, *more)
 
 
 def test_features_are_the_mean_patch_token_of_the_encoder(encoder, tmp_path):
-    timm_model, mae = encoder
-    index = open_source(str(make_folders(tmp_path)))
-    found = features(timm_model, index)
+    path, mae = encoder
+    index = list_source(str(make_folders(tmp_path)))
+    found = features(load_subject(path), index, range(len(index)), 5).values
     image = Image.open(tmp_path / "class0" / "0.jpg").crop((5, 0, 35, 30)).resize((32, 32), Image.Resampling.BICUBIC)
     x = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.286) / 0.353
     with torch.inference_mode():
         expected = mae.eval().features(x)[:, 1:].mean(1)
-    torch.testing.assert_close(found[:1], expected / expected.norm(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[:1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_identical_sources_classify_themselves(encoder, tmp_path):
-    folder = str(make_folders(tmp_path, classes=4, per_class=3))
-    result = knn_accuracy(encoder[0], folder, folder, k=1)
-    assert (result.top1, result.images, result.k) == (1.0, 12, 1)
+    folder = make_folders(tmp_path, classes=4, per_class=3)
+    result = measured(knn_accuracy, encoder[0], folder, folder, 1)
+    assert (result.scores["top1"], result.data["images"], result.protocol["k"]) == (1.0, 12, 1)
+    assert result.model["seed"] == load_config("debug").run.seed
+
+
+def knn_in_rank(path, k):
+    torch.set_num_threads(1)
+    with world() as ranks:
+        train, val = (Source.labelled(source) for source in ("demo:val", "demo:val"))
+        return knn_accuracy(load_subject(path), train, val, ranks, k)
+
+
+def test_processes_share_the_neighbours(encoder):
+    one, three = (run_ranks(size, knn_in_rank, encoder[0], 20)[0] for size in (1, 3))
+    assert one.scores == three.scores
+    assert one.data == three.data
+    assert 0.3 < one.scores["top1"] < 1
+
+
+def test_a_linear_classifier_of_features(encoder):
+    result = measured(logistic_accuracy, encoder[0], "demo:val", "demo:val")
+    assert result.scores["top1"] > 0.6
+    assert result.data["images"] == 2000
 
 
 def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
     one, two = make_folders(tmp_path / "one", classes=2), make_folders(tmp_path / "two", classes=3)
     with pytest.raises(DataError, match="fewer than k=20"):
-        knn_accuracy(encoder[0], str(one), str(one))
+        measured(knn_accuracy, encoder[0], one, one, 20)
     with pytest.raises(DataError, match="--k 0"):
-        knn_accuracy(encoder[0], str(one), str(one), k=0)
-    with pytest.raises(DataError, match="classes differ"):
-        knn_accuracy(encoder[0], str(one), str(two), k=1)
+        measured(knn_accuracy, encoder[0], one, one, 0)
+    for measure, more in ((knn_accuracy, [1]), (logistic_accuracy, [])):
+        with pytest.raises(DataError, match="classes differ"):
+            measured(measure, encoder[0], one, two, *more)
 
 
 @pytest.mark.parametrize("target", ["pixel", "norm_pixel"])

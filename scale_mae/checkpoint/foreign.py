@@ -28,6 +28,9 @@ OURS, THEIRS = "patch_embed.proj.weight", "embeddings.patch_embeddings.projectio
 PREFIXES = r"((module|_orig_mod|backbone|encoder|vit|model|base_model)\.)*"
 
 
+_Sorted = tuple[Mapping[str, Tensor], list[str], Mapping[str, Tensor]]  # tensors, names left out, heads
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights under our names.
@@ -36,6 +39,7 @@ class Weights:
         path: where they were found.
         tensors: without heads; made when asked for where the source allows it.
         left_out: names in the source of the tensors that were left out.
+        heads: those of them that a classifier needs, under timm's names (``head.*``, ``fc_norm.*``).
         origin: what is known of them.
         digest: gives the SHA-256 of the file (of several: of their checksums) in hexadecimal; empty for a folder that plain
             DeepSpeed code wrote.
@@ -44,6 +48,7 @@ class Weights:
     path: Path
     tensors: Mapping[str, Tensor]
     left_out: list[str]
+    heads: Mapping[str, Tensor]
     origin: Origin
     digest: Callable[[], str]
 
@@ -84,10 +89,8 @@ def read_weights(path: Path) -> Weights:
         return _own_checkpoint(path)
     if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
         reader = ZeroReader(find_folder(path))
-        tensors, left_out = _our_names(reader, path)
-        return Weights(
-            path, tensors, left_out, Origin(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step), lambda: ""
-        )
+        origin = Origin(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step)
+        return Weights(path, *_our_names(reader, path), origin, lambda: "")
     opened = open_weights(path)
     if damage := opened.damage():
         raise CheckpointError(damage)
@@ -101,10 +104,10 @@ def weights_of(path: Path, opened: Opened) -> Weights:
         CheckpointError: not those of one ViT.
     """
     huggingface = any(_is_tensor(name, THEIRS) for name in opened.tensors)
-    tensors, left_out = (_huggingface_names if huggingface else _our_names)(_pooled(opened), path)
+    tensors, left_out, heads = (_huggingface_names if huggingface else _our_names)(_pooled(opened), path)
     width, decoder_width = (_width(tensors, name) for name in ("patch_embed.proj.weight", "decoder_embed.weight"))
     origin = origin_of(opened, huggingface, width, decoder_width if any(map(is_decoder, tensors)) else None)
-    return Weights(path, tensors, left_out, origin, opened.digest)
+    return Weights(path, tensors, left_out, heads, origin, opened.digest)
 
 
 def _width(tensors: Mapping[str, Tensor], name: str) -> int:
@@ -123,8 +126,8 @@ def _own_checkpoint(checkpoint: Path) -> Weights:
     manifest = read_manifest(checkpoint)
     origin = of_ours(describe(read_config(checkpoint), manifest.step), "scale-mae checkpoint")
     sums = "".join(str(facts["sha256"]) for _, facts in sorted(manifest.files.items()))
-    tensors, left_out = _our_names(ZeroReader(checkpoint / TAG), checkpoint)
-    return Weights(checkpoint, tensors, left_out, origin, lambda: hashlib.sha256(sums.encode()).hexdigest())
+    names = _our_names(ZeroReader(checkpoint / TAG), checkpoint)
+    return Weights(checkpoint, *names, origin, lambda: hashlib.sha256(sums.encode()).hexdigest())
 
 
 def _is_tensor(name: str, anchor: str) -> bool:
@@ -143,24 +146,27 @@ def _prefix(names: Mapping[str, Tensor], anchor: str, path: Path) -> str:
     return found[0]
 
 
-def _our_names(names: Mapping[str, Tensor], path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The reference's and timm's names are ours, but for prefixes; (tensors, names left out)."""
+def _our_names(names: Mapping[str, Tensor], path: Path) -> _Sorted:
+    """The reference's and timm's names are ours, but for prefixes."""
     prefix = _prefix(names, OURS, path)
     places = {name.removeprefix(prefix).replace("_orig_mod.", ""): name for name in names}
     if len(places) < len(names):
         raise CheckpointError(f"{path}: two of its tensors have the same name without the prefix {prefix!r}")
     kept = {name: place for name, place in places.items() if not name.startswith(HEADS)}
-    return _Renamed(names, kept), [place for name, place in places.items() if name not in kept]
+    left_out = {name: place for name, place in places.items() if name not in kept}
+    return _Renamed(names, kept), list(left_out.values()), _Renamed(names, left_out)
 
 
-def _huggingface_names(names: Mapping[str, Tensor], path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
+def _huggingface_names(names: Mapping[str, Tensor], path: Path) -> _Sorted:
     outer = _prefix(names, THEIRS, path).removesuffix("vit.")
     given = {name.removeprefix(outer): tensor for name, tensor in names.items()}
     try:
         tensors = from_huggingface(given)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return tensors, [outer + name for name in given if name.removeprefix("vit.").startswith(HEADS)]
+    left_out = [name for name in given if name.removeprefix("vit.").startswith(HEADS)]
+    heads = {re.sub(r"^classifier\.", "head.", name): given[name] for name in left_out}
+    return tensors, [outer + name for name in left_out], heads
 
 
 class _Renamed(Mapping[str, Tensor]):

@@ -139,12 +139,22 @@ def read_encoder(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any
     Raises:
         CheckpointError: not the weights of a plain ViT; one line.
     """
-    weights = read_weights(locate_weights(path, warn))
-    weights = replace(weights, tensors={name: t for name, t in weights.tensors.items() if not is_decoder(name)})
+    return encoder_of(read_weights(locate_weights(path, warn)))
+
+
+def encoder_of(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`read_encoder` gives, of weights that are open already."""
+    tensors = {name: t for name, t in weights.tensors.items() if not is_decoder(name)}
+    behind = {name for name in weights.heads if name.startswith("fc_norm.")}
+    if behind and "norm.weight" not in tensors:  # of a classifier with mean pooling
+        tensors |= {name.removeprefix("fc_"): weights.heads[name] for name in behind}
+    weights = replace(weights, tensors=tensors)
     facts = dict(weights.origin.ours or _facts(weights, (1, 1)))
     check_names(_wanted(facts, weights.path), weights)
     if not weights.origin.ours:
         facts = _facts(weights, grid_of(weights))
+    if behind:
+        facts["timm_kwargs"] = facts["timm_kwargs"] | {"global_pool": "avg"}
     tensors = {name: checked(weights, name, t) for name, t in _wanted(facts, weights.path).items()}
     if facts["timm_kwargs"]["global_pool"] == "avg":  # timm calls the final norm so then
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): t for name, t in tensors.items()}

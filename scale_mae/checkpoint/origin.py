@@ -33,7 +33,9 @@ class Origin:
         layer_norm_eps: of all norms.
         mean: channel means (red, green, blue) that images in [0, 1] were normalised with.
         std: channel deviations.
+        pool: how a classifier of timm makes one vector of the tokens.
         step: optimizer steps done.
+        seed: of the training.
         ours: what :func:`scale_mae.checkpoint.facts.describe` gave, if scale_mae wrote them.
     """
 
@@ -44,7 +46,9 @@ class Origin:
     layer_norm_eps: float = LAYER_NORM_EPS
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    pool: str | None = None
     step: int | None = None
+    seed: int | None = None
     ours: Mapping[str, Any] | None = None
 
 
@@ -92,6 +96,7 @@ def of_ours(facts: Mapping[str, Any], kind: str) -> Origin:
         mean=_channels(facts["mean"], _finite),
         std=_channels(facts["std"], _positive),
         step=int(facts["step"]),
+        seed=int(facts["config"]["run"]["seed"]),
         ours=facts,
     )
 
@@ -135,6 +140,7 @@ def _of_timm(config: Mapping[str, Any]) -> Origin:
         layer_norm_eps=float(block.norm1.eps),
         mean=_channels(pretrained.get("mean"), _finite),
         std=_channels(pretrained.get("std"), _positive),
+        pool=config.get("global_pool") or args.get("global_pool"),
     )
 
 
@@ -142,7 +148,7 @@ def _of_reference(opened: Opened, decoder: bool) -> Origin:
     """Nothing but a file; the reference's pre-training checkpoints hold its options."""
     args = opened.beside.get("args")
     options = vars(args) if isinstance(args, argparse.Namespace) else {}
-    size = re.match(r"mae_vit_(\w+)_patch\d+", str(options.get("model")))
+    size = re.match(r"(?:mae_)?vit_(\w+)_patch\d+", str(options.get("model")))
     known = SIZES.get(size[1]) if size else None
     side = options.get("input_size")
     if decoder or opened.wrapped:
@@ -152,8 +158,9 @@ def _of_reference(opened: Opened, decoder: bool) -> Origin:
     else:
         kind = "ViT with timm's names"
     image_size = _pair(side) if isinstance(side, int) and side > 0 else None
+    seed = options.get("seed") if isinstance(options.get("seed"), int) else None
     # a DeepSpeed checkpoint of others that was converted holds its step and nothing else
-    return Origin(kind, known.heads if known else None, image_size=image_size, step=opened.facts.get("step"))
+    return Origin(kind, known.heads if known else None, image_size=image_size, step=opened.facts.get("step"), seed=seed)
 
 
 def _heads(count: Any) -> int | None:

@@ -19,7 +19,7 @@ import numpy as np
 from scale_mae.data import storage
 from scale_mae.data.index import ENTRY, Entries, Index, Paths, describe, index_of, map_file, write_file
 from scale_mae.data.pillow import Header, examine
-from scale_mae.data.sources import list_images
+from scale_mae.data.sources import Listing, list_images
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import run_each, shared, start_workers
 from scale_mae.lock import alone
@@ -85,12 +85,31 @@ def open_source(source: str) -> Index:
         return build(source, Path(folder) / "data.index", verify=False)  # stays mapped after its file is gone
 
 
-def _write_listing(source: str, partial: Path, verify: bool) -> None:
+def list_source(source: str) -> Index:
+    """A source's own index, or a list of its images, none of which was looked at: their sizes are not known, and any may be
+    damaged.
+
+    Raises:
+        DataError: see :func:`scale_mae.data.sources.list_images`.
+    """
+    if own := index_of(source):
+        return Index.open(own)
     listing = list_images(source)
+    paths = Paths.of(listing.root, listing.shards)
+    return Index(_rows(listing), np.zeros(0, ENTRY), paths, list(listing.classes), source, listing.problems, "")
+
+
+def _rows(listing: Listing) -> Entries:
     rows = np.zeros(len(listing), ENTRY)
     for name in ("shard", "offset", "length", "label"):
         rows[name] = getattr(listing, name)
     rows["status"] = Status.PENDING
+    return rows
+
+
+def _write_listing(source: str, partial: Path, verify: bool) -> None:
+    listing = list_images(source)
+    rows = _rows(listing)
     facts = {"source": source, "verified": verify, "listed": time.time(), "usable": 0}
     facts |= {"classes": list(listing.classes), "problems": listing.problems}
     write_file(partial, rows, Paths.of(listing.root, listing.shards), facts)

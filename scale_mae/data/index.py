@@ -107,7 +107,8 @@ class Index:
             ImageError: storage does not give them.
         """
         entry = self.entries[sample]
-        return storage.read(self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"]))
+        path, offset, length = self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"])
+        return storage.read(path, offset, length or (0 if offset else storage.size(path)))
 
     def where(self, sample: int) -> str:
         """Path, and byte offset inside a shard, of one image, for messages."""

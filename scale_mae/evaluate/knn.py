@@ -2,103 +2,92 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
 
-import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from scale_mae.data.build import open_source
-from scale_mae.data.index import Index, index_of
-from scale_mae.data.loader import decode_sample
-from scale_mae.data.pillow import central_square
-from scale_mae.data.pixels import normalise
-from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.storage import DataError
-from scale_mae.resources import available_cores
+from scale_mae.engine.distributed import World
+from scale_mae.evaluate.classifier import Subject
+from scale_mae.evaluate.features import Progress, Source, check_classes, data_facts, gathered, own_features
+from scale_mae.evaluate.results import Result, made_by, model_facts
 
 TEMPERATURE = 0.07
-BATCH = 64
+QUERIES, BANK = 1024, 1 << 16  # rows compared at a time: 256 MiB of similarities
 
 
-@dataclass(frozen=True)
-class KNNResult:
-    """``top1`` in [0, 1] over ``images`` validation images, with ``k`` neighbours."""
-
-    top1: float
-    images: int
-    k: int
-
-
-@torch.inference_mode()
-def features(encoder: VisionTransformer, index: Index) -> Tensor:
-    """Mean of the patch tokens after the final norm, of unit length, ``[N, D]`` on the host.
-
-    Images are resized whole centre square to the encoder's size, without augmentation.
-    """
-    device = next(encoder.parameters()).device
-    cfg = encoder.pretrained_cfg
-    size, mean, std = tuple(cfg["input_size"][1:]), cfg["mean"], cfg["std"]
-
-    def load(sample: int) -> Tensor:
-        entry = index.entries[sample]
-        crop = central_square(int(entry["width"]), int(entry["height"]))
-        return torch.tensor(decode_sample(index, sample, crop, size))
-
-    found = []
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for start in range(0, len(index), BATCH):
-            images = torch.stack(list(pool.map(load, range(start, min(start + BATCH, len(index))))))
-            tokens = encoder.forward_features(normalise(images.to(device), mean, std))
-            found.append(tokens[:, 1:].mean(dim=1).float().cpu())
-    return torch.nn.functional.normalize(torch.cat(found), dim=1)
+def nearest(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` most similar rows of ``train`` ``[N, D]`` (all, if there are fewer) for each of ``queries`` ``[Q, D]``, found
+    piece by piece: similarities and labels, each ``[Q, k]``, on the device of ``queries``."""
+    parts = []
+    for some in torch.split(queries, QUERIES):
+        best, classes = some.new_empty(len(some), 0), labels.new_empty(len(some), 0).to(some.device)
+        for rows, own in zip(torch.split(train, BANK), torch.split(labels, BANK), strict=True):
+            similarity, place = (some @ rows.to(some.device).T).topk(min(k, len(rows)), dim=1)
+            pair = torch.cat([best, similarity], dim=1), torch.cat([classes, own.to(some.device)[place]], dim=1)
+            best, classes = _largest(*pair, k)
+        parts.append((best, classes))
+    return torch.cat([best for best, _ in parts]), torch.cat([classes for _, classes in parts])
 
 
-def vote(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Class of each query ``[Q, D]`` by the ``k`` most similar rows of ``train`` ``[N, D]``, weighted by
-    ``exp(similarity / 0.07)``; ``labels`` ``[N]``. Returns ``[Q]``."""
-    classes = int(labels.max()) + 1
-    predicted = []
-    for part in torch.split(queries, 1024):
-        similarity, neighbours = (part @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes)
-        votes.scatter_add_(1, labels[neighbours], (similarity / TEMPERATURE).exp())
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+def _largest(similarity_QN: Tensor, classes_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best, place = similarity_QN.topk(min(k, similarity_QN.shape[1]), dim=1)
+    return best, classes_QN.gather(1, place)
 
 
-def knn_accuracy(encoder: VisionTransformer, train: str, val: str, k: int = 20) -> KNNResult:
-    """Top-1 accuracy of an encoder's features.
+def decide(similarity_QK: Tensor, classes_QK: Tensor, classes: int) -> Tensor:
+    """The class of each query, ``[Q]``: each neighbour votes with ``exp(similarity / 0.07)``."""
+    votes = torch.zeros(len(similarity_QK), classes, device=similarity_QK.device)
+    votes.scatter_add_(1, classes_QK, (similarity_QK / TEMPERATURE).exp())
+    return votes.argmax(dim=1)
+
+
+def knn_accuracy(
+    subject: Subject,
+    train: Source,
+    val: Source,
+    ranks: World,
+    k: int = 20,
+    batch: int = 64,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Top-1 accuracy of an encoder's features. All processes call it; each keeps its share of the training images, and all
+    compare it with all queries.
 
     Args:
-        encoder: from :func:`scale_mae.load_encoder`.
-        train: source of labelled images (class folders, tar shards, ``demo:train``).
-        val: likewise.
+        subject: the encoder.
+        train: labelled images to compare with.
+        val: labelled images to classify.
+        ranks: the processes.
         k: neighbours.
+        batch: images at a time, a process.
+        seed: of the encoder's training, if its weights do not say.
+        progress: called with (images of a source done by this process, all of them).
 
     Raises:
-        DataError: a source is missing, unlabelled or too small.
+        DataError: a source is too small, their classes differ, or an image cannot be read.
     """
+    began = time.monotonic()
     if k < 1:
         raise DataError(f"--k {k}: at least one neighbour has to vote")
-    known, asked = (_labelled(source) for source in (train, val))
-    if len(known) < k:
-        raise DataError(f"{train}: holds {len(known)} images, fewer than k={k}")
-    if list(known.classes) != list(asked.classes):
-        raise DataError(f"{train} and {val}: their classes differ")
-    train_labels, val_labels = (torch.from_numpy(i.entries["label"].astype(np.int64)) for i in (known, asked))
-    predicted = vote(features(encoder, known), train_labels, features(encoder, asked), k)
-    return KNNResult((predicted == val_labels).float().mean().item(), len(asked), k)
-
-
-def _labelled(source: str) -> Index:
-    index = open_source(source)
-    if len(index.quarantined) and not index_of(source):  # who gives an index knows what it leaves out
-        raise DataError(
-            f"{source}: {len(index.quarantined)} images cannot be used ({index.causes()}); scale-mae index names them"
-        )
-    if (index.entries["label"] == NO_LABEL).any():
-        raise DataError(f"{source}: some images have no label")
-    return index
+    if len(train.index) < k:
+        raise DataError(f"{train.name}: holds {len(train.index)} images, fewer than k={k}")
+    check_classes(train, val)
+    own, asked = (own_features(subject, source.index, ranks, batch, progress) for source in (train, val))
+    queries = normalize(gathered(asked, ranks), dim=1).to(ranks.device)
+    best, classes = nearest(normalize(own.values, dim=1), train.labels[ranks.rank :: ranks.size], queries, k)
+    found = ranks.gather((best.cpu(), classes.cpu()))
+    merged = _largest(torch.cat([each for each, _ in found], dim=1), torch.cat([each for _, each in found], dim=1), k)
+    predicted = decide(*merged, int(train.labels.max()) + 1)
+    protocol = {"name": "knn", "k": k, "temperature": TEMPERATURE, "size": subject.size, "pool": "mean"}
+    return Result(
+        protocol,
+        model_facts(subject, seed),
+        data_facts(train, val, ranks, (own, asked)),
+        {"top1": (predicted == val.labels).double().mean().item()},
+        {},
+        made_by(ranks.size, ranks.device.type, time.monotonic() - began),
+    )

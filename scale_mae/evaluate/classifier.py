@@ -1,0 +1,111 @@
+"""Classifiers from anywhere, as timm models: fine-tuned files of the reference, timm's, Hugging Face's, our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from scale_mae.checkpoint.export import build_encoder
+from scale_mae.checkpoint.fit import checked
+from scale_mae.checkpoint.foreign import Weights, locate_weights, read_weights
+from scale_mae.checkpoint.initial import encoder_of
+from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.model.positions import resize_table
+from scale_mae.model.sizes import SIZES
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose worth is measured.
+
+    Attributes:
+        model: on the host, in evaluation mode.
+        path: its weights, as they were asked for.
+        kind: where they come from, in words.
+        digest: their SHA-256 in hexadecimal, or empty.
+        seed: of their training, where something says.
+        size: side of the images in pixels.
+        mean: channel means that images in [0, 1] are normalised with.
+        std: channel deviations.
+    """
+
+    model: VisionTransformer
+    path: str
+    kind: str
+    digest: str
+    seed: int | None
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def architecture(self) -> str:
+        """Such as ``ViT-base/16, 224 px``; sizes without a name as ``ViT-32x3/8`` (width x depth)."""
+        blocks, width, patch = self.model.blocks, self.model.embed_dim, self.model.patch_embed.patch_size
+        named = [name for name, size in SIZES.items() if (size.width, size.depth) == (width, len(blocks))]
+        sides = patch[0] if patch[0] == patch[1] else f"{patch[0]}x{patch[1]}"
+        return f"ViT-{named[0] if named else f'{width}x{len(blocks)}'}/{sides}, {self.size} px"
+
+    @property
+    def classes(self) -> int:
+        """Classes it tells apart; 0 without a head."""
+        return int(self.model.num_classes)
+
+
+def load_classifier(path: str | Path, warn: Callable[[str], None] = print, size: int | None = None) -> Subject:
+    """A classifier: encoder, pooling and head.
+
+    Where a file has ``fc_norm`` and no ``norm``, the patch tokens are averaged first, as the reference fine-tunes; else the
+    class token is classified, unless a config of timm beside it says otherwise.
+
+    Args:
+        path: a file or folder of the reference, timm or Hugging Face, or a run of ours that has a head.
+        warn: told of damaged checkpoints that were passed over.
+        size: side of the images in pixels, if not that of the weights; position tables are interpolated bicubically.
+
+    Raises:
+        CheckpointError: no plain ViT, without a head, or of another image size than can be had; one line.
+    """
+    weights = read_weights(locate_weights(path, warn))
+    head = {name: t for name, t in weights.heads.items() if name.startswith("head.")}
+    if not head:
+        advice = "an encoder without a head; scale-mae knn, logistic and embed take it, and evaluate does once it is fine-tuned"
+        raise CheckpointError(f"{weights.path}: no classifier ({advice})")
+    return _subject(path, weights, head, size)
+
+
+def load_subject(path: str | Path, warn: Callable[[str], None] = print, size: int | None = None) -> Subject:
+    """The encoder of weights from anywhere, without head; see :func:`load_classifier`."""
+    return _subject(path, read_weights(locate_weights(path, warn)), {}, size)
+
+
+def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: int | None) -> Subject:
+    facts, tensors = encoder_of(weights)
+    arguments = dict(facts["timm_kwargs"])
+    patch, old = arguments["patch_size"], arguments["img_size"]
+    new = [size, size] if size else list(old)
+    if new[0] != new[1]:
+        raise CheckpointError(f"{path}: for images of {old[0]} x {old[1]}; evaluation takes squares, give --size N")
+    if new[0] % patch[0] or new[1] % patch[1]:
+        raise CheckpointError(f"{path}: --size {size} is no multiple of its patches, {patch[0]} x {patch[1]}")
+    grids = [(sides[0] // patch[0], sides[1] // patch[1]) for sides in (old, new)]
+    tensors["pos_embed"] = resize_table(tensors["pos_embed"], grids[0], grids[1])
+    if head:
+        shapes = {name: list(tensor.shape) for name, tensor in head.items()}
+        rows = shapes.get("head.bias", [0])[0] if shapes.get("head.bias") else 0
+        if shapes != {"head.weight": [rows, arguments["embed_dim"]], "head.bias": [rows]}:
+            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise CheckpointError(f"{path}: its head is not one linear layer on {arguments['embed_dim']} features ({told})")
+        source = Weights(weights.path, head, [], {}, weights.origin, weights.digest)
+        tensors |= {name: checked(source, name, tensor) for name, tensor in head.items()}
+        arguments["num_classes"] = rows
+        if weights.origin.pool == "avg" and arguments["global_pool"] == "token":
+            arguments |= {"global_pool": "avg", "fc_norm": False}
+    model = build_encoder(facts | {"timm_kwargs": arguments | {"img_size": new}, "image_size": new})
+    model.load_state_dict(tensors, strict=True)
+    origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
+    return Subject(model, str(path), origin.kind, weights.digest(), origin.seed, new[0], tuple(mean), tuple(std))

@@ -1,0 +1,134 @@
+"""Classifiers from anywhere compute what they computed where they come from."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from classifiers import vit, write_timm
+from safetensors.torch import save_file
+
+from scale_mae import load_config
+from scale_mae.checkpoint.export import encoder_weights, load_encoder, model_from_config
+from scale_mae.checkpoint.facts import METADATA_KEY, describe
+from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.evaluate.classifier import load_classifier, load_subject
+from scale_mae.model.positions import resize_table
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def logits(subject, images=IMAGES):
+    with torch.inference_mode():
+        return subject.model(images)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["the reference's file", "a state dict"])
+@pytest.mark.parametrize("name", ["vit_tiny_gap", "vit_tiny_cls"])
+def test_the_references_classifiers(golden, tmp_path, name, wrapped):
+    values, _ = golden(f"{name}.safetensors")
+    state = {n.removeprefix("weights."): t for n, t in values.items() if n.startswith("weights.")}
+    write_timm(tmp_path, vit(num_classes=7))  # for its config.json, which tells the attention heads
+    (tmp_path / "model.safetensors").unlink()
+    if wrapped:
+        torch.save({"model": state, "args": argparse.Namespace(seed=3), "epoch": 99}, tmp_path / "checkpoint-99.pth")
+    else:
+        save_file(state, tmp_path / "w.safetensors")
+    if name == "vit_tiny_cls":
+        text = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(text.replace('"global_pool": "avg"', '"global_pool": "token"'))
+    subject = load_classifier(tmp_path)
+    torch.testing.assert_close(logits(subject, values["images"]), values["logits"], atol=1e-5, rtol=0)
+    assert (subject.classes, subject.architecture) == (7, "ViT-32x3/8, 32 px")
+
+
+def test_the_references_options_tell_heads_and_seed(tmp_path):
+    theirs = vit(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    options = argparse.Namespace(model="vit_tiny_patch16", seed=3, input_size=32)
+    torch.save({"model": theirs.state_dict(), "args": options}, tmp_path / "checkpoint-99.pth")
+    subject = load_classifier(tmp_path / "checkpoint-99.pth")
+    assert (subject.seed, subject.architecture, len(subject.digest)) == (3, "ViT-tiny/16, 32 px", 64)
+    torch.testing.assert_close(logits(subject), theirs(IMAGES).detach())
+
+
+@pytest.mark.parametrize(("pool", "more"), [("avg", {}), ("token", {}), ("avg", {"fc_norm": False})])
+def test_timms_folders(tmp_path, pool, more):
+    theirs = vit(pool, **more)
+    subject = load_classifier(write_timm(tmp_path, theirs, pool))
+    torch.testing.assert_close(logits(subject), theirs(IMAGES).detach())
+    assert subject.mean == (0.286,) * 3
+
+
+def test_a_folder_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=6)
+    theirs = transformers.ViTForImageClassification(config).eval()
+    torch.nn.init.normal_(theirs.classifier.bias)
+    theirs.save_pretrained(tmp_path)
+    subject = load_classifier(tmp_path)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(subject), theirs(pixel_values=IMAGES).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_another_size_interpolates_the_positions(golden, tmp_path):
+    """As the reference's fine-tuning does; also the table itself."""
+    values, _ = golden("recipe.safetensors")
+    after = resize_table(values["interp.before"], (7, 7), (10, 10))
+    torch.testing.assert_close(after, values["interp.after"], atol=1e-6, rtol=0)
+    theirs = vit()
+    write_timm(tmp_path, theirs)
+    bigger = vit(img_size=48)
+    state = theirs.state_dict() | {"pos_embed": resize_table(theirs.pos_embed.detach(), (4, 4), (6, 6))}
+    bigger.load_state_dict(state)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(logits(load_classifier(tmp_path, size=48), images), bigger(images).detach())
+    with pytest.raises(CheckpointError, match="--size 33 is no multiple of its patches, 8 x 8"):
+        load_classifier(tmp_path, size=33)
+
+
+def test_what_is_no_classifier_is_refused_in_one_line(tmp_path):
+    cases = {
+        "no head": ({"num_classes": 0}, {}, "no classifier .an encoder without a head; scale-mae knn"),
+        "two layers": ({}, {"head.extra.weight": torch.ones(2, 2)}, "its head is not one linear layer"),
+        "a head of another width": (
+            {},
+            {"head.weight": torch.ones(10, 31)},
+            r"not one linear layer on 32 features .*head.weight .10, 31",
+        ),
+        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds values that are not finite"),
+    }
+    for name, (more, changes, message) in cases.items():
+        folder = write_timm(tmp_path / name, vit(**more))
+        save_file(vit(**more).state_dict() | changes, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_classifier(folder)
+        assert "\n" not in str(caught.value)
+    oblong = write_timm(tmp_path / "oblong", vit())
+    text = (oblong / "config.json").read_text().replace('"img_size": 32', '"img_size": [16, 64]')
+    (oblong / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="evaluation takes squares, give --size N"):
+        load_classifier(oblong)
+
+
+def test_the_encoder_of_a_classifier_and_of_an_export_of_ours(tmp_path):
+    theirs = vit()
+    folder = write_timm(tmp_path / "theirs", theirs)
+    subject = load_subject(folder)
+    assert subject.classes == 0
+    with torch.inference_mode():
+        tokens = subject.model.forward_features(IMAGES)
+        wanted = theirs.forward_head(theirs.forward_features(IMAGES), pre_logits=True)
+        torch.testing.assert_close(subject.model.fc_norm(tokens[:, 1:].mean(1)), wanted)
+    assert load_encoder(folder).fc_norm.weight.equal(theirs.fc_norm.weight)
+
+
+def test_an_export_of_ours_is_an_encoder(tmp_path):
+    config = load_config("debug", ["run.seed=5"])
+    state, facts = encoder_weights(model_from_config(config).state_dict()), describe(config, 7)
+    save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(facts)})
+    with pytest.raises(CheckpointError, match="no classifier"):
+        load_classifier(tmp_path / "e.safetensors")
+    subject = load_subject(tmp_path / "e.safetensors")
+    assert (subject.seed, subject.classes, subject.kind) == (5, 0, "scale-mae export")

@@ -90,7 +90,8 @@ def test_several_processes_write_one_file(model, data, tmp_path):
     write(model, "demo:val", tmp_path / "one.npy")
     found = run_ranks(2, embed_in_rank, model, "demo:val", tmp_path / "two.npy")
     assert "2000 images" in found[0]
-    assert (tmp_path / "two.npy").read_bytes() == (tmp_path / "one.npy").read_bytes()
+    # processes that share cores compute with fewer threads each, which may round otherwise
+    np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_written(model, data, tmp_path):

@@ -68,6 +68,7 @@ class Training:
             "train.micro_batch": batch,
             "train.precision": "fp32",
             "engine.deepspeed": "zero1",
+            "engine.compile": False,
         }
         config = load_config("vit_base", setting)
         (folder / "run").mkdir()

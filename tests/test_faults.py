@@ -82,10 +82,10 @@ def train_with_a_bomb(config, rank, at):
 
     bomb, real = Bomb(at if os.environ["RANK"] == str(rank) else 0), Saver.save
 
-    def save(self, step, write):
+    def save(self, *args, **more):
         Saver.save = real
         bomb.plant()
-        real(self, step, write)
+        real(self, *args, **more)
         self.drain()
         moments.extend(bomb.passed)
 
@@ -422,14 +422,14 @@ def train_with_a_blocked_folder(config, rank):
 
     real = Saver.save
 
-    def save(self, step, write):
+    def save(self, *args, **more):
         self.drain()
         (folder,) = Path(config.checkpoint.local_dir).iterdir()
-        place, blocked = folder / f"rank-{rank}", step == 8 and os.environ["RANK"] == str(rank)
+        place, blocked = folder / f"rank-{rank}", args[0] == 8 and os.environ["RANK"] == str(rank)
         if blocked:
             shutil.rmtree(place, ignore_errors=True)
             place.write_text("")
-        real(self, step, write)
+        real(self, *args, **more)
         if blocked:
             place.unlink()
 
@@ -603,11 +603,11 @@ def strike_disks(folder, index, nbytes):
 
     checkpoints = folder / "read-only" / "run" / "checkpoints"
 
-    def save_with_accident(self, step, write):
+    def save_with_accident(self, step, *args, **more):
         if step == 4:
             mount("--bind", checkpoints, checkpoints)
             mount("-o", "remount,ro,bind", checkpoints)
-        save(self, step, write)
+        save(self, step, *args, **more)
 
     commit.Saver.save = save_with_accident
     start(checkpoints.parent)

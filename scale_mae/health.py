@@ -2,8 +2,9 @@
 
 A loss is too high when it lies ``heal.spike`` deviations above the median of the last ``heal.window`` good ones. The deviation
 is 1.4826 times the median absolute one: for a normal distribution the standard deviation, and not moved by single outliers
-(Rousseeuw and Croux 1993). A bad step, too high or left out, never enters the window. The verdict on a step depends on the
-steps before it alone, not on when it is asked for, so that a resumed run comes to the same.
+(Rousseeuw and Croux 1993). A bad step, too high or left out, never enters the window. A good step takes back one that was
+too high, no more, so that a loss which is too high most of the time is not forgiven for the rest. The verdict on a step
+depends on the steps before it alone, not on when it is asked for, so that a resumed run comes to the same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Health:
     """Judges steps.
 
     Args:
-        config: how many bad steps in a row are too many.
+        config: how many bad steps are too many.
         state: from a checkpoint.
     """
 
@@ -52,7 +53,7 @@ class Health:
 
     @property
     def suspicious(self) -> bool:
-        """Whether the last step was bad, so that nobody knows yet what the run is worth."""
+        """Whether bad steps are not outweighed yet by good ones, so that nobody knows what the run is worth."""
         return bool(self._high or self._skipped)
 
     def state(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Health:
         high = not skipped and self._is_high(loss)
         if not (skipped or high):
             self._losses.append(loss)
-            self._high = self._skipped = 0
+            self._high, self._skipped = max(0, self._high - 1), 0
             return None
         if not self.suspicious:
             self._first = step

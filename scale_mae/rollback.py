@@ -6,7 +6,8 @@ from any checkpoint, leaves out the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Recovery:
         ranks: the processes.
         plan: of samples, nothing left out.
         index: names the samples.
+        say: told of steps that were left out.
         resumed: from a checkpoint. Without one, what an earlier life of the directory went through does not count.
 
     Attributes:
@@ -50,10 +52,19 @@ class Recovery:
     """
 
     def __init__(
-        self, run_dir: Path, config: HealConfig, ranks: World, plan: SamplePlan, index: Index, *, resumed: bool
+        self,
+        run_dir: Path,
+        config: HealConfig,
+        ranks: World,
+        plan: SamplePlan,
+        index: Index,
+        say: Callable[[str], None],
+        *,
+        resumed: bool,
     ) -> None:
         self.plan, self.health, self.loss = plan, Health(config), float("nan")
         self.verdict: Verdict | None = None
+        self._say = say
         self._dir, self._config, self._ranks, self._index = run_dir, config, ranks, index
         self._steps: list[int] = []
         self._seen: list[Tensor] = []
@@ -97,7 +108,15 @@ class Recovery:
         self.loss = means[-1][0]
         for step, (loss, skipped) in zip(steps, means, strict=True):
             self.verdict = self.verdict or self.health.add(step, loss, skipped > 0)
+        self._tell([step for step, (loss, skipped) in zip(steps, means, strict=True) if skipped > 0])
         return self.verdict
+
+    def _tell(self, skipped: list[int]) -> None:
+        if skipped:
+            self._say(f"left out, as gradients were not finite: step {', '.join(map(str, skipped))}")
+            if self._ranks.is_main:
+                with suppress(OSError):  # a full disk; the line in the log may still be there
+                    history.append(self._dir, "skipped", steps=skipped)
 
     def go_back(self, verdict: Verdict, step: int, notes: list[str]) -> Path:
         """Leave out what led to a verdict; the checkpoint to go on from, which is to be loaded and its state restored.
@@ -117,16 +136,8 @@ class Recovery:
         return checkpoint
 
     def _decide(self, verdict: Verdict, step: int, notes: list[str]) -> tuple[Path, dict[str, Any]]:
-        # Where it went back to the step just before already, that checkpoint may hold what is wrong.
-        before = {event["to"] for event in self._past}
-        limit = verdict.first - 1 - (verdict.first - 1 in before)
         allowed = self.rollbacks < self._config.rollbacks
-        checkpoint = None
-        if allowed:
-            try:
-                checkpoint = store.newest_good(self._dir, notes.append, set_aside=True, last=limit)
-            except store.CheckpointError as error:
-                notes.append(str(error))
+        checkpoint = self._choose(verdict.first - 1, notes) if allowed else None
         # The step before the first bad one may have spoilt the weights; if the checkpoint holds it, it was found good.
         to = store.step_of(checkpoint) if checkpoint else 0
         first = max(verdict.first - 1, to + 1)
@@ -158,6 +169,19 @@ class Recovery:
             raise RollbackError(f"{self._dir / history.FILE}: cannot be written ({error.strerror}); {what}") from None
         notes.append(f"{what}; goes back from step {step} to {checkpoint} and leaves them out, rollback {event['number']}")
         return checkpoint, event
+
+    def _choose(self, last: int, notes: list[str]) -> Path | None:
+        """The newest good checkpoint that is no later than a step. Where the run went back to that one already and has saved
+        none since, what is wrong may be in it: then the one before it, if there is one."""
+        checkpoint = None
+        try:
+            checkpoint = store.newest_good(self._dir, notes.append, set_aside=True, last=last)
+            if checkpoint and store.step_of(checkpoint) in {event["to"] for event in self._past}:
+                older = store.newest_good(self._dir, notes.append, set_aside=True, last=store.step_of(checkpoint) - 1)
+                checkpoint = older or checkpoint
+        except store.CheckpointError as error:
+            notes.append(str(error))
+        return checkpoint
 
     def _discard_after(self, checkpoint: Path) -> None:
         """A run that is resumed must not find what this one turns its back on."""

@@ -212,7 +212,7 @@ class HealConfig(Section):
     window: int = Field(200, ge=20, json_schema_extra={"free": True})
     """Steps of that window; nothing is judged until it is full."""
     spike_steps: int = Field(5, gt=0, json_schema_extra={"free": True})
-    """Steps in a row that are too high before a run goes back."""
+    """Steps that are too high before a run goes back; a good step between them takes back one."""
     skipped_steps: int = Field(10, gt=0, json_schema_extra={"free": True})
     """Steps in a row with non-finite gradients before a run goes back."""
     rollbacks: int = Field(3, ge=0, json_schema_extra={"free": True})

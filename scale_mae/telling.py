@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,20 @@ class Teller:
         """What a checkpoint keeps."""
         return self._instruments.state()
 
+    def went_back(self, checkpoint: Path, state: Mapping[str, Any], tally: Tally, decoder: Decoder) -> None:
+        """The run goes on from an earlier checkpoint: what is counted goes on, what is known of its state does not.
+
+        Args:
+            checkpoint: now the newest.
+            state: what it keeps of :meth:`state`.
+            tally: as of then.
+            decoder: a new one.
+        """
+        meter = self._instruments.meter
+        meter.smoothed, meter.smoothed_at = state["smoothed"], state["smoothed_at"]
+        decoder.fallbacks = self.decoder.fallbacks
+        self._newest, self.tally, self.decoder = Newest.of(checkpoint), tally, decoder
+
     def add(self, failures: Sequence[Failure]) -> None:
         """Remember what this process had to replace."""
         self._failures += failures
@@ -121,7 +135,7 @@ class Teller:
         failures, vitals = self._gather(step, self._vitals(laps))
         self.saves()
         self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0), rollbacks)
-        metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, skipped_steps, laps, vitals)
+        metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, laps, vitals)
         metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals)
         instruments.node.memory = most_memory([vitals[rank].memory for rank in instruments.node.ranks])
         self._persist()
@@ -200,6 +214,7 @@ class Teller:
         return {
             "images_processed": int(counters["images"]),
             "steps_done": int(counters["steps"]),
+            "skipped_steps": int(counters["skipped_steps"]),
             "checkpoints": int(counters["checkpoints"]),
             "restarts": int(counters["restarts"]),
             "rollbacks": int(counters["rollbacks"]),

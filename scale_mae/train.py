@@ -113,7 +113,7 @@ class _Run:
         self.schedule = make_schedule(config, len(index))
         self.save_every = config.steps(config.checkpoint.every, len(index))
         plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
-        self.recovery = Recovery(self.dir, config.heal, ranks, plan, index, resumed=bool(checkpoint))
+        self.recovery = Recovery(self.dir, config.heal, ranks, plan, index, self._say, resumed=bool(checkpoint))
 
         # The model and its engine, at the step where the run stands
         model = first_model(config, ranks, notes, resumed=bool(checkpoint))
@@ -165,6 +165,9 @@ class _Run:
         self.recovery.restore(state.get("recovery"))
         return state
 
+    def _say(self, message: str) -> None:
+        self.log.say(message)
+
     def loop(self) -> Result:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped, vote = self.schedule.total_steps, "", Vote.GO_ON
@@ -210,9 +213,8 @@ class _Run:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
         step, config, ranks = self.step, self.config, self.ranks
         lr = self.schedule.lr(step)
-        accumulation = config.accumulation(ranks.size)
+        accumulation, loss, norm, vote = config.accumulation(ranks.size), torch.zeros((), device=ranks.device), None, Vote.GO_ON
         logged = (step + 1) % config.log.every == 0 or step + 1 == self.schedule.total_steps
-        loss, norm, vote = torch.zeros((), device=ranks.device), None, Vote.GO_ON
         for micro_step in range(accumulation):
             batch, each = feed.take()
             vote = max(vote, each)
@@ -253,11 +255,10 @@ class _Run:
             for note in notes:
                 self.log.say(note)
         self.watchdog.beat()
-        self._load(checkpoint)
+        state = self._load(checkpoint)
         self.watchdog.beat()
         decoder, _, _ = make_decoder(self.config, self.ranks)  # its loader has closed the old one
-        decoder.fallbacks = self.teller.decoder.fallbacks
-        self.teller.decoder, self.teller.tally = decoder, self.tally
+        self.teller.went_back(checkpoint, state["metrics"], self.tally, decoder)
         self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
         self.watch.lap("checkpoint")  # training stood still
 

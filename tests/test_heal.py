@@ -149,13 +149,18 @@ def verdict_of(losses, config=HEAL, skipped=(), health=None):
     return None
 
 
+def rollbacks(run_dir):
+    return [event for event in history.read(run_dir) if event["event"] == "rollback"]
+
+
 def noise(number, seed=0):
     return (1 + 0.01 * np.random.default_rng(seed).standard_normal(number)).tolist()
 
 
 def test_some_losses_in_a_row_that_are_too_high_give_a_verdict_that_names_them():
     assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Verdict(31, 33, "the loss was too high")
-    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0, *noise(9)]) is None
+    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 1.0, 2.0, 2.0, *noise(9)]) is None
+    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0]) == Verdict(31, 35, "the loss was too high")  # one takes back one
     assert verdict_of([*noise(30), 0.1, 0.1, 0.1, 0.1]) is None  # only upward
     assert verdict_of([*noise(19), 2.0, 2.0, 2.0]) is None  # the window is not full
     assert verdict_of([*noise(30), 9.0, 9.0, 9.0], HEAL.model_copy(update={"spike": None})) is None
@@ -319,8 +324,8 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
     assert "the run went back 3 times before, as often as heal.rollbacks allows" in lines[0]
     assert "history.jsonl" in lines[0]
     assert (tmp_path / "run/outcome").read_text().startswith("failed: gradients were not finite in steps 24 to 26")
-    events = [(e["number"], e["to"], e["skipped_steps"]) for e in history.read(tmp_path / "run")]
-    assert events == [(1, 24, [26, 29]), (2, 24, [25, 28]), (3, 20, [24, 27])]
+    events = [(e["number"], e["to"], e["skipped_steps"]) for e in rollbacks(tmp_path / "run")]
+    assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 20, [24, 27])]
     assert not (tmp_path / "run/checkpoints/step-00000024").exists()  # it was no better
 
 
@@ -350,7 +355,7 @@ def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resum
     assert result.step == 28  # two steps of three
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000024", "step-00000028"]
     assert run_ranks(2, train_on_poison, config, 300.0)[0].finished
-    (event,) = history.read(tmp_path)
+    (event,) = rollbacks(tmp_path)
     assert (event["to"], event["skipped_steps"], event["detected"]) == (24, [26, 29], 29)
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*step-*"))] == ["damaged-step-00000028", "step-00000036"]
 

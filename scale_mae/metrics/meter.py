@@ -66,7 +66,6 @@ class Meter:
         lr: float,
         grad_norm: float | None,
         loss_scale: float,
-        skipped_steps: int,
         laps: Sequence[Laps],
         vitals: Sequence[Vitals],
     ) -> Metrics:
@@ -78,7 +77,6 @@ class Meter:
             lr: learning rate of the last step.
             grad_norm: of the last step, before clipping.
             loss_scale: of fp16, else 1.
-            skipped_steps: left out so far, because gradients were not finite.
             laps: of this process in each step of the stretch.
             vitals: of all processes, in rank order.
         """
@@ -105,7 +103,6 @@ class Meter:
             **_ranks(vitals),
             "memory_gib": peak_memory() / 2**30,
             "loss_scale": loss_scale,
-            "skipped_steps": skipped_steps,
             "time_left_s": (self.total_steps - step) * self.global_batch / images_per_s,
             "time": time.time(),
         }

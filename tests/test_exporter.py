@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,14 +222,15 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tm
     assert told.count("cannot be written (Not a directory); Prometheus does not learn of") == 1
 
 
-def train_inside(config):
-    os.chdir(config.run.dir)
-    return train(replace(config, run=replace(config.run, dir=".")))
+def train_inside(folder, config):
+    os.chdir(folder)
+    return train(config)
 
 
 def test_the_folder_of_targets_lies_beside_a_run_directory_that_is_the_current_one(tmp_path):
     (tmp_path / "run").mkdir()
-    assert run_ranks(1, train_inside, make_config(tmp_path / "run", **{"train.micro_batch": 16}))[0].finished
+    config = make_config(".", **{"train.micro_batch": 16, "log.port": 0})
+    assert run_ranks(1, train_inside, tmp_path / "run", config)[0].finished
     assert (tmp_path / "prometheus").is_dir()
     assert not (tmp_path / "run" / "prometheus").exists()
 

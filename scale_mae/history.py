@@ -2,8 +2,9 @@
 
     {"time": 1790000000.0, "event": "start", "step": 0, ...}
 
-Events are ``start`` (of a process group; also a resume), ``rollback``, ``stop`` and ``export``; each brings facts of its own. A
-line is on the disk before what it tells of takes effect, so that a run resumed from an older checkpoint does the same again.
+Events are ``start`` (of a process group; also a resume), ``rollback``, ``skipped``, ``stop``, ``checkpoint`` and ``export``;
+each brings facts of its own. A line is on the disk before what it tells of takes effect, so that a run resumed from an older
+checkpoint does the same again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and isinstance(event.get("event"), str):
             events.append(event)

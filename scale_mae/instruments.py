@@ -89,7 +89,7 @@ def make_instruments(
     sinks: list[Sink] = []
     problems: list[str] = []
     if config.log.port is not None and (world.local_rank == 0 or world.is_main):
-        discovery = Path(config.log.discovery_dir or run_dir.parent / "prometheus")
+        discovery = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
         try:
             exporter = Exporter(run, node, nvml, counters, watch, config.log.port, discovery, is_first=world.is_main)
             sinks, problems = [exporter], exporter.problems

@@ -222,6 +222,19 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tm
     assert told.count("cannot be written (Not a directory); Prometheus does not learn of") == 1
 
 
+def train_inside(folder, config):
+    os.chdir(folder)
+    return train(config)
+
+
+def test_the_folder_of_targets_lies_beside_a_run_directory_that_is_the_current_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = make_config(".", **{"train.micro_batch": 16, "log.port": 0})
+    assert run_ranks(1, train_inside, tmp_path / "run", config)[0].finished
+    assert (tmp_path / "prometheus").is_dir()
+    assert not (tmp_path / "run" / "prometheus").exists()
+
+
 def test_without_a_port_there_is_no_exporter(tmp_path):
     assert run_ranks(1, train, make_config(tmp_path / "run", **{"log.port": None, "train.micro_batch": 16}))[0].finished
     assert not (tmp_path / "prometheus").exists()

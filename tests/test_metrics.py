@@ -235,6 +235,13 @@ def test_a_run_keeps_its_name_and_a_copy_gets_another(tmp_path):
     assert run_id(tmp_path / "copy") != name
     (tmp_path / "my run").rename(tmp_path / "moved")
     assert run_id(tmp_path / "moved") == name
+    shutil.copytree(tmp_path / "moved", tmp_path / "my run")  # at the old place of what was renamed
+    assert run_id(tmp_path / "my run") != name
+    assert run_id(tmp_path / "moved") == name
+    shutil.copytree(tmp_path / "moved", tmp_path / "backup")
+    shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(tmp_path / "backup", tmp_path / "moved")
+    assert run_id(tmp_path / "moved") == name  # restored
     (tmp_path / "moved" / "run.id").write_text("{")
     assert run_id(tmp_path / "moved") != name
 

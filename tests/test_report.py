@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from ranks import run_ranks
 from scale_mae import history, load_config
 from scale_mae.cli import main
 from scale_mae.report.charts import POINTS, ROWS, thin
+from scale_mae.report.incidents import marks
 from scale_mae.report.page import _file, report_page
 from scale_mae.report.record import read_lines, read_record, running_mean
 from scale_mae.report.serve import Server
@@ -311,6 +314,7 @@ def test_incidents_are_marked_and_listed(browser, tmp_path):
     ]
     lines = [a_line(s) for s in (10, 20, 30, 40, 50)] + [a_line(s, skipped_steps=2) for s in (50, 55, 60)]
     lines += [a_line(s, skipped_steps=3, loss=2.0) for s in (55, 60, 70)]
+    lines[6]["loss"] = 1000.0  # done again
     run = make_run(tmp_path / "eventful", lines, events)
     browser.open(make_page(run))
     shown = drawn(browser, "loss")
@@ -318,11 +322,91 @@ def test_incidents_are_marked_and_listed(browser, tmp_path):
     assert shown["rollback"][0] == [60 * 16]
     assert shown["skip"][0] == [50 * 16, 55 * 16]
     assert shown["loss"][1][-3:] == [2.0] * 3
-    assert sorted(shown["done again later"][1]) == sorted([1 / 50, 1 / 55, 1 / 60])
+    assert sorted(shown["done again later"][1]) == sorted([1 / 50, 1000, 1 / 60])
     text = browser.evaluate("document.getElementById('incidents').innerText")
     for words in ("restart 1 on 2 processes", "loss spike; back from step 60 to 50", "2 steps skipped", "1 steps skipped"):
         assert words in text
     assert browser.evaluate("document.getElementById('chart-loss').layout.shapes.length") == 4
+    # what counts fills the chart, wherever steps lie that were done again
+    span = "document.getElementById('chart-loss').layout.yaxis.range"
+    low, high = browser.evaluate(span)
+    assert -0.5 < low < 1 / 50
+    assert 2 < high < 2.5
+    browser.evaluate("document.getElementById('logarithmic').click()")
+    browser.wait_for("document.getElementById('chart-loss').layout.yaxis.type === 'log'")
+    low, high = browser.evaluate(span)
+    assert -2.5 < low < math.log10(1 / 50) < math.log10(2) < high < 1
+
+
+def listed_incidents(run):
+    return re.sub("<[^>]*>", " ", report_page(read_record(run)).partition('id="incidents"')[2])
+
+
+def test_skipped_steps_are_those_of_the_history(tmp_path):
+    events = [{"event": "skipped", "steps": [7, 8, 12], "total": 3}, {"event": "skipped", "steps": [15], "total": 4}]
+    run = make_run(tmp_path / "run", [a_line(10, skipped_steps=2), a_line(20, skipped_steps=4)], events)
+    assert [(mark.kind, mark.steps) for mark in marks(read_record(run))] == [("skip", 7), ("skip", 12), ("skip", 15)]
+    text = listed_incidents(run)
+    for words in ("steps 7 to 8 skipped", "step 12 skipped", "step 15 skipped (gradients not finite), 4 in all"):
+        assert words in text
+    assert "up to step" not in text
+
+
+def test_without_a_history_of_skips_the_counter_tells_also_on_lines_that_were_taken_back(tmp_path):
+    lines = [a_line(10), a_line(20, skipped_steps=1), a_line(30, skipped_steps=3), a_line(20, skipped_steps=3)]
+    run = make_run(tmp_path / "run", [*lines, a_line(30, skipped_steps=4)])
+    text = [mark.text for mark in marks(read_record(run))]
+    assert [words.partition(" ")[0] + words.rpartition(" ")[2] for words in text] == ["120", "230", "130"]
+
+
+WRONG = ["x", [1], {"a": 1}, True, math.nan, math.inf, 10**400, None, -1e299, "\ud800"]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
+def test_values_of_wrong_types_are_missing(tmp_path, wrong):
+    whole = a_line(20, loss_smoothed=1.0, skipped_steps=1, energy_j=1.0, images_processed=9, time_left_s=3.0, decode_failures=1)
+    whole |= {"decode_failures_truncated": 1, "rank_slowest_s": 1.0, "memory_allocated_gib": 1.0}
+    lines = [whole, *({**whole, "step": 21 + n, key: wrong} for n, key in enumerate(whole) if key != "step")]
+    lines += [{key: wrong if key != "step" else 90 for key in whole}, whole | {"step": wrong}]
+    facts = {
+        "start": ["time", "step", "restarts", "world_size", "zero_stage", "device", "host", "job_id", "versions", "command"],
+        "rollback": ["time", "number", "reason", "detected", "to", "skipped_steps", "positions", "samples"],
+        "skipped": ["time", "steps", "total"],
+        "stop": ["time", "step", "reason"],
+        "checkpoint": ["time", "step", "seconds", "stalled", "bytes", "error"],
+        "export": ["time", "step", "path", "format"],
+    }
+    events = [{"event": kind, key: wrong} for kind, keys in facts.items() for key in keys]
+    events += [{"event": kind} | dict.fromkeys(keys, wrong) for kind, keys in facts.items()]
+    for number, config in enumerate(["debug", None]):
+        run = make_run(tmp_path / f"run {number}", lines, events, config)
+        assert main(["report", str(run), "--no-reconstructions", "--price-per-gpu-hour", "1"]) == 0
+        assert main(["compare", str(run)]) == 0
+    assert len(read_record(run).log) == len(lines) - 1
+
+
+def test_history_too_deep_to_read_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", [a_line(1)], [{"event": "stop", "step": 1}])
+    with open(run / history.FILE, "a") as file:
+        file.write("[" * 100_000 + "\n")
+    with open(run / "log.jsonl", "a") as file:
+        file.write("[" * 30_000 + "\n")
+    record = read_record(run)
+    assert ([event["event"] for event in record.history], record.log.unreadable) == (["stop"], 1)
+
+
+def test_a_step_that_was_saved_again_counts_again(tmp_path):
+    saved = {"event": "checkpoint", "step": 5, "seconds": 1.0}
+    run = make_run(tmp_path / "run", [a_line(5)], [saved, saved | {"step": 6, "error": "full"}, saved])
+    assert "2 checkpoints were written in all" in report_page(read_record(run))
+
+
+def test_memory_and_ranks_say_whose_they_are(tmp_path):
+    lines = [a_line(s, host_rss_gib=1.0, rank_slowest_s=0.1, rank_fastest_s=0.1) for s in (1, 2)]
+    text = report_page(read_record(make_run(tmp_path / "run", lines)))
+    assert "The most of any process" in text
+    assert "peak of the first process" in text
+    assert "Its own work in a step" in text
 
 
 def test_a_line_takes_back_those_of_its_step_and_after_it(tmp_path):
@@ -331,7 +415,7 @@ def test_a_line_takes_back_those_of_its_step_and_after_it(tmp_path):
     assert [line["step"] for line in log.lines] == [10, 20, 25, 40]
     assert log.column("lr").tolist() == [0, 1, 4, 5]
     assert [line["step"] for line in log.taken_back] == [30, 40]
-    assert log.unreadable == 1
+    assert log.unreadable == 0  # the last line is still being written
 
 
 @pytest.mark.parametrize(
@@ -460,6 +544,40 @@ def test_serving_ends_with_ctrl_c(run):
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("request_line", ["GET /", "HEAD /", "POST /", "GET /nowhere"])
+def test_clients_that_go_away_or_ask_for_something_else_are_not_told_of(tmp_path, capfd, request_line):
+    run = make_run(tmp_path / "run", [a_line(1)])
+    server = Server(run, lambda version: "x" * 50_000_000)
+    server.daemon_threads = False  # closing waits for the answer
+    with socket.create_connection(server.server_address[:2]) as client:
+        client.sendall(f"{request_line} HTTP/1.1\r\n\r\n".encode())
+        server.handle_request()
+        client.recv(100)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    server.server_close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_page_that_cannot_be_made_is_a_line(tmp_path, capfd):
+    def render(version):
+        raise ZeroDivisionError("of nothing")
+
+    server = Server(make_run(tmp_path / "run", [a_line(1)]), render)
+    server.daemon_threads = False
+    with socket.create_connection(server.server_address[:2]) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        server.handle_request()
+        server.server_close()
+    assert capfd.readouterr().err == "scale-mae: --serve: ZeroDivisionError: of nothing\n"
+
+
+def test_a_price_that_is_none_is_said_plainly(run, capsys):
+    for price in ("abc", "nan", "-1", "inf"):
+        with pytest.raises(SystemExit):
+            main(["report", str(run), f"--price-per-gpu-hour={price}"])
+        assert f"argument --price-per-gpu-hour: {price} is not a price" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1999, 2000, 2001, 50_000])

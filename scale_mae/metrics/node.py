@@ -69,17 +69,29 @@ def address() -> str:
 def run_id(run_dir: Path) -> str:
     """The name of a run, the same for as long as its directory lives; made at the first call.
 
-    A copy of the directory has another path and another inode, and is another run.
+    A copy of the directory has another path and another inode than the ones that were written down at the last start, and is
+    another run. Numbers of devices tell nothing: those of network file systems differ between machines.
     """
-    path, place = run_dir / IDENTITY, {"path": str(run_dir.resolve()), "inode": run_dir.stat().st_ino}
+    path, place = run_dir / IDENTITY, _place(run_dir)
     with suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(path.read_text())
-        if any(known[key] == value for key, value in place.items()):
+        same = [known[key] == value for key, value in place.items()]
+        if any(same):
+            if not all(same):  # renamed, or restored from a backup: what is at the old place from now on is a copy
+                _write_identity(path, str(known["id"]), place)
             return str(known["id"])
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir.resolve().name).strip("-.")[:40] or "run"
     found = f"{name}-{secrets.token_hex(4)}"
-    staging = run_dir / f".{IDENTITY}.tmp"
-    with suppress(OSError):  # a full disk; the next start gives another name
-        staging.write_text(json.dumps({"id": found, **place}) + "\n")
-        staging.replace(path)
+    _write_identity(path, found, place)
     return found
+
+
+def _place(run_dir: Path) -> dict[str, str | int]:
+    return {"path": str(run_dir.resolve()), "inode": run_dir.stat().st_ino}
+
+
+def _write_identity(path: Path, name: str, place: dict[str, str | int]) -> None:
+    staging = path.with_name(f".{IDENTITY}.tmp")
+    with suppress(OSError):  # a full disk; the next start tries again, with another name if there was none
+        staging.write_text(json.dumps({"id": name, **place}) + "\n")
+        staging.replace(path)

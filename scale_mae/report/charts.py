@@ -49,7 +49,7 @@ class Series:
         columns = {"images": self.images, "steps": self.steps, "y": self.values}
         if self.low is not None:
             columns["low"] = self.low
-        return found | {key: [None if math.isnan(v) else v for v in values.tolist()] for key, values in columns.items()}
+        return found | {key: [v if math.isfinite(v) else None for v in values.tolist()] for key, values in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Chart:
 
 
 def _cell(value: float | None, low: float | None) -> str:
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return "-"
     return number(value) if low is None else f"{number(low)} to {number(value)}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +36,10 @@ def add_report_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> N
 
 
 def _price(text: str) -> float:
-    price = float(text)
-    if not 0 <= price < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a price")
-    return price
+    with suppress(ValueError):
+        if 0 <= (price := float(text)) < float("inf"):
+            return price
+    raise argparse.ArgumentTypeError(f"{text} is not a price")
 
 
 def report(args: argparse.Namespace) -> int:

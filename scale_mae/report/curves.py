@@ -62,7 +62,7 @@ class Curves:
         charts += self._simple("utilisation", "Use of the device", words, "share of peak", {"MFU": "mfu", "HFU": "hfu"})
         charts += self._phases()
         ranks = {"slowest": "rank_slowest_s", "fastest": "rank_fastest_s"}
-        words = "Time of a step on the slowest and on the fastest process."
+        words = "Its own work in a step, waiting for data and the forward pass, on the slowest and on the fastest process."
         return charts + self._simple("ranks", "Slowest and fastest process", words, "seconds a step", ranks)
 
     def _phases(self) -> list[Chart]:
@@ -80,9 +80,12 @@ class Curves:
             "allocated": "memory_allocated_gib",
             "reserved": "memory_reserved_gib",
             "host, resident": "host_rss_gib",
-            "peak": "memory_gib",
+            "peak of the first process": "memory_gib",
         }
-        words = "Of the first process. Peak: on the device, or resident in the process where there is none."
+        words = (
+            "The most of any process: allocated on its device so far, reserved by torch, resident on the host. "
+            "Peak of the first process: on its device, or resident where there is none."
+        )
         return self._simple("memory", "Memory", words, "GiB", keys)
 
     def failures(self) -> list[Chart]:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from scale_mae.report.charts import Mark
 from scale_mae.report.record import Record
 
@@ -57,16 +55,39 @@ def _of_event(record: Record, event: dict[str, Any], number: int) -> Mark | None
 
 
 def _skips(record: Record) -> Iterator[Mark]:
-    counts, steps = record.log.column("skipped_steps"), record.log.column("step")
-    before = 0.0
-    for count, step in zip(np.nan_to_num(counts).tolist(), steps.tolist(), strict=True):
-        if count > before:
-            words = f"{count - before:.0f} steps skipped (gradients not finite) up to step {step:.0f}"
-            yield Mark("skip", record.images_at(step), step, words)
-        before = count  # falls when a new process counts anew
+    events = record.events("skipped")
+    for event in events:
+        total, at = event.get("total"), when(event.get("time"))
+        for first, last in _unbroken(event.get("steps", [])):
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
+            words = f"{steps} skipped (gradients not finite){'' if total is None else f', {total} in all'}, {at}"
+            yield Mark("skip", record.images_at(first), first, words)
+    if not events:
+        yield from _counted_skips(record)
     for line in record.log.lines:
         if "loss" in line and line["loss"] is None:
             yield Mark("loss not finite", record.images_at(line["step"]), line["step"], "loss not finite")
+
+
+def _unbroken(steps: Sequence[float]) -> list[tuple[int, int]]:
+    """The first and the last of each stretch of steps that follow each other."""
+    found: list[tuple[int, int]] = []
+    for step in sorted({int(step) for step in steps}):
+        follows = bool(found) and step == found[-1][1] + 1
+        found.append((found.pop()[0] if follows else step, step))
+    return found
+
+
+def _counted_skips(record: Record) -> Iterator[Mark]:
+    """From the counter of the log, for a run whose history does not tell of skips; lines that were taken back count too."""
+    before = 0
+    for line in record.log.written:
+        if (count := line.get("skipped_steps")) is None:
+            continue
+        if count > before:
+            words = f"{count - before:.0f} steps skipped (gradients not finite) up to step {line['step']}"
+            yield Mark("skip", record.images_at(line["step"]), line["step"], words)
+        before = count  # falls in logs of runs in which a new process counted anew
 
 
 def shown(found: Sequence[Mark]) -> tuple[list[Mark], str]:
@@ -96,8 +117,8 @@ class Stretch:
 
 def stretches(record: Record) -> list[Stretch]:
     """The lives of a run; empty where its history does not tell of starts."""
-    starts = [event for event in record.events("start") if isinstance(event.get("time"), (int, float))]
-    signs = [line["time"] for line in record.log.lines + record.log.taken_back if isinstance(line.get("time"), (int, float))]
+    starts = [event for event in record.events("start") if "time" in event]
+    signs = [line["time"] for line in record.log.written if line.get("time") is not None]
     signs += [e["time"] for e in record.history if e["event"] in ("stop", "checkpoint", "rollback") and "time" in e]
     found = []
     for number, start in enumerate(starts):

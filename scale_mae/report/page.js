@@ -15,6 +15,22 @@
     return { type: "scatter", mode: "lines", name: escaped(name), x, y, line: { color: ink, width: 2 }, ...more };
   }
 
+  // lowest and highest value of what counts; steps that were done again may lie far off
+  function extent(chart) {
+    const known = chart.series.filter((s) => s.style !== "dots").flatMap((s) => [...s.y, ...(s.low ?? [])]);
+    const shown = known.filter((y) => y !== null && (y > 0 || !logarithmic(chart)));
+    return [shown.reduce((a, b) => Math.min(a, b), Infinity), shown.reduce((a, b) => Math.max(a, b), -Infinity)];
+  }
+
+  // of the vertical axis at first; undefined: the library's choice
+  function range(chart) {
+    const scale = logarithmic(chart) ? Math.log10 : (y) => y;
+    const [low, high] = extent(chart).map(scale);
+    if (!chart.series.some((s) => s.style === "dots") || !Number.isFinite(low)) return undefined;
+    const margin = (high - low || Math.abs(high) || 1) * 0.06;
+    return [low - margin, high + margin];
+  }
+
   function traces(chart, by) {
     const found = [];
     let number = 0;
@@ -41,8 +57,7 @@
         number += 1;
       }
     }
-    const known = chart.series.flatMap((s) => s.y).filter((y) => y !== null);
-    const top = known.reduce((a, b) => Math.max(a, b), -Infinity);
+    const [, top] = extent(chart);
     for (const kind of new Set(chart.marks.map((m) => m.kind))) {
       const of = chart.marks.filter((m) => m.kind === kind);
       const marker = { color: colour(`series-${MARKS[kind] || 4}`), size: 9, symbol: "triangle-down" };
@@ -61,6 +76,7 @@
       line: { color: colour(`series-${MARKS[m.kind] || 4}`), width: 1, dash: "dot" },
     }));
     const legend = chart.series.length + chart.marks.length > 1;
+    const span = range(chart);
     return {
       autosize: true, shapes, hovermode: "x unified", hoverdistance: -1, showlegend: legend,
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // fingers scroll the page
@@ -70,7 +86,10 @@
       legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("link") },
       xaxis: { ...frame, title: { text: by === "images" ? "images seen" : "step" } },
-      yaxis: { ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear", exponentformat: "power" },
+      yaxis: {
+        ...frame, title: { text: escaped(chart.unit) }, type: logarithmic(chart) ? "log" : "linear", exponentformat: "power",
+        ...(span ? { range: span } : {}),
+      },
     };
   }
 

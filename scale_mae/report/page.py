@@ -71,7 +71,7 @@ def render(
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {asks}; "
         "base-uri 'none'; form-action 'none'"
     )
-    return Template(_file("page.html")).substitute(
+    page = Template(_file("page.html")).substitute(
         policy=policy,
         title=text(title),
         subtitle=text(subtitle),
@@ -85,6 +85,7 @@ def render(
         library=library,
         script=script,
     )
+    return page.encode("utf-8", "replace").decode()  # a damaged name is no reason for none
 
 
 def _navigation(parts: Sequence[Markup]) -> Markup:

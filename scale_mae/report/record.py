@@ -19,6 +19,12 @@ from scale_mae.slurm.runs import METRICS, Standing, is_run, standing
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
+LARGEST = 1e300  # of a number in a log: one that another may be multiplied with
+LARGEST_FACT = 1e18  # of steps, and of the numbers of an event; what is larger is damage
+NUMBERS = frozenset(  # of an event
+    {"time", "step", "restarts", "world_size", "zero_stage", "number", "detected", "to", "seconds", "stalled", "bytes", "total"}
+)
+LISTS = frozenset({"skipped_steps", "positions", "samples", "steps"})
 SHORTEST, SHARE = 5, 50  # smoothing where a run does not: a mean over 5 log lines, or a 50th of them if that is more
 
 
@@ -30,11 +36,13 @@ class Lines:
         lines: those that count, steps rising.
         taken_back: those of steps that were done again, after a crash or a rollback, in the order of the file.
         unreadable: lines that a crash or a full disk cut short.
+        written: all that can be read, in the order of the file.
     """
 
     lines: list[Line]
     taken_back: list[Line] = field(default_factory=list)
     unreadable: int = 0
+    written: list[Line] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -65,8 +73,8 @@ def column(lines: Iterable[Line], key: str) -> Floats:
     return np.array([line[key] if _is_number(line.get(key)) else np.nan for line in lines], np.float64)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, largest: float = LARGEST) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < largest  # NaN is not either
 
 
 def running_mean(values: Floats, around: int) -> Floats:
@@ -83,6 +91,8 @@ def running_mean(values: Floats, around: int) -> Floats:
 def read_lines(path: Path) -> Lines:
     """Read ``log.jsonl``. A line takes back all earlier ones of its own or a later step: the run stood there again.
 
+    A value that is no number is left out; one that is not finite is null. A last line that has no end yet is being written.
+
     Raises:
         UserError: it cannot be read.
     """
@@ -94,23 +104,37 @@ def read_lines(path: Path) -> Lines:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     lines: list[Line] = []
     taken_back: list[Line] = []
-    unreadable = 0
-    for row in text.split("\n"):
-        if not row.strip():
-            continue
-        try:
-            line = json.loads(row)
-            step = line["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            unreadable += 1
-            continue
-        if not isinstance(step, int) or isinstance(step, bool):
-            unreadable += 1
-            continue
-        while lines and lines[-1]["step"] >= step:
+    *rows, growing = text.split("\n")
+    found = [_line(row) for row in rows if row.strip()]
+    written = [line for line in [*found, _line(growing)] if line]
+    for line in written:
+        while lines and lines[-1]["step"] >= line["step"]:
             taken_back.append(lines.pop())
         lines.append(line)
-    return Lines(lines, sorted(taken_back, key=lambda line: line["step"]), unreadable)
+    return Lines(lines, sorted(taken_back, key=lambda line: line["step"]), found.count(None), written)
+
+
+def _line(row: str) -> Line | None:
+    try:
+        line = json.loads(row)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not _is_number(line["step"], LARGEST_FACT):
+        return None
+    missing = {
+        key: None for key, value in line.items() if value is None or (isinstance(value, float) and not math.isfinite(value))
+    }
+    return {key: value for key, value in line.items() if _is_number(value)} | missing
+
+
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    """An event without the values that cannot be what their names say."""
+    kept = {}
+    for key, value in event.items():
+        if (key in NUMBERS and not _is_number(value, LARGEST_FACT)) or (key in LISTS and not isinstance(value, list)):
+            continue
+        kept[key] = [one for one in value if _is_number(one, LARGEST_FACT)] if key in LISTS and key != "samples" else value
+    return kept
 
 
 @dataclass(frozen=True)
@@ -169,4 +193,6 @@ def read_record(run: Path) -> Record:
         config, problem = None, str(error)
     if config is None:
         problem = problem or "config.yaml is missing or damaged"
-    return Record(run, config, read_lines(run / METRICS), history.read(run), standing(run), problem)
+    return Record(
+        run, config, read_lines(run / METRICS), [_event(event) for event in history.read(run)], standing(run), problem
+    )

@@ -179,7 +179,8 @@ def reconstructions(pictures: Sequence[Picture] | None, problems: Sequence[str])
 
 def files(record: Record) -> Markup:
     """Checkpoints and exports."""
-    saved = {event.get("step"): event for event in record.events("checkpoint") if not event.get("error")}
+    written = [event for event in record.events("checkpoint") if not event.get("error")]
+    saved = {event.get("step"): event for event in written}
     rows = []
     for path in checkpoints(record.dir):
         step = step_of(path)
@@ -193,8 +194,8 @@ def files(record: Record) -> Markup:
         if rows
         else note("No checkpoint is kept.")
     ]
-    if saved:
-        parts.append(note(f"{len(saved)} checkpoints were written in all."))
+    if written:  # a step that was done again was also saved again
+        parts.append(note(f"{len(written)} checkpoints were written in all."))
     exports = record.events("export")
     if exports:
         header = ["path", "format", "step", "time (UTC)"]

@@ -59,6 +59,12 @@ class Server(ThreadingHTTPServer):
         """Of what there is to show now."""
         return version_of(self._run)
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A line on what went wrong with a request; a client that went away is no error."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            print(f"scale-mae: --serve: {type(error).__name__}: {error}", file=sys.stderr)
+
     def page(self) -> bytes:
         """The page as of now; rendered once a version, however many ask."""
         with self._lock:
@@ -80,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             content = self.server.page() if path == "/" else self.server.version().encode()
         except UserError as error:
+            print(f"scale-mae: {error}", file=sys.stderr)
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
             return
         self.send_response(HTTPStatus.OK)
@@ -90,9 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Only what goes wrong is told."""
-        if len(args) > 1 and str(args[1]).startswith("5"):
-            print(f"scale-mae: {self.requestline}: {format % args}", file=sys.stderr)
+        """Requests are not told."""
 
 
 def serve(server: Server) -> None:

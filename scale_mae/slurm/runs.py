@@ -108,7 +108,7 @@ def _last_metrics(run: Path) -> dict[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found = json.loads(line)
             if isinstance(found, dict):
                 return found

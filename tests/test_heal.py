@@ -102,7 +102,9 @@ def leave_out(settings, value, micro, folder):
     return told
 
 
-@pytest.mark.parametrize(("value", "micro", "clip"), [(float("nan"), 0, 0.5), (float("inf"), 1, None)])
+@pytest.mark.parametrize(
+    ("value", "micro", "clip"), [(float("nan"), 0, 0.5), pytest.param(float("inf"), 1, None, marks=pytest.mark.long)]
+)
 def test_a_bad_gradient_on_one_rank_changes_nothing_on_any(tmp_path, value, micro, clip):
     settings = [{"stage": s, "precision": p, "micro_batch": BATCH // 4, "clip": clip} for p, s in LAYOUTS]
     for told in run_ranks(2, leave_out, settings, value, micro, tmp_path):
@@ -360,7 +362,7 @@ def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resum
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*step-*"))] == ["damaged-step-00000028", "step-00000036"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_clean_run_gives_no_reason_for_suspicion(tmp_path):
     setting = {"train.duration": "300 steps", "train.micro_batch": 16, "checkpoint.every": "150 steps"}
     assert run_ranks(1, train, make_run(tmp_path, **setting))[0].finished

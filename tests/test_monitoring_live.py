@@ -17,7 +17,7 @@ from test_monitoring import README, alerts, dashboard, expressions, names_in, pa
 
 from scale_mae.config import load_config
 
-pytestmark = [pytest.mark.service("prometheus"), pytest.mark.slow]
+pytestmark = [pytest.mark.service("prometheus"), pytest.mark.long]
 LOG_KEYS = {  # series -> key of a log line
     "scale_mae_step": "step",
     "scale_mae_total_steps": "total_steps",

@@ -261,6 +261,7 @@ def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     finish(cluster, run)
 
 
+@pytest.mark.long
 @service
 def test_setup_that_ends_the_job_is_told_and_counts_as_an_attempt(cluster, here, capsys, monkeypatch):
     run = here / "run"
@@ -294,6 +295,7 @@ def test_a_job_that_slurm_ends_in_setup_does_not_begin_again(cluster, here, caps
     assert not (run / "log.txt").exists()
 
 
+@pytest.mark.long
 @service
 def test_a_port_that_is_taken_is_not_tried_again(cluster, here, capsys):
     run = here / "run"

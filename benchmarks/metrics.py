@@ -78,7 +78,7 @@ class Training:
         self.watch = instruments.watch
         saver = Saver(folder / "run", config, ranks, zero_stage=1, nbytes=0, alone=0)
         parts: Any = (instruments, ranks, Tally(0.1), saver, Pace(0), SimpleNamespace(fallbacks=0))
-        self.teller = Teller(*parts, save_every=1000, newest=Newest(), skipped_steps=0)
+        self.teller = Teller(*parts, save_every=1000, newest=Newest(), skipped_steps=0, rollbacks=0)
         self.hooks = dict(self.model._forward_hooks)
         self.step_number = 0
         (entry,) = (folder / "prometheus").glob("*.json")
@@ -109,7 +109,7 @@ class Training:
     def log(self, loss: float) -> None:
         """The work of a log step."""
         self.step_number += LOG_EVERY
-        self.teller.step(self.step_number, loss, 1e-5, 1.0, 1.0, 0)
+        self.teller.step(self.step_number, loss, 1e-5, 1.0, 1.0, 0, 0)
 
 
 def time_laps(device: torch.device, repeats: int) -> float:

@@ -15,7 +15,8 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     ${PYTHON} -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*p["dependencies"], *p["optional-dependencies"]["export"], sep="\n")' > requirements.txt \
+extras = [r for name, extra in p["optional-dependencies"].items() if name != "dev" for r in extra]; \
+print(*p["dependencies"], *extras, sep="\n")' > requirements.txt \
  && /opt/scale_mae/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
 COPY . .
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \

@@ -294,6 +294,10 @@ def test_a_run_goes_back_and_leaves_out_what_led_astray_killed_or_not(tmp_path, 
     run_ranks(2, train_without, clean, LEFT_OUT)
     assert log(tmp_path / "whole", "loss", "lr", "grad_norm") == log(tmp_path / "clean", "loss", "lr", "grad_norm")
     assert log(tmp_path / "whole", "rollbacks", "skipped_steps")[36] == (1, 3 * (case == "nan"))
+    smoothed, clean_smoothed = (log(tmp_path / name, "loss_smoothed")[36] for name in ("whole", "clean"))
+    assert smoothed == pytest.approx(clean_smoothed, rel=0.05)  # what was taken back is not in it
+    skipped = [step for e in history.read(tmp_path / "whole") if e["event"] == "skipped" for step in e["steps"]]
+    assert skipped == ([27, 28, 29] if case == "nan" else [])
     with pytest.raises(RankError):
         run_ranks(2, killed_as_it_goes_on, killed, value)
     assert max(log(tmp_path / "killed", "step")) < 36

@@ -120,7 +120,7 @@ def vitals(own, rss=2**30):
 
 
 def read(meter, step, loss, laps=({"forward": 0.5, "checkpoint": 9.0},), told=None):
-    return meter.read(step, loss, 1e-3, 1.0, 1.0, 0, laps, told or [vitals(0.5)])
+    return meter.read(step, loss, 1e-3, 1.0, 1.0, laps, told or [vitals(0.5)])
 
 
 def test_utilisation_is_the_share_of_the_peak():

@@ -243,6 +243,7 @@ def test_a_node_that_preflight_finds_unfit_is_left_out(cluster, here, capsys, ch
     assert f"unfit are {bad}; see {run}/slurm/job-{first}.log; {goes_on}" in said(run)
 
 
+@pytest.mark.long
 @service
 def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     run = here / "run"

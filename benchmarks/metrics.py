@@ -43,7 +43,7 @@ from scale_mae.instruments import make_instruments
 from scale_mae.metrics.stopwatch import Stopwatch
 from scale_mae.model.mae import build_mae
 from scale_mae.pace import Pace
-from scale_mae.telling import Newest, Teller
+from scale_mae.telling import Teller
 
 LOG_EVERY = 20
 IMAGE, DECODER_DEPTH = 112, 2  # a quick step, of which metrics are a large share
@@ -78,7 +78,7 @@ class Training:
         self.watch = instruments.watch
         saver = Saver(folder / "run", config, ranks, zero_stage=1, nbytes=0, alone=0)
         parts: Any = (instruments, ranks, Tally(0.1), saver, Pace(0), SimpleNamespace(fallbacks=0))
-        self.teller = Teller(*parts, save_every=1000, newest=Newest(), skipped_steps=0, rollbacks=0)
+        self.teller = Teller(*parts, save_every=1000, newest=None, skipped_steps=0, rollbacks=0)
         self.hooks = dict(self.model._forward_hooks)
         self.step_number = 0
         (entry,) = (folder / "prometheus").glob("*.json")

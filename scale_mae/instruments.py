@@ -84,7 +84,7 @@ def make_instruments(
     if world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
     meter = Meter(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
-    meter.smoothed, meter.smoothed_at = saved.get("smoothed"), int(saved.get("smoothed_at", 0))
+    meter.restore(saved)
     run = Run(name, run_dir, _facts(config, counters))
     sinks: list[Sink] = []
     problems: list[str] = []

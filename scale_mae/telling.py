@@ -67,13 +67,13 @@ class Teller:
         pace: Pace,
         decoder: Decoder,
         save_every: int,
-        newest: Newest,
+        newest: Path | None,
         skipped_steps: int,
         rollbacks: int,
     ) -> None:
         self._instruments, self._ranks, self.decoder = instruments, ranks, decoder
         self.log, self.tally, self.saver, self.pace = instruments.log, tally, saver, pace
-        self._save_every, self._newest = save_every, newest
+        self._save_every, self._newest = save_every, self._find(newest)
         self._global_batch = instruments.meter.global_batch
         self._failures: list[Failure] = []
         self._failure_metrics: Metrics = {}
@@ -96,10 +96,12 @@ class Teller:
             tally: as of then.
             decoder: a new one.
         """
-        meter = self._instruments.meter
-        meter.smoothed, meter.smoothed_at = state["smoothed"], state["smoothed_at"]
+        self._instruments.meter.restore(state)
         decoder.fallbacks = self.decoder.fallbacks
-        self._newest, self.tally, self.decoder = Newest.of(checkpoint), tally, decoder
+        self._newest, self.tally, self.decoder = self._find(checkpoint), tally, decoder
+
+    def _find(self, checkpoint: Path | None) -> Newest:
+        return Newest.of(checkpoint) if self._ranks.is_main else Newest()  # a file that a thousand need not read
 
     def add(self, failures: Sequence[Failure]) -> None:
         """Remember what this process had to replace."""

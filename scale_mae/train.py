@@ -39,7 +39,7 @@ from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
 from scale_mae.rollback import ADVICE, Recovery
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
-from scale_mae.telling import Newest, Teller
+from scale_mae.telling import Teller
 
 
 class NonFiniteError(UserError):
@@ -143,7 +143,7 @@ class _Run:
         self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
         instruments = make_instruments(config, ranks, model, len(index), self.schedule.total_steps, self.step, measured)
         self.watch, self.log = instruments.watch, instruments.log
-        told = (instruments, ranks, self.tally, self.saver, self.pace, decoder, self.save_every, Newest.of(checkpoint))
+        told = (instruments, ranks, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
         self.teller = Teller(*told, self.engine.skipped_steps, self.recovery.rollbacks)
         self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
         notes.append(
@@ -258,7 +258,7 @@ class _Run:
         state = self._load(checkpoint)
         self.watchdog.beat()
         decoder, _, _ = make_decoder(self.config, self.ranks)  # its loader has closed the old one
-        self.teller.went_back(checkpoint, state["metrics"], self.tally, decoder)
+        self.teller.went_back(checkpoint, state.get("metrics") or {}, self.tally, decoder)
         self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
         self.watch.lap("checkpoint")  # training stood still
 

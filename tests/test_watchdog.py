@@ -150,6 +150,7 @@ def train_and_signal(config, number):
         return original(self)
 
     Feed.take = take
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, has it ignored
     return train(config)
 
 

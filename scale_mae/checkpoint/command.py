@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scale_mae import history
 from scale_mae.config import load_config
 
 WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
@@ -46,7 +45,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def convert(args: argparse.Namespace) -> int:
     """``scale-mae convert``."""
-    from scale_mae.checkpoint.store import begin, is_ours, locate
+    from scale_mae.checkpoint.store import begin, is_ours
 
     sys.setswitchinterval(1e-4)  # seconds; the threads that take checksums must not wait for the import of torch
     begun = begin(args.checkpoint) if is_ours(Path(args.checkpoint)) else None
@@ -58,23 +57,7 @@ def convert(args: argparse.Namespace) -> int:
 
     options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "max_shard_gb")}
     print(convert(args.checkpoint, args.to, args.out, **options, warn=warn, begun=begun))
-    if begun:
-        checkpoint = locate(args.checkpoint, lambda _: None) if begun.failed() else begun.checkpoint
-        _tell_history(checkpoint, args.to, args.out)
     return 0
-
-
-def _tell_history(checkpoint: Path, format: str, out: str) -> None:
-    """An export of a checkpoint that lies in a run directory belongs to what happened to the run."""
-    from scale_mae.checkpoint.store import FOLDER, step_of
-
-    if checkpoint.resolve().parent.name != FOLDER:
-        return
-    run = checkpoint.resolve().parent.parent
-    try:
-        history.append(run, "export", format=format, path=str(Path(out).resolve()), step=step_of(checkpoint))
-    except OSError as error:
-        warn(f"{run / history.FILE}: the export is not told there ({error.strerror})")
 
 
 def init(args: argparse.Namespace) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_mae import history
 from scale_mae.checkpoint.facts import FACTS_FILE, Pool, describe
 from scale_mae.checkpoint.formats import FORMATS, SAFETENSORS, Source
 from scale_mae.checkpoint.publish import publish
-from scale_mae.checkpoint.store import Verification, begin, is_ours, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import FOLDER, Verification, begin, is_ours, locate, read_config, read_manifest, step_of
 from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -76,18 +77,29 @@ def convert(
     if FORMATS[to].outputs:
         threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()  # seconds
     begun = begun or begin(path)  # checksums are taken meanwhile; mostly they are right
-    notes = begun.notes
+    found, notes = begun.checkpoint, begun.notes
     try:
-        export(_open(begun.checkpoint, to, dtype, image_size, pool), sound=begun.result)
+        export(_open(found, to, dtype, image_size, pool), sound=begun.result)
     except UserError:
         if not begun.failed():
             raise
         notes = []
-        # another one, or the error that names what is damaged
-        export(_open(locate(path, notes.append), to, dtype, image_size, pool), sound=lambda: None)
+        found = locate(path, notes.append)  # another one, or the error that names what is damaged
+        export(_open(found, to, dtype, image_size, pool), sound=lambda: None)
     for note in notes:
         warn(note)
+    _tell_history(found.resolve(), to, out, warn)
     return out
+
+
+def _tell_history(checkpoint: Path, to: str, out: Path, warn: Callable[[str], None]) -> None:
+    """An export of a checkpoint that lies in a run directory belongs to what happened to the run."""
+    if checkpoint.parent.name == FOLDER:
+        run = checkpoint.parent.parent
+        try:
+            history.append(run, "export", format=to, path=str(out.resolve()), step=step_of(checkpoint))
+        except OSError as error:
+            warn(f"{run / history.FILE}: the export is not told there ({error.strerror})")
 
 
 def _export(source: Source, sound: Callable[[], object], *, to: str, folder: bool, out: Path, max_bytes: float) -> None:

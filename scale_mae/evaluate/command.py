@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from scale_mae.checkpoint.command import warn
 from scale_mae.launcher import rank_and_size
-from scale_mae.progress import Bar
 
 if TYPE_CHECKING:
     from scale_mae.engine.distributed import World
+    from scale_mae.evaluate.classifier import Subject
+    from scale_mae.evaluate.features import Source
     from scale_mae.evaluate.results import Result
+    from scale_mae.progress import Bar
 
 SET_NAMES = (
     *("imagenet1k", "imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch"),
@@ -80,10 +82,20 @@ def _number(text: str) -> int:
 def _together(what: str) -> Iterator[tuple[World, Bar, Callable[[str], None]]]:
     """The processes, a bar that the first of them shows, and how it tells things."""
     from scale_mae.engine.distributed import world
+    from scale_mae.progress import Bar
 
     main = rank_and_size()[0] == 0
     with world() as ranks, Bar(what, shown=main) as bar:
         yield ranks, bar, lambda text: print(text, flush=True) if main else None
+
+
+def _frozen(args: argparse.Namespace, ranks: World) -> tuple[Subject, Source, Source]:
+    """The encoder and the two sources of ``knn`` and ``logistic``."""
+    from scale_mae.evaluate.classifier import load_subject
+    from scale_mae.evaluate.features import Source
+
+    subject = ranks.together(lambda: load_subject(args.encoder, warn))
+    return subject, *ranks.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
 
 
 def _finish(result: Result, out: str | None, ranks: World, tell: Callable[[str], None]) -> None:
@@ -115,18 +127,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def knn(args: argparse.Namespace) -> int:
     """``scale-mae knn``."""
     from scale_mae.checkpoint.export import untrained_encoder
-    from scale_mae.evaluate.classifier import load_subject
-    from scale_mae.evaluate.features import Source
     from scale_mae.evaluate.knn import knn_accuracy
 
     with _together("images") as (ranks, bar, tell):
-        subject = ranks.together(lambda: load_subject(args.encoder, warn))
-        sources = ranks.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
-        result = knn_accuracy(subject, *sources, ranks, args.k, args.batch_size, args.seed, bar.move)
+        subject, train, val = _frozen(args, ranks)
+        result = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
         if args.untrained:
             subject.model.load_state_dict(ranks.together(lambda: untrained_encoder(args.encoder, warn)).state_dict())
-            untrained = knn_accuracy(subject, *sources, ranks, args.k, args.batch_size, args.seed, bar.move)
+            untrained = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
             tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
         _finish(result, args.out, ranks, tell)
     return 0
@@ -134,14 +143,11 @@ def knn(args: argparse.Namespace) -> int:
 
 def logistic(args: argparse.Namespace) -> int:
     """``scale-mae logistic``."""
-    from scale_mae.evaluate.classifier import load_subject
-    from scale_mae.evaluate.features import Source
     from scale_mae.evaluate.logistic import logistic_accuracy
 
     with _together("images") as (ranks, bar, tell):
-        subject = ranks.together(lambda: load_subject(args.encoder, warn))
-        sources = ranks.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
-        result = logistic_accuracy(subject, *sources, ranks, args.batch_size, args.seed, bar.move)
+        subject, train, val = _frozen(args, ranks)
+        result = logistic_accuracy(subject, train, val, ranks, args.batch_size, args.seed, bar.move)
         chosen = result.parts["chosen"]["l2"]
         tell(f"logistic regression top-1 {result.scores['top1']:.2%} ({result.data['images']} images, L2 {chosen:g})")
         _finish(result, args.out, ranks, tell)

@@ -6,9 +6,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +58,10 @@ class Meter:
     peak: float | None = None
     smoothed: float | None = None
     smoothed_at: int = 0
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Average on from a checkpoint; one of a version that kept no average begins anew."""
+        self.smoothed, self.smoothed_at = saved.get("smoothed"), int(saved.get("smoothed_at", 0))
 
     def read(
         self,

@@ -327,3 +327,16 @@ def test_a_run_stopped_between_log_lines_counts_all_of_its_steps(tmp_path):
     result = run_ranks(1, train_until, config, 4)[0]
     counted = json.loads((Path(config.run.dir) / "counters.json").read_text())
     assert counted["steps"] == result.step
+
+
+def test_the_last_step_is_told_though_it_is_not_logged(tmp_path):
+    running = start(1, tmp_path / "run", **{"log.every": 1_000_000})
+    try:
+        address = target(tmp_path / "run")
+        key = ("scale_mae_last_step_timestamp_seconds", ())
+        first = wait_for(lambda: scrape(address).get(key))
+        assert 0 <= time.time() - first < 60
+        assert wait_for(lambda: scrape(address)[key] > first)
+        assert not (tmp_path / "run/log.jsonl").read_text()
+    finally:
+        stop(*running)

@@ -333,6 +333,7 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
     events = [(e["number"], e["to"], e["skipped_steps"]) for e in rollbacks(tmp_path / "run")]
     assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 20, [24, 27])]
     assert not (tmp_path / "run/checkpoints/step-00000024").exists()  # it was no better
+    assert log(tmp_path / "run", "checkpoint_step")[22] == (20,)  # not the one that was turned away from
 
 
 def test_a_run_without_a_checkpoint_to_go_back_to_says_so(tmp_path):

@@ -20,6 +20,7 @@ from pydantic import ValidationError, model_validator
 
 from scale_mae.sections import (
     CheckpointConfig,
+    ClassifyConfig,
     DataConfig,
     EngineConfig,
     HealConfig,
@@ -49,11 +50,13 @@ class Config(Section):
     run: RunConfig = RunConfig()
     """Where the run lives and what makes it reproducible."""
     model: ModelConfig = ModelConfig()
-    """The masked autoencoder."""
+    """The masked autoencoder, or the encoder of a classifier."""
+    classify: ClassifyConfig = ClassifyConfig()
+    """What makes a classifier of an encoder."""
     data: DataConfig = DataConfig()
     """Images and how they are cut."""
     optim: OptimConfig = OptimConfig()
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = TrainConfig()
     """Length, batch and arithmetic."""
     engine: EngineConfig = EngineConfig()
@@ -67,9 +70,31 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        self._fits_task()
+        if self.optim.name == "lars" and self.engine.deepspeed != "zero0":
+            raise ValueError(
+                f"optim.name=lars needs whole parameters, which engine.deepspeed={self.engine.deepspeed} cuts up; use zero0"
+            )
         if self.engine.compile and self.train.recompute == "offload":
             raise ValueError("engine.compile=True does nothing for train.recompute=offload; use recompute=full or no compile")
         return self
+
+    def _fits_task(self) -> None:
+        """Nothing is set that the task does not look at."""
+        task, c = self.run.task, self.classify
+        if task == "pretrain":
+            unused = {f"classify.{key}" for key in c.model_fields_set if getattr(c, key) != getattr(ClassifyConfig(), key)}
+            unused |= {"optim.layer_decay"} if self.optim.layer_decay != 1 else set()
+        else:
+            own = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
+            unused = {f"model.{key}" for key in own if getattr(self.model, key) != getattr(ModelConfig(), key)}
+        if task == "linprobe":
+            own = ("train_blocks", "drop_path", "smoothing", "mixup", "cutmix", "erasing")
+            unused |= {f"classify.{key}" for key in own if getattr(c, key) != getattr(ClassifyConfig(), key)}
+        elif len(c.sweep) > 1:
+            unused |= {"classify.sweep"}
+        if unused:
+            raise ValueError(f"{sorted(unused)[0]} means nothing to run.task={task}; leave it out")
 
     @property
     def peak_lr(self) -> float:

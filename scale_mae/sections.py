@@ -31,6 +31,9 @@ class RunConfig(Section):
 
     dir: str = "runs/{recipe}"
     """Run directory; ``{recipe}`` is the recipe's name. The same command in the same directory resumes."""
+    task: Literal["pretrain", "finetune", "linprobe"] = "pretrain"
+    """What is trained: a masked autoencoder; a classifier, from the weights of model.init_from or from scratch; a linear
+    classifier on a frozen encoder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, sample order, crops, flips and masks."""
     watchdog: float = Field(15.0, ge=0, json_schema_extra={"free": True})
@@ -39,7 +42,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The masked autoencoder."""
+    """The masked autoencoder; of a classifier its encoder, to which masking, target and decoder mean nothing."""
 
     size: Literal["nano", "tiny", "small", "base", "large", "huge", "giant", "2b"] = "base"
     """Encoder: base/16, large/16, huge/14, giant/14, 2b/14; tiny and small with patch 16; nano is for demonstrations."""
@@ -93,9 +96,10 @@ class DataConfig(Section):
     decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra={"free": True})
     """What decodes; all give the same images, within 8 of 255. auto: DALI on the GPU if there is one, else DALI on the CPU if
     it can be imported, else Pillow."""
-    augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_jitter"] = "random_crop"
-    """none: the centre, 7/8 of the short side; fixed_crop: the same size anywhere; random_crop: random size, shape and place;
-    random_crop_jitter: that, and colour jitter."""
+    augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_once", "random_crop_jitter"] = "random_crop"
+    """none: the centre, 7/8 of the short side; fixed_crop: the same size anywhere; random_crop: random size, shape and place,
+    drawn again where it does not fit; random_crop_once: likewise, but cut to the image where it does not fit, as the paper's
+    linear probe does; random_crop_jitter: random_crop and colour jitter."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Least and largest share of the image's area that a random crop takes."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -104,6 +108,8 @@ class DataConfig(Section):
     """Probability of a horizontal flip."""
     jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
     """Strength of brightness, contrast and saturation jitter, for augmentation=random_crop_jitter only."""
+    randaugment: MaybePath = None
+    """RandAugment after crop and flip, in timm's notation, e.g. rand-m9-mstd0.5-inc1. Empty: none."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means (red, green, blue) subtracted from images in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -130,8 +136,10 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning rate: linear warm-up from 0, then half a cosine."""
+    """The optimizer and its learning rate: linear warm-up from 0, then half a cosine."""
 
+    name: Literal["adamw", "lars"] = "adamw"
+    """AdamW, or LARS (You et al. 2017) for large batches on few parameters; LARS needs engine.deepspeed=zero0."""
     base_lr: float = Field(1.5e-4, gt=0)
     """Peak learning rate per 256 images of global batch: peak = base_lr * train.global_batch / 256."""
     min_lr: float = Field(0.0, ge=0)
@@ -139,13 +147,61 @@ class OptimConfig(Section):
     warmup: Duration = "40 epochs"
     """Length of the linear warm-up."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decay of all parameters but biases and one-dimensional ones."""
+    """Decay of all parameters but biases and one-dimensional ones; of a classifier neither class token nor positions decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
+    momentum: Beta = 0.9
+    """Of LARS."""
+    trust: float = Field(0.001, gt=0)
+    """Trust coefficient of LARS."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of each block as a share of that of the block above it; the head has the full one. 1: the same for all."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, taken after each step, which is evaluated and exported besides. Empty: none."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it. Empty: no clipping."""
+
+
+class ClassifyConfig(Section):
+    """What makes a classifier of an encoder, for run.task=finetune and linprobe only."""
+
+    val: MaybePath = None
+    """Labelled images to evaluate on: a source with the classes of data.source. Empty: no evaluation."""
+    every: Duration = Field("1 epochs", json_schema_extra={"free": True})
+    """Time between evaluations; the last step is always followed by one."""
+    crop_pct: float | None = Field(None, gt=0, le=1, json_schema_extra={"free": True})
+    """Share of the scaled short side that is evaluated. Empty: as published, 224/256 up to 224 pixels, all of it above."""
+    pool: Literal["mean", "token"] = "mean"
+    """What the head sees: the mean of the patch tokens, normalised after; or the class token."""
+    train_blocks: float | None = Field(None, ge=0)
+    """Last blocks of the encoder that are trained, with the norm after them and the head; 0.5 is the MLP of the last. Empty:
+    everything. Of a linear probe nothing is trained but the head."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: probability of leaving out the last block's branches, from 0 for the first block in equal steps."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup. 0: none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix. 0: none."""
+    mix_switch: float = Field(0.5, ge=0, le=1)
+    """Probability of CutMix where both are on."""
+    erasing: float = Field(0.0, ge=0, le=1)
+    """Probability of random erasing of an image, filled with noise a pixel."""
+    sweep: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    """Linear probes trained at once on the same features, each at such a multiple of the learning rate; the best is exported."""
+
+    @model_validator(mode="after")
+    def _trains(self) -> ClassifyConfig:
+        if self.train_blocks is not None and self.train_blocks % 1 not in (0, 0.5):
+            raise ValueError(
+                f"classify.train_blocks={self.train_blocks}: whole blocks, or a half for the MLP of the first of them"
+            )
+        if not self.sweep:
+            raise ValueError("classify.sweep is empty; leave it out for one probe")
+        return self
 
 
 class TrainConfig(Section):

@@ -191,7 +191,7 @@ class ClassifyConfig(Section):
     erasing: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing of an image, filled with noise a pixel."""
     sweep: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
-    """Linear probes trained at once on the same features, each at such a multiple of the learning rate; the best is exported."""
+    """Linear probes trained at once on the same features, each at such a multiple of the learning rate; the best is kept."""
 
     @model_validator(mode="after")
     def _trains(self) -> ClassifyConfig:

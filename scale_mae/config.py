@@ -86,8 +86,8 @@ class Config(Section):
             unused = {f"classify.{key}" for key in c.model_fields_set if getattr(c, key) != getattr(ClassifyConfig(), key)}
             unused |= {"optim.layer_decay"} if self.optim.layer_decay != 1 else set()
         else:
-            own = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
-            unused = {f"model.{key}" for key in own if getattr(self.model, key) != getattr(ModelConfig(), key)}
+            of_mae = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
+            unused = {f"model.{key}" for key in of_mae if getattr(self.model, key) != getattr(ModelConfig(), key)}
         if task == "linprobe":
             own = ("train_blocks", "drop_path", "smoothing", "mixup", "cutmix", "erasing")
             unused |= {f"classify.{key}" for key in own if getattr(c, key) != getattr(ClassifyConfig(), key)}

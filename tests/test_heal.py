@@ -259,16 +259,16 @@ def train_without(config, left_out):
 
 def killed_as_it_goes_on(config, value):
     """The rollback is recorded and loaded; then all is over."""
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
     poison(value, *POISON)
-    go_back = _Run._go_back
+    go_back = Run._go_back
 
     def then_die(self, verdict):
         go_back(self, verdict)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    _Run._go_back = then_die
+    Run._go_back = then_die
     return train(config)
 
 

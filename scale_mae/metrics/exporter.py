@@ -25,7 +25,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.metrics.stopwatch import STILL, Stopwatch
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -44,6 +44,9 @@ GAUGES = {  # of the run: name -> (key of a log line, what it says)
     "checkpoint_step": ("checkpoint_step", "Step of the newest checkpoint."),
     "checkpoint_duration_seconds": ("checkpoint_duration_s", "What the newest checkpoint took until it had its name."),
     "checkpoint_size_bytes": ("checkpoint_bytes", "Size of the newest checkpoint."),
+    "validation_top1_ratio": ("val_top1", "Top-1 accuracy of the newest evaluation; of classifiers."),
+    "validation_top5_ratio": ("val_top5", "Top-5 accuracy of the newest evaluation; of classifiers."),
+    "validation_loss": ("val_loss", "Cross entropy of the newest evaluation, in nats; of classifiers."),
     "checkpoint_interval_seconds": ("checkpoint_interval_s", "Time between checkpoints, from the config and recent speed."),
 }
 COUNTERS = {  # of the run: name -> (count, what it says)
@@ -56,7 +59,7 @@ COUNTERS = {  # of the run: name -> (count, what it says)
     "checkpoints": ("checkpoints", "Checkpoints written."),
     "checkpoint_failures": ("checkpoint_failures", "Checkpoints lost."),
 }
-HISTOGRAM = ("step", "data_wait", "forward_backward", "optimizer", "checkpoint")
+HISTOGRAM = ("step", "data_wait", "forward_backward", "optimizer", *STILL)
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class Exporter(Collector):
             failures.add_metric([cause], number)
         yield failures
         histogram = HistogramMetricFamily(
-            "scale_mae_step_seconds", "Time of a step; step is all but the checkpoint.", labels=["phase"]
+            "scale_mae_step_seconds", "Time of a step; step is all but checkpoint and evaluation.", labels=["phase"]
         )
         for phase in HISTOGRAM:
             histogram.add_metric([phase], *counters.histogram(f"step_seconds/{phase}"))

@@ -218,7 +218,7 @@ class _Run:
         for micro_step in range(accumulation):
             batch, each = feed.take()
             vote = max(vote, each)
-            images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise))
+            images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise) if t is not None)
             jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
             images = normalise(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)

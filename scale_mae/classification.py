@@ -65,6 +65,7 @@ class Classification:
     def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
         """Accuracy on ``classify.val``; written to ``results/`` in the run directory too."""
         began = time.monotonic()
+        self._settle()
         found = self._score(engine, beat, ema=False)
         self._best = max(range(len(found)), key=lambda n: found[n].top1)
         told = {"": found[self._best]}
@@ -87,17 +88,26 @@ class Classification:
 
     def state(self) -> dict[str, object]:
         """Names of the classes, and which probe was the best."""
+        self._settle()
         return {"classifier": {"classes": self.classes, "best_probe": self._best}}
+
+    def _settle(self) -> None:
+        """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
+        if own := self.model.statistics():
+            mean = torch.cat(own) / self._ranks.size
+            self._ranks.reduce(mean)
+            for statistic, value in zip(own, torch.split(mean, [len(t) for t in own]), strict=True):
+                statistic.copy_(value)
 
     def _score(self, engine: Engine, beat: Callable[[], None], *, ema: bool) -> list[Score]:
         config, val = self._config, self._val
         assert val is not None
         side, device = config.model.image_size[0], self._ranks.device
-        with engine.evaluating(ema=ema) as model:
+        with engine.evaluating(ema=ema):
 
             def logits(images_BHW3: Tensor) -> Tensor:
                 images = normalise(images_BHW3.to(device), config.data.mean, config.data.std)
-                outputs: Tensor = model(images).logits
+                outputs: Tensor = engine.model(images).logits
                 return outputs if outputs.dim() == 3 else outputs[None]
 
             view, batch = central_view(side, config.classify.crop_pct or reference_crop(side)), config.train.micro_batch

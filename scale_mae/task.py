@@ -18,17 +18,19 @@ from scale_mae.metrics.meter import Metrics
 
 
 class Task(Protocol):
-    """See this module's text.
+    """See this module's text."""
 
-    Attributes:
-        model: on the host, the same on every process.
-        patches: that mask noise is wanted for; 0: none.
-        what: the model and its task in words.
-    """
+    @property
+    def model(self) -> Trainee:
+        """On the host, the same on every process."""
 
-    model: Trainee
-    patches: int
-    what: str
+    @property
+    def patches(self) -> int:
+        """That mask noise is wanted for; 0: none."""
+
+    @property
+    def what(self) -> str:
+        """The model and its task in words."""
 
     def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
         """What the model's forward pass takes, on the device of the images."""

@@ -25,7 +25,7 @@ from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.distributed import StopRequest, Vote, World
-from scale_mae.engine.optim import make_schedule, parameter_names
+from scale_mae.engine.optim import make_schedule
 from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed, make_decoder
 from scale_mae.health import Verdict
@@ -81,7 +81,6 @@ class Run:
         # The model and its engine, at the step where the run stands
         self.task = make_task(config, index, ranks, notes, resumed=bool(checkpoint))
         parameters = sum(p.numel() for p in self.task.model.parameters())
-        self.names = parameter_names(self.task.model)
         self.engine = Engine(self.task.model, config, ranks)
         self.step = self.saved = failed_saves = 0
         recent_saves: list[float] = []
@@ -251,7 +250,6 @@ class Run:
             )
         state = {
             "step": self.step,
-            "parameter_groups": self.names,
             "data": self.index.digest,
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,

@@ -7,7 +7,7 @@ rounds parameters: it stays fp32, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -148,7 +148,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         """Whether the forward pass of a block draws random numbers."""
         return self.drop_path > 0
 
-    def lr_scales(self) -> Mapping[str, float]:
+    def lr_scales(self) -> dict[str, float]:
         """Multiple of the learning rate, by name of a parameter; of others it is 1."""
         if not isinstance(self.head, Probes):
             return {}

@@ -253,11 +253,11 @@ def line(step, **more):
     return {"step": step, "total_steps": 8, "time": 1.8e9 + step, "loss": 1 / step, "mfu": None, **more}
 
 
-def track(name, run_dir, first, steps):
+def track(name, run_dir, first, steps, more=lambda number: {}):
     config = load_config("debug", {"run.dir": str(run_dir), "log.sinks": [name]})
     with Log(make_trackers(config, "a-run", first)) as log:
-        for step in steps:
-            log.metrics(line(step))
+        for number, step in enumerate(steps):
+            log.metrics(line(step, **more(number)))
 
 
 def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_path):
@@ -269,6 +269,15 @@ def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(1 / s)) for s in range(1, 9)]
     assert events.Scalars("loss")[0].wall_time == 1.8e9 + 1
     assert "mfu" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_hides_what_a_rollback_took_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = [3, 4, 5, *range(2, 6), *range(4, 9)]  # back to before this start of the run, and once more
+    track("tensorboard", tmp_path, 2, told, lambda number: {"loss": float(number)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 3), (3, 4), *((s, s + 3) for s in range(4, 9))]
 
 
 def wandb_records(path):

@@ -310,6 +310,9 @@ def test_restarts_are_those_of_the_history(folder, capsys):
     history.append(folder, "start", step=0, restarts="many")
     history.append(folder, "stop", step=4)
     assert standing(folder).restarts == 2
+    (folder / history.FILE).unlink()
+    (folder / history.FILE).mkdir()  # cannot be read
+    assert standing(folder).restarts is None
 
 
 def test_durations():

@@ -83,7 +83,10 @@ def standing(run: Path) -> Standing:
 
 
 def _restarts(run: Path, *, logged: bool) -> int | None:
-    told = [event.get("restarts") for event in history.read(run) if event["event"] == "start"]
+    try:
+        told = [event.get("restarts") for event in history.read(run) if event["event"] == "start"]
+    except OSError:  # not ours to read
+        return None
     return next((number for number in reversed(told) if type(number) is int), None if logged else 0)
 
 

@@ -144,8 +144,8 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
         keys = ("step", "world_size", "device", "host", "job_id")
         rows = [[n + 1, when(e.get("time")), *(e.get(key) for key in keys)] for n, e in enumerate(starts)]
         parts.append(table("Starts", header, rows))
-    elif record.standing.restarts:
-        parts.append(note(f"{record.standing.restarts} restarts, by log.txt; history.jsonl tells of none."))
+    elif record.standing.restarts is None:
+        parts.append(note("history.jsonl tells of no start, so how often the run was started again is not known."))
     kept, left = shown(marks)
     if kept:
         rows = [[mark.kind, f"{mark.steps:,.0f}", mark.text] for mark in kept]
@@ -155,7 +155,7 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
                 listed = ", ".join(map(str, event["samples"]))
                 parts.append(disclosure(f"Samples left out by rollback {event.get('number', '')}", tag("p", listed)))
     else:
-        parts.append(note("No restart, no rollback, no skipped step."))
+        parts.append(note("No restart, no rollback and no skipped step is recorded."))
     return section("incidents", "Incidents", *parts, note(left) if left else "")
 
 

@@ -71,7 +71,7 @@ class Classification:
         told = {"": found[self._best]}
         if self._config.optim.ema is not None:
             told["ema_"] = self._score(engine, beat, ema=True)[self._best]
-        metrics: Metrics = {"val_step": step}
+        metrics: Metrics = {"val_step": step, "val_images": found[0].images}
         lines = []
         for kind, each in told.items():
             metrics |= {f"val_{kind}{key}": value for key, value in _plain(each).items()}

@@ -165,6 +165,23 @@ def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_pat
     assert changed > 40
 
 
+@pytest.mark.gpu
+def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
+    index, augment, gpu = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
+    plain, with_it = (
+        replace(
+            make_loader(index, decoder=decoders.make("dali_gpu", (16, 16), 4, 2, gpu), randaugment=policy), pin_memory=True
+        ).batches(0, 10)
+        for policy in (None, POLICY)
+    )
+    for step, (before, after) in enumerate(zip(plain, with_it, strict=True)):
+        assert before.images.is_cuda
+        assert after.images.is_pinned()
+        seeds = SamplePlan(0, 12, 4).augment_seeds(np.arange(4 * step, 4 * step + 4)).tolist()
+        for old, new, (first, second) in zip(before.images.cpu().numpy(), after.images.numpy(), seeds, strict=True):
+            assert np.array_equal(new, augment(old, (first, second >> 32)))
+
+
 def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(tmp_path):
     index = open_source(str(make_folders(tmp_path)))
     spoil(tmp_path)  # substitutes are changed too

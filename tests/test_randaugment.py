@@ -68,7 +68,7 @@ def test_with_the_same_seeds_timm_gives_the_same_images(policy, monkeypatch):
     posterize = {name: masked for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
     monkeypatch.setattr(auto_augment, "NAME_TO_OP", auto_augment.NAME_TO_OP | posterize)
     assert load_config("debug", {"data.randaugment": policy}).data.randaugment == policy
-    ours, theirs, changed = RandAugment(policy, (48, 64), MEAN), timms(policy, (48, 64)), 0
+    ours, theirs, changed = RandAugment(policy, MEAN), timms(policy, (48, 64)), 0
     images = pictures()
     for number, (first, second) in enumerate(plans_seeds(400)):
         image = images[number % len(images)]
@@ -93,7 +93,7 @@ def applied(transform, call, n):
 
 
 def test_the_plans_seeds_draw_what_timm_draws():
-    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, (224, 224), MEAN), timms(POLICY, 224)
+    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timms(POLICY, 224)
     seeds = plans_seeds(n)
     mine = applied(ours._transform, lambda number: ours(image, seeds[number]), n)
     random.seed(0)
@@ -118,7 +118,7 @@ def test_the_plans_seeds_draw_what_timm_draws():
 
 
 def test_many_threads_at_once_change_nothing_and_nobody_elses_generators():
-    augment, images, seeds = RandAugment(POLICY, (48, 64), MEAN), pictures(), plans_seeds(400)
+    augment, images, seeds = RandAugment(POLICY, MEAN), pictures(), plans_seeds(400)
     one_by_one = [augment(images[i % 8], seeds[i]) for i in range(400)]
     assert len({image.tobytes() for image in one_by_one[::8]}) > 30  # one image at other positions
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -141,7 +141,7 @@ def test_a_policy_unknown_to_timm_is_told_before_anything_starts(policy):
 
 def test_what_timm_refuses_is_told_in_one_line():
     with pytest.raises(DataError, match="data.randaugment=rand-z3: not a policy of timm's") as caught:
-        RandAugment("rand-z3", (16, 16), MEAN)
+        RandAugment("rand-z3", MEAN)
     assert "\n" not in str(caught.value)
 
 
@@ -150,7 +150,7 @@ def test_what_timm_refuses_is_told_in_one_line():
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali_cpu"])
 def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_path, decoder):
-    index, augment, changed = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, (16, 16), MEAN), 0
+    index, augment, changed = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), 0
     cpu = torch.device("cpu")
     plain, with_it = (
         make_loader(index, decoder=decoders.make(decoder, (16, 16), 4, 2, cpu), threads=3, randaugment=policy).batches(5, 25)
@@ -163,6 +163,23 @@ def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_pat
             assert np.array_equal(after.images[row].numpy(), expected)
             changed += not np.array_equal(before.images[row].numpy(), expected)
     assert changed > 40
+
+
+@pytest.mark.gpu
+def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
+    index, augment, gpu = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
+    plain, with_it = (
+        replace(
+            make_loader(index, decoder=decoders.make("dali_gpu", (16, 16), 4, 2, gpu), randaugment=policy), pin_memory=True
+        ).batches(0, 10)
+        for policy in (None, POLICY)
+    )
+    for step, (before, after) in enumerate(zip(plain, with_it, strict=True)):
+        assert before.images.is_cuda
+        assert after.images.is_pinned()
+        seeds = SamplePlan(0, 12, 4).augment_seeds(np.arange(4 * step, 4 * step + 4)).tolist()
+        for old, new, (first, second) in zip(before.images.cpu().numpy(), after.images.numpy(), seeds, strict=True):
+            assert np.array_equal(new, augment(old, (first, second >> 32)))
 
 
 def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(tmp_path):

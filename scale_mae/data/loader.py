@@ -138,7 +138,7 @@ class Loader:
     @functools.cached_property
     def _augment(self) -> RandAugment | None:
         policy = self.config.randaugment
-        return RandAugment(policy, self.image_size, self.config.mean) if policy else None
+        return RandAugment(policy, self.config.mean) if policy else None
 
     def _positions(self, first_step: int, last_step: int) -> Iterator[Ints]:
         share = self.share

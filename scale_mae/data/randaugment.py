@@ -20,24 +20,22 @@ from torch import Tensor
 from scale_mae.data.storage import DataError
 from scale_mae.data.workers import Threads
 
-TRANSLATE = 0.45  # of the image's shorter side, the farthest that it is shifted at timm's highest magnitude
-
 
 class RandAugment:
     """Changes 8-bit RGB images by randomly chosen operations; may be called from many threads at once.
 
     Args:
         policy: in timm's notation, as ``data.randaugment``.
-        image_size: (height, width) of the images in pixels.
         mean: of the channels in [0, 1]; what an operation moves into the image has this colour.
 
     Raises:
         DataError: timm does not know the policy.
     """
 
-    def __init__(self, policy: str, image_size: tuple[int, int], mean: Sequence[float]) -> None:
-        hparams = {  # as timm's create_transform has them for interpolation="bicubic", with which classifiers are fine-tuned
-            "translate_const": int(TRANSLATE * min(image_size)),
+    def __init__(self, policy: str, mean: Sequence[float]) -> None:
+        # as timm's create_transform has them for interpolation="bicubic", with which the paper's classifiers were fine-tuned;
+        # the image's size is left out, because shifts are relative in every rand policy
+        hparams = {
             "img_mean": tuple(min(255, round(255 * value)) for value in mean),
             "interpolation": Image.Resampling.BICUBIC,
         }

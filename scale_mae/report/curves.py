@@ -52,6 +52,9 @@ class Curves:
         charts += self._simple("learning-rate", "Learning rate", "Of each logged step.", "rate", {"learning rate": "lr"})
         words = "Over all parameters, before clipping."
         charts += self._simple("gradient-norm", "Gradient norm", words, "norm", {"gradient norm": "grad_norm"})
+        if self._log.has("val_top1"):
+            words = "On classify.val, of the newest evaluation at each logged step."
+            charts += self._simple("accuracy", "Accuracy", words, "share", {"top-1": "val_top1", "top-5": "val_top5"})
         if len(set(self._log.column("loss_scale")[np.isfinite(self._log.column("loss_scale"))].tolist())) > 1:
             charts += self._simple("loss-scale", "Loss scale", "Of fp16.", "factor", {"loss scale": "loss_scale"})
         return charts

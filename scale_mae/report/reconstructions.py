@@ -87,7 +87,7 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
         UserError: a file of ``images`` cannot be read.
     """
     folder = folder_of(run, images)
-    if config is None:
+    if config is None or config.run.task != "pretrain":
         return drawn(folder)
     possible = [hidden for hidden in HIDDEN if _kept(config, hidden)]
     if len(possible) < len(HIDDEN):

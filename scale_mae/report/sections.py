@@ -177,6 +177,20 @@ def reconstructions(pictures: Sequence[Picture] | None, problems: Sequence[str])
     return section("reconstructions", "Reconstructions", *parts, *(note(problem) for problem in problems))
 
 
+def evaluations(record: Record) -> Markup:
+    """Accuracies of a classifier on the images it was evaluated on."""
+    names = {"val_top1": "top-1", "val_top5": "top-5", "val_ema_top1": "top-1 of the moving average", "val_loss": "loss"}
+    found = record.events("evaluated")
+    shown = [key for key in names if any(key in event for event in found)]
+    rows = []
+    for event in found:
+        values = [event.get(key) for key in shown]
+        told = ["-" if v is None else f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in zip(shown, values, strict=True)]
+        rows.append([number(event.get("step", 0)), number(event.get("val_images", 0)), *told])
+    header = ["step", "images", *(names[key] for key in shown)]
+    return section("evaluations", "Evaluations", table("On classify.val", header, rows) if rows else note("None so far."))
+
+
 def files(record: Record) -> Markup:
     """Checkpoints and exports."""
     written = [event for event in record.events("checkpoint") if not event.get("error")]

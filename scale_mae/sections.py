@@ -164,7 +164,7 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     momentum: Beta = 0.9
-    """Of LARS."""
+    """Momentum of LARS."""
     trust: float = Field(0.001, gt=0)
     """Trust coefficient of LARS."""
     layer_decay: float = Field(1.0, gt=0, le=1)

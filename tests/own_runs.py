@@ -102,6 +102,7 @@ def _train(config, ranks):
 
     from scale_mae.checkpoint.commit import Saver
     from scale_mae.engine.deepspeed import Engine
+    from scale_mae.engine.optim import parameter_names
 
     torch.manual_seed(0)
     Path(config.run.dir).mkdir(exist_ok=True)
@@ -116,7 +117,7 @@ def _train(config, ranks):
         state["ema"] = 0.5 * master.detach()
     state = {
         "classifier": {"classes": CLASSES, "best_probe": 1 if config.run.task == "linprobe" else 0},
-        "parameter_groups": [[name for name, _ in engine.model.named_parameters()]],
+        "parameter_groups": parameter_names(engine.model),
     }
     saver = Saver(Path(config.run.dir), config, ranks, zero_stage=engine.stage, nbytes=0, alone=0)
     saver.save(STEP, lambda folder: engine.save(folder, state))

@@ -120,17 +120,6 @@ def _head(config: Config, reader: ZeroReader) -> Report:
     return {"classes": f"{len(head.classes)} ({some})", "best probe": head.probe}
 
 
-def _groups(config: Config, reader: ZeroReader) -> list[Report]:
-    """The optimizer's groups of parameters; how a classifier's decay is told by no order."""
-    groups = reader.state["parameter_groups"]
-    decays = [None] * len(groups) if is_classifier(config) else [0.0, config.optim.weight_decay]
-    return [
-        ({} if decay is None else {"weight decay": decay})
-        | {"tensors": len(names), "parameters": sum(torch.Size(reader.shape(n)).numel() for n in names)}
-        for names, decay in zip(groups, decays, strict=True)
-    ]
-
-
 def _checkpoint(checkpoint: Path) -> Report:
     manifest = read_manifest(checkpoint)
     report: Report = {
@@ -147,13 +136,21 @@ def _checkpoint(checkpoint: Path) -> Report:
         head = _head(config, reader)
     except CheckpointError as error:
         return report | {"bytes": bytes_in([checkpoint]), "versions": manifest.versions, PROBLEM: str(error)}
+    groups = [
+        {
+            "weight decay": decay,
+            "tensors": len(names),
+            "parameters": sum(torch.Size(reader.shape(n)).numel() for n in names),
+        }
+        for names, decay in zip(reader.state["parameter_groups"], (0.0, config.optim.weight_decay), strict=True)
+    ]
     counted = counts({n: torch.empty(reader.shape(n), dtype=reader.dtype(n), device="meta") for n in reader})
     return report | {
         **_model(config),
         **head,
         "config digest": manifest.config_digest,
         **counted,
-        "groups": _groups(config, reader),
+        "groups": groups,
         "bytes": bytes_in([checkpoint]),
         "versions": manifest.versions,
         "verified": "SHA-256 of every file",

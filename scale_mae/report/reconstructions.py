@@ -14,7 +14,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from scale_mae.checkpoint.facts import is_classifier
 from scale_mae.checkpoint.store import checkpoints, step_of
 from scale_mae.config import Config, UserError
 
@@ -77,7 +76,7 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
 
     Args:
         run: the run directory; where it cannot be written, pictures are kept for this process only.
-        config: of the run; without it, or of a classifier, the pictures that are there are all.
+        config: of the run; without it the pictures that are there are all.
         images: files; empty: a few of the run's own index.
         warn: told what could not be drawn, one line each.
 
@@ -88,7 +87,7 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
         UserError: a file of ``images`` cannot be read.
     """
     folder = folder_of(run, images)
-    if config is None or is_classifier(config):
+    if config is None or config.run.task != "pretrain":
         return drawn(folder)
     possible = [hidden for hidden in HIDDEN if _kept(config, hidden)]
     if len(possible) < len(HIDDEN):

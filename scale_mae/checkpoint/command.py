@@ -19,11 +19,15 @@ def add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> N
     """Their arguments; ``add`` makes a parser of a name and a text."""
     sub = add("convert", "Write a checkpoint as inference weights, verified against it (docs/weights.md).")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="for --to state_dict also a folder of plain DeepSpeed code")
-    sub.add_argument("--to", required=True, choices=WEIGHT_FORMATS, help="timm, vit, onnx, torch_export: the encoder; else all")
+    sub.add_argument(
+        "--to", required=True, choices=WEIGHT_FORMATS, help="mae, vit_mae, state_dict: all; else encoder, or classifier"
+    )
     sub.add_argument("--out", required=True, metavar="PATH", help="a file (.safetensors, .pth, .onnx, .pt2) or a folder")
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights (default: %(default)s)")
     sub.add_argument("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
-    sub.add_argument("--pool", default="token", choices=["token", "avg"], help="of the encoder (default: %(default)s)")
+    sub.add_argument("--pool", choices=["token", "avg"], help="of an encoder (default: token)")
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
+    sub.add_argument("--probe", type=int, metavar="N", help="of a linear probe's sweep, from 0 (default: the best)")
     sub.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
 
     sub = add("init", "Write all weights that a run would begin with: those of a file from anywhere, fitted to a recipe.")
@@ -55,7 +59,7 @@ def convert(args: argparse.Namespace) -> int:
     gc.freeze()
     gc.enable()
 
-    options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "max_shard_gb")}
+    options = {key: getattr(args, key) for key in ("dtype", "image_size", "pool", "ema", "probe", "max_shard_gb")}
     print(convert(args.checkpoint, args.to, args.out, **options, warn=warn, begun=begun))
     return 0
 

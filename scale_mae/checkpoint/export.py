@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from scale_mae.checkpoint.facts import METADATA_KEY, pretrained_cfg
+from scale_mae.checkpoint.facts import METADATA_KEY, is_classifier, pretrained_cfg
 from scale_mae.checkpoint.store import CheckpointError, read_config
 from scale_mae.checkpoint.tensor_file import TensorFiles
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -41,10 +41,13 @@ def load_mae(checkpoint: Path) -> MAE:
     """The whole model, decoder included, with a checkpoint's fp32 weights, on the host, in evaluation mode.
 
     Raises:
-        CheckpointError: a tensor is missing, superfluous or misshapen.
+        CheckpointError: a classifier's, or a tensor is missing, superfluous or misshapen.
     """
+    config = read_config(checkpoint)
+    if is_classifier(config):
+        raise CheckpointError(f"{checkpoint}: a classifier (run.task={config.run.task}), not a MAE; it has no decoder")
     with torch.device("meta"):
-        model = model_from_config(read_config(checkpoint))
+        model = model_from_config(config)
     weights = dict(ZeroReader(checkpoint / TAG))
     try:
         model.load_state_dict(weights, strict=True, assign=True)
@@ -97,13 +100,17 @@ def untrained_encoder(path: str | Path, warn: Callable[[str], None] = print) -> 
     """The encoder of :func:`load_encoder` with the weights that its run began with.
 
     Raises:
-        UserError: its run is not known, or ``model.init_from`` is not there any more.
+        UserError: its run is not known or trained a classifier, or ``model.init_from`` is not there any more.
     """
     from scale_mae.checkpoint.initial import initial_model, read_encoder  # they build on this module
 
     facts, _ = read_encoder(Path(path), warn)
     if "config" not in facts:
         raise UserError(f"{path}: the weights that it began with are not known, since scale_mae did not train it")
+    if "task" in facts:
+        began = facts["config"]["model"]["init_from"]
+        advice = f"measure those that it began with, {began}, beside it" if began else "it began with random ones"
+        raise UserError(f"{path}: a classifier, whose encoder has no untrained weights of its own; {advice}")
     tree = facts["config"] | {"model": facts["config"]["model"] | {"image_size": facts["image_size"]}}
     try:
         config = Config.model_validate(tree)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -18,6 +18,10 @@ POOLING: dict[Pool, str] = {
     "token": "none applied in training; class token first, or the mean of the patch tokens",
     "avg": "the mean of the patch tokens, then fc_norm, which holds the weights of the final norm",
 }
+CLASSIFIER_POOLING: dict[Pool, str] = {
+    "token": "the class token after the final norm, then the head",
+    "avg": "the mean of the patch tokens, then fc_norm, then the head",
+}
 CROP_PCT = 0.875  # of the reference's evaluation: resized to 256, the central 224 cut out
 TIMM_NAMES = {
     "nano": "vit_tiny_patch16_224",
@@ -31,18 +35,37 @@ TIMM_NAMES = {
 }
 
 
-def describe(config: Config, step: int, image_size: tuple[int, int] | None = None, pool: Pool = "token") -> dict[str, Any]:
+def is_classifier(config: Config) -> bool:
+    """Whether a run trains a classifier, fine-tuned or a linear probe; else a MAE."""
+    return config.run.task != "pretrain"
+
+
+def describe(
+    config: Config,
+    step: int,
+    image_size: tuple[int, int] | None = None,
+    pool: Pool | None = None,
+    classes: Sequence[str] = (),
+) -> dict[str, Any]:
     """The facts about a run's weights at a step.
 
     Args:
         config: of the run.
         step: optimizer steps done.
         image_size: (height, width) that the position tables were interpolated to; None: as in training.
-        pool: how the encoder makes one vector of an image.
+        pool: how an encoder makes one vector of an image (default: ``token``); a classifier does as it was trained.
+        classes: names of a classifier's outputs.
     """
     m, size = config.model, SIZES[config.model.size]
     height, width = image_size or m.image_size
     resized = (height, width) != m.image_size
+    if is_classifier(config):
+        pool = "avg" if config.classify.pool == "mean" else "token"
+        own = _classifier_facts(config, pool, max(height, width), classes)
+    else:
+        pool = pool or "token"
+        own = {"crop_pct": CROP_PCT, "pooling": POOLING[pool], "norm_pixel": m.target == "norm_pixel"}
+        own |= {"mask_ratio": m.mask_ratio}
     return {
         "timm_name": TIMM_NAMES[m.size],
         "timm_kwargs": {
@@ -52,7 +75,7 @@ def describe(config: Config, step: int, image_size: tuple[int, int] | None = Non
             "depth": size.depth,
             "num_heads": size.heads,
             "mlp_ratio": size.mlp_ratio,
-            "num_classes": 0,
+            "num_classes": len(classes),
             "global_pool": pool,
         },
         "image_size": [height, width],
@@ -61,15 +84,37 @@ def describe(config: Config, step: int, image_size: tuple[int, int] | None = Non
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "interpolation": "bicubic",
-        "crop_pct": CROP_PCT,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "pooling": POOLING[pool],
-        "norm_pixel": m.target == "norm_pixel",
-        "mask_ratio": m.mask_ratio,
+        **own,
         "step": step,
         "config_digest": config.digest(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def _classifier_facts(config: Config, pool: Pool, side: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What the facts of a classifier say in place of masking and target."""
+    from scale_mae.evaluate.views import reference_crop  # imports much that the facts of an encoder do without
+
+    return {
+        "task": config.run.task,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "crop_pct": config.classify.crop_pct or reference_crop(side),
+        "pooling": CLASSIFIER_POOLING[pool],
+    }
+
+
+def without_head(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about a classifier as those about its encoder."""
+    kept = {name: value for name, value in facts.items() if name not in ("num_classes", "label_names")}
+    return kept | {"timm_kwargs": facts["timm_kwargs"] | {"num_classes": 0}}
+
+
+def class_names(facts: Mapping[str, Any]) -> list[str]:
+    """Names of a classifier's outputs; none where they are but numbered."""
+    names = [str(name) for name in facts.get("label_names", ())]
+    return [] if names == [str(number) for number in range(len(names))] else names
 
 
 def pretrained_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +133,7 @@ def pretrained_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
         "crop_mode": "center",
         "mean": list(facts["mean"]),
         "std": list(facts["std"]),
-        "num_classes": 0,
+        "num_classes": facts["timm_kwargs"]["num_classes"],
         "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
@@ -100,10 +145,11 @@ def pretrained_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def timm_config(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens."""
-    arguments = facts["timm_kwargs"]
+    arguments, names = facts["timm_kwargs"], class_names(facts)
     return {
         "architecture": facts["timm_name"].partition(".")[0],
-        "num_classes": 0,
+        "num_classes": arguments["num_classes"],
+        **({"label_names": names} if names else {}),
         "num_features": arguments["embed_dim"],
         "global_pool": arguments["global_pool"],
         "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},

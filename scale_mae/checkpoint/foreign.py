@@ -14,10 +14,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scale_mae.checkpoint.facts import describe
+from scale_mae.checkpoint.facts import describe, is_classifier
 from scale_mae.checkpoint.huggingface import from_huggingface
 from scale_mae.checkpoint.origin import Origin, of_ours, origin_of
+from scale_mae.checkpoint.own_classifier import plain, read_head
 from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest
+from scale_mae.checkpoint.tensor_file import Reading
 from scale_mae.checkpoint.weights_file import Opened, open_weights
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -116,18 +118,24 @@ def _width(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _pooled(opened: Opened) -> Mapping[str, Tensor]:
-    """The tensors; of our own exports with average pooling, which call the final norm ``fc_norm``, under its usual name."""
-    if opened.facts.get("timm_kwargs", {}).get("global_pool") != "avg":
+    """The tensors; of our exported encoders with average pooling, which call the final norm ``fc_norm``, under its usual
+    name. A classifier was trained with the norm behind the pooling, which is another thing."""
+    arguments = opened.facts.get("timm_kwargs", {})
+    if arguments.get("global_pool") != "avg" or arguments.get("num_classes"):
         return opened.tensors
     return _Renamed(opened.tensors, {re.sub(r"^fc_norm\.", "norm.", name): name for name in opened.tensors})
 
 
 def _own_checkpoint(checkpoint: Path) -> Weights:
-    manifest = read_manifest(checkpoint)
-    origin = of_ours(describe(read_config(checkpoint), manifest.step), "scale-mae checkpoint")
+    manifest, config, reader = read_manifest(checkpoint), read_config(checkpoint), ZeroReader(checkpoint / TAG)
+    tensors: Mapping[str, Tensor] = reader
+    classes: tuple[str, ...] = ()
+    if is_classifier(config):
+        head = read_head(config, reader)
+        tensors, classes = Reading(plain({name: reader.lazy(name) for name in reader}, head)), head.classes
+    origin = of_ours(describe(config, manifest.step, classes=classes), "scale-mae checkpoint")
     sums = "".join(str(facts["sha256"]) for _, facts in sorted(manifest.files.items()))
-    names = _our_names(ZeroReader(checkpoint / TAG), checkpoint)
-    return Weights(checkpoint, *names, origin, lambda: hashlib.sha256(sums.encode()).hexdigest())
+    return Weights(checkpoint, *_our_names(tensors, checkpoint), origin, lambda: hashlib.sha256(sums.encode()).hexdigest())
 
 
 def _is_tensor(name: str, anchor: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.facts import METADATA_KEY, timm_config
-from scale_mae.checkpoint.huggingface import ARCHITECTURES, Kind, model_config, preprocessor_config, to_huggingface
+from scale_mae.checkpoint.huggingface import CLASSIFIER, Kind, model_config, preprocessor_config, to_huggingface
 from scale_mae.checkpoint.programs import (
     EXTRA,
     onnx_outputs,
@@ -22,8 +21,9 @@ from scale_mae.checkpoint.programs import (
     write_onnx,
     write_torch_export,
 )
+from scale_mae.checkpoint.source import Source
 from scale_mae.checkpoint.tensor_file import Lazy, TensorFiles, map_tensors, write_folder, write_tensors
-from scale_mae.config import Config, UserError
+from scale_mae.config import UserError
 
 if TYPE_CHECKING:  # timm takes seconds to import; convert() does it meanwhile
     from scale_mae.checkpoint.parity import Outputs, Probe
@@ -33,47 +33,14 @@ Tensors = tuple[Mapping[str, Lazy], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is exported.
-
-    Attributes:
-        weights: fp32, under our names; position tables of the size asked for.
-        dtype: ``fp32``, ``bf16`` or ``fp16``.
-        facts: see :mod:`scale_mae.checkpoint.facts`.
-        config: of the run, with the image size asked for; None for what others trained.
-        exported: the weights in the types that they are written in.
-        max_bytes: of a file, where a format may have several.
-    """
-
-    weights: Mapping[str, Lazy]
-    dtype: str
-    facts: dict[str, Any]
-    config: Config | None
-    exported: Mapping[str, Lazy]
-    max_bytes: float = math.inf
-
-    @property
-    def encoder(self) -> dict[str, Lazy]:
-        """The encoder's part of ``exported``, under the names that timm has for its way of pooling."""
-        part = {n: t for n, t in self.exported.items() if not n.startswith("decoder_") and n != "mask_token"}
-        if self.facts["timm_kwargs"]["global_pool"] == "avg":
-            part = {f"fc_{n}" if n.startswith("norm.") else n: t for n, t in part.items()}
-        return part
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The facts as a text under their key."""
-        return {METADATA_KEY: json.dumps(self.facts)}
-
-
-@dataclass(frozen=True)
 class Format:
     """One format.
 
     Attributes:
         suffix: how the name of a file ends; None: always a folder.
         folder: whether any other name is that of a folder.
-        whole: the decoder too, compared by loss and prediction; else the encoder, by tokens and embedding.
+        whole: the decoder too, compared by loss and prediction; else the encoder, by tokens and embedding, or the classifier,
+            by logits.
         images: computed at once when it is verified.
         write: makes the file or folder.
         outputs: what it computes; None where every tensor is compared to the bit instead, which says more.
@@ -181,12 +148,12 @@ def _transformers() -> Any:
 @torch.inference_mode()
 def _huggingface(source: Source, target: Path, probe: Probe) -> Outputs:
     transformers = _transformers()
-    kind: Kind = json.loads((target / "config.json").read_text())["model_type"]
-    arguments: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
+    (architecture,) = json.loads((target / "config.json").read_text())["architectures"]
+    arguments: dict[str, Any] = {"add_pooling_layer": False} if architecture == "ViTModel" else {}
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, report = getattr(transformers, ARCHITECTURES[kind]).from_pretrained(
+        model, report = getattr(transformers, architecture).from_pretrained(
             target, local_files_only=True, dtype=torch.float32, output_loading_info=True, **arguments
         )
     finally:
@@ -195,7 +162,9 @@ def _huggingface(source: Source, target: Path, probe: Probe) -> Outputs:
     if problems := {what: found for what, found in report.items() if found}:
         raise UserError(f"transformers finds {problems}")
     model.eval()
-    if kind == "vit":
+    if architecture == CLASSIFIER:
+        return {"logits": model(probe.images).logits}
+    if architecture == "ViTModel":
         tokens = model(probe.images).last_hidden_state
         return {"tokens": tokens, "embedding": tokens[:, 0]}
     model.config.mask_ratio = probe.mask_ratio

@@ -1,4 +1,5 @@
-"""Names, configuration and pre-processing of transformers' ``ViTMAEForPreTraining`` and ``ViTModel``, from ours and back.
+"""Names, configuration and pre-processing of transformers' ``ViTMAEForPreTraining``, ``ViTModel`` and
+``ViTForImageClassification``, from ours and back.
 
 Written are the names of the published files (``vit.encoder.layer.0.attention.attention.query.weight``), which every version
 of transformers reads. Read are also those of its modules since version 5 (``vit.layers.0.attention.q_proj.weight``).
@@ -21,6 +22,7 @@ from scale_mae.config import UserError
 
 Kind = Literal["vit_mae", "vit"]
 ARCHITECTURES: dict[Kind, str] = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}
+CLASSIFIER = "ViTForImageClassification"
 BICUBIC = 3  # Pillow's number for it
 _QKV = ("query", "key", "value")
 _OUTSIDE = {
@@ -28,6 +30,7 @@ _OUTSIDE = {
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
+    "head": "classifier",
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.decoder_pos_embed",
     "decoder_embed": "decoder.decoder_embed",
@@ -64,7 +67,7 @@ def huggingface_names(name: str) -> tuple[str, ...]:
     """The name in a file for transformers, without the leading ``vit.``, of a tensor of ours; three for ``qkv``.
 
     Raises:
-        KeyError: not a tensor of a MAE.
+        KeyError: not a tensor of a MAE, nor of a classifier of the class token.
     """
     block = re.fullmatch(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
     if not block:
@@ -77,15 +80,13 @@ def huggingface_names(name: str) -> tuple[str, ...]:
 
 
 def to_huggingface(tensors: Mapping[str, Lazy], kind: Kind) -> dict[str, Lazy]:
-    """Tensors of a MAE under transformers' names, ``qkv`` cut in three; ``vit`` leaves the decoder out."""
-    found = {}
+    """Tensors of a MAE or a classifier under transformers' names, ``qkv`` cut in three; ``vit`` leaves the decoder out."""
+    found, vit = {}, "" if kind == "vit" and "head.weight" not in tensors else "vit."
     for name, tensor in tensors.items():
         names = huggingface_names(name)
-        prefix = "" if names[0].startswith("decoder.") else "vit."
-        if kind == "vit":
-            if not prefix:
-                continue
-            prefix = ""
+        if kind == "vit" and names[0].startswith("decoder."):
+            continue
+        prefix = "" if names[0].startswith(("decoder.", "classifier.")) else vit
         for third, theirs in enumerate(names):
             found[prefix + theirs] = _third(tensor, third) if len(names) == 3 else tensor
     return found
@@ -106,7 +107,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a name that none of these models has, or a query, key or value without the others.
     """
-    outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    outside = {theirs: ours for ours, theirs in _OUTSIDE.items() if ours != "head"}
     inside = {theirs: ours for ours, theirs in _INSIDE.items()}
     blocks = {theirs: ours for ours, theirs in _BLOCKS.items()}
     found: dict[str, Tensor] = {}
@@ -172,6 +173,13 @@ def model_config(facts: Mapping[str, Any], kind: Kind, dtype: str) -> dict[str, 
         "dtype": dtype,
         "torch_dtype": dtype,  # its name before version 5
     }
+    if facts["timm_kwargs"]["num_classes"]:
+        names = facts["label_names"]
+        content |= {
+            "architectures": [CLASSIFIER],
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
     if kind == "vit_mae":
         content |= {
             "decoder_hidden_size": model["decoder_width"],

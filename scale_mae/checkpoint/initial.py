@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from scale_mae.checkpoint.export import build_encoder, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, POOLING, TIMM_NAMES, describe
+from scale_mae.checkpoint.facts import METADATA_KEY, POOLING, TIMM_NAMES, describe, without_head
 from scale_mae.checkpoint.fit import check_heads, check_names, checked, depth, fit_table, grid_of, more
 from scale_mae.checkpoint.foreign import Weights, is_decoder, locate_weights, read_weights
 from scale_mae.checkpoint.formats import SAFETENSORS
@@ -43,10 +43,15 @@ def begin_with(model: MAE, weights: Weights) -> str:
     """
     decoder, origin = weights.has_decoder, weights.origin
     wanted = {name: t for name, t in model.state_dict().items() if decoder or not is_decoder(name)}
+    behind = _norm_is_behind(weights) and "task" in (origin.ours or {})
+    if behind:
+        wanted = {name: t for name, t in wanted.items() if not name.startswith("norm.")}
     check_names(wanted, weights)
     encoder, decoder_block = cast(Block, model.blocks[0]), cast(Block, model.decoder_blocks[0])
     check_heads(weights, encoder.attn.num_heads, decoder_block.attn.num_heads)
     told = [f"left out {weights.left_out[0]}{more(weights.left_out)}"] if weights.left_out else []
+    if behind:
+        told.append("its norm is behind the pooling (fc_norm), the encoder's starts anew")
     if not decoder:
         told.append("no decoder is there, it starts random")
     if origin.layer_norm_eps != LAYER_NORM_EPS:
@@ -155,10 +160,12 @@ def encoder_of(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`read_encoder` gives, of weights that are open already."""
     tensors = {name: t for name, t in weights.tensors.items() if not is_decoder(name)}
     behind = {name for name in weights.heads if name.startswith("fc_norm.")}
-    if behind and "norm.weight" not in tensors:  # of a classifier with mean pooling
+    if _norm_is_behind(weights):
         tensors |= {name.removeprefix("fc_"): weights.heads[name] for name in behind}
     weights = replace(weights, tensors=tensors)
     facts = dict(weights.origin.ours or _facts(weights, (1, 1)))
+    if "task" in facts:  # a classifier of ours
+        facts = without_head(facts)
     check_names(_wanted(facts, weights.path), weights)
     if not weights.origin.ours:
         facts = _facts(weights, grid_of(weights))
@@ -168,6 +175,11 @@ def encoder_of(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if facts["timm_kwargs"]["global_pool"] == "avg":  # timm calls the final norm so then
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): t for name, t in tensors.items()}
     return facts, tensors
+
+
+def _norm_is_behind(weights: Weights) -> bool:
+    """Whether they are of a classifier that was trained with mean pooling."""
+    return "norm.weight" not in weights.tensors and any(name.startswith("fc_norm.") for name in weights.heads)
 
 
 def _wanted(facts: dict[str, Any], path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from scale_mae.checkpoint.facts import is_classifier
 from scale_mae.checkpoint.inspect_weights import PROBLEM, Report, by, bytes_in, counts, inspect_weights
+from scale_mae.checkpoint.own_classifier import read_head
 from scale_mae.checkpoint.store import (
     DAMAGED,
     FOLDER,
@@ -102,7 +104,20 @@ def _saved(path: Path) -> str:
 
 def _model(config: Config) -> Report:
     m = config.model
-    return {"model": f"{m.size}, {by(m.image_size)} pixels, patches of {by(m.patch)}", "precision": config.train.precision}
+    report: Report = {"model": f"{m.size}, {by(m.image_size)} pixels, patches of {by(m.patch)}"}
+    if is_classifier(config):
+        pool = "mean of the patch tokens" if config.classify.pool == "mean" else "class token"
+        report |= {"task": config.run.task, "pooling": pool}
+    return report | {"precision": config.train.precision}
+
+
+def _head(config: Config, reader: ZeroReader) -> Report:
+    """What a classifier tells apart."""
+    if not is_classifier(config):
+        return {}
+    head = read_head(config, reader)
+    some = ", ".join(head.classes[:3]) + (", ..." if len(head.classes) > 3 else "")
+    return {"classes": f"{len(head.classes)} ({some})", "best probe": head.probe}
 
 
 def _checkpoint(checkpoint: Path) -> Report:
@@ -118,6 +133,7 @@ def _checkpoint(checkpoint: Path) -> Report:
     try:
         verify(checkpoint)
         config, reader = read_config(checkpoint), ZeroReader(checkpoint / TAG)
+        head = _head(config, reader)
     except CheckpointError as error:
         return report | {"bytes": bytes_in([checkpoint]), "versions": manifest.versions, PROBLEM: str(error)}
     groups = [
@@ -132,6 +148,7 @@ def _checkpoint(checkpoint: Path) -> Report:
     counted = counts({n: torch.empty(reader.shape(n), dtype=reader.dtype(n), device="meta") for n in reader})
     return report | {
         **_model(config),
+        **head,
         "config digest": manifest.config_digest,
         **counted,
         "groups": groups,

@@ -116,8 +116,9 @@ def _sizes(weights: Weights) -> Report:
 
 def _told(facts: Mapping[str, Any]) -> Report:
     """What an export of ours says of itself, but for the whole config."""
-    names = ("format", "dtype", "image_size", "patch_size", "pooling", "norm_pixel", "mean", "std", "step", "config_digest")
-    told = {name.replace("_", " "): facts[name] for name in (*names, "position_tables") if name in facts}
+    names = ("format", "dtype", "image_size", "patch_size", "task", "num_classes", "probe", "ema", "pooling", "norm_pixel")
+    more = ("mean", "std", "step", "config_digest", "position_tables")
+    told = {name.replace("_", " "): facts[name] for name in (*names, *more) if name in facts}
     began = facts.get("began_with")
     return told | ({"began with": str(began).removeprefix("began with ")} if began else {})
 

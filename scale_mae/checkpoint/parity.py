@@ -15,9 +15,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from scale_mae.checkpoint.export import model_from_config
-from scale_mae.checkpoint.facts import Pool
+from scale_mae.checkpoint.export import build_encoder, model_from_config
+from scale_mae.checkpoint.facts import Pool, without_head
+from scale_mae.checkpoint.own_classifier import BATCH_NORM_EPS, Head
+from scale_mae.checkpoint.source import Source
 from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.tensor_file import Reading
 from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE
 
@@ -104,6 +107,46 @@ def streamed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+class _Probed(nn.Module):
+    """The head of a linear probe as it was trained: BatchNorm, then one of the linear layers of the sweep."""
+
+    def __init__(self, width: int, classes: int, probe: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=BATCH_NORM_EPS, affine=False)
+        self.probes = nn.ModuleDict({str(probe): nn.Linear(width, classes)})
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """``[B, K]``."""
+        features: Tensor = self.norm(features_BD)
+        for layer in self.probes.values():
+            features = layer(features)
+        return features
+
+
+def empty_classifier(facts: dict[str, Any], head: Head) -> VisionTransformer:
+    """The classifier of a run, with the names that its checkpoint has, without memory for its weights."""
+    with torch.device("meta"):
+        if head.probe is None:
+            return build_encoder(facts)
+        model = build_encoder(without_head(facts))
+        model.head = _Probed(model.embed_dim, len(head.classes), head.probe)
+        return model.eval()
+
+
+def source_outputs(source: Source, probe: Probe, *, whole: bool) -> Outputs:
+    """What a checkpoint of ours computes: of a classifier ``logits``, of a MAE what :func:`mae_outputs` gives if ``whole``,
+    else its encoder's outputs."""
+    assert source.config
+    weights = Reading(source.weights)
+    if source.head:
+        classifier = empty_classifier(source.facts, source.head)
+        with streamed(classifier, weights):
+            return timm_outputs(classifier, probe)
+    model = empty_mae(source.config)
+    with streamed(model, weights):
+        return mae_outputs(model, probe) if whole else encoder_outputs(model, probe, source.facts["timm_kwargs"]["global_pool"])
+
+
 @torch.inference_mode()
 def encoder_outputs(model: MAE, probe: Probe, pool: Pool) -> Outputs:
     """What a timm encoder makes of whole images: ``tokens`` ``[B, 1 + L, D]`` and ``embedding`` ``[B, D]``.
@@ -121,7 +164,9 @@ def encoder_outputs(model: MAE, probe: Probe, pool: Pool) -> Outputs:
 
 @torch.inference_mode()
 def timm_outputs(encoder: VisionTransformer, probe: Probe) -> Outputs:
-    """The same of a timm model."""
+    """The same of a timm model; of one with a head ``logits`` ``[B, K]``."""
+    if not isinstance(encoder.head, nn.Identity):
+        return {"logits": encoder(probe.images)}
     tokens = encoder.forward_features(probe.images)
     return {"tokens": tokens, "embedding": encoder.forward_head(tokens, pre_logits=True)}
 

@@ -1,4 +1,4 @@
-"""Encoders as programs, which need none of our code: ONNX and torch.export, written and run."""
+"""Encoders and classifiers as programs, which need none of our code: ONNX and torch.export, written and run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.config import UserError
 
 if TYPE_CHECKING:
-    from scale_mae.checkpoint.formats import Source
     from scale_mae.checkpoint.parity import Outputs, Probe
+    from scale_mae.checkpoint.source import Source
 
 ONNX_BYTES = 1.5e9
 EXTRA = "pip install 'scale-mae[export]'"
 
 
 class _Program(nn.Module):
-    """An encoder as a program: fp32 images to fp32 ``tokens`` and ``embedding``, whatever the type of its weights."""
+    """An encoder as a program: fp32 images to fp32 ``tokens`` and ``embedding``, of a classifier to ``logits``, whatever the
+    type of its weights."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -36,9 +37,11 @@ class _Program(nn.Module):
         self.encoder.load_state_dict(weights, strict=True, assign=True)
         self.requires_grad_(False).eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` to ``[B, 1 + L, D]`` and ``[B, D]``."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """``[B, 3, H, W]`` to ``[B, 1 + L, D]`` and ``[B, D]``, or to ``[B, K]``."""
         tokens = self.encoder.forward_features(images.to(self.encoder.cls_token.dtype))
+        if not isinstance(self.encoder.head, nn.Identity):
+            return (self.encoder.forward_head(tokens).float(),)
         return tokens.float(), self.encoder.forward_head(tokens, pre_logits=True).float()
 
 
@@ -46,12 +49,17 @@ def _example(source: Source) -> Tensor:
     return torch.zeros(2, 3, *source.facts["image_size"])
 
 
-def _at_two_batch_sizes(probe: Probe, run: Callable[[Tensor], Any]) -> Outputs:
+def _names(source: Source) -> list[str]:
+    """Of the outputs."""
+    return ["logits"] if source.facts["timm_kwargs"]["num_classes"] else ["tokens", "embedding"]
+
+
+def _at_two_batch_sizes(source: Source, probe: Probe, run: Callable[[Tensor], Any]) -> Outputs:
     """All images at once, the first one replaced by what it gives alone: a fixed batch size would show."""
-    tokens, embedding = (torch.as_tensor(part).clone() for part in run(probe.images))
-    for part, alone in zip((tokens, embedding), run(probe.images[:1]), strict=True):
+    outputs = [torch.as_tensor(part).clone() for part in run(probe.images)]
+    for part, alone in zip(outputs, run(probe.images[:1]), strict=True):
         part[:1] = torch.as_tensor(alone)
-    return {"tokens": tokens, "embedding": embedding}
+    return dict(zip(_names(source), outputs, strict=True))
 
 
 def write_torch_export(source: Source, target: Path) -> None:
@@ -66,7 +74,7 @@ def write_torch_export(source: Source, target: Path) -> None:
 @torch.inference_mode()
 def torch_export_outputs(source: Source, target: Path, probe: Probe) -> Outputs:
     """What it computes."""
-    return _at_two_batch_sizes(probe, torch.export.load(target).module())
+    return _at_two_batch_sizes(source, probe, torch.export.load(target).module())
 
 
 def write_onnx(source: Source, target: Path) -> None:
@@ -84,7 +92,7 @@ def write_onnx(source: Source, target: Path) -> None:
         dynamo=True,
         verbose=False,
         input_names=["images"],
-        output_names=["tokens", "embedding"],
+        output_names=_names(source),
         dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
     )
     assert program
@@ -111,7 +119,7 @@ def _onnxruntime() -> Any:
 def onnx_outputs(source: Source, target: Path, probe: Probe) -> Outputs:
     """What it computes in onnxruntime, on the host."""
     session = _onnxruntime().InferenceSession(target, providers=["CPUExecutionProvider"])
-    return _at_two_batch_sizes(probe, lambda images: session.run(None, {"images": images.numpy()}))
+    return _at_two_batch_sizes(source, probe, lambda images: session.run(None, {"images": images.numpy()}))
 
 
 def torch_export_tensors(source: Source, target: Path) -> tuple[dict[str, Lazy], dict[str, Tensor]]:

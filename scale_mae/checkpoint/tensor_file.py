@@ -65,6 +65,22 @@ class Lazy:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Reading(Mapping[str, Tensor]):
+    """Lazy tensors as a plain mapping; each is made anew whenever it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_files import open_files, release
 from scale_mae.checkpoint.zero_layout import Cut, Layout, Partitioned, Unsharded
 
@@ -136,9 +138,16 @@ class ZeroReader(Mapping[str, Tensor]):
         found = list(self._stretches(name, key, start, stop))
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
-    def stretches(self, name: str) -> Iterator[Tensor]:
-        """All values of any tensor, flattened, in order, in the stretches in which they lie in the files: nothing is copied."""
-        yield from self._stretches(name) if name in self._trained else [self[name].reshape(-1)]
+    def stretches(self, name: str, key: str = "fp32") -> Iterator[Tensor]:
+        """All values of any tensor, flattened, in order, in the stretches in which they lie in the files: nothing is copied.
+
+        Of a trainable parameter ``key`` chooses, see :meth:`flat`; all else has but its own values.
+        """
+        yield from self._stretches(name, key) if name in self._trained else [self[name].reshape(-1)]
+
+    def lazy(self, name: str) -> Lazy:
+        """A tensor that is read when asked for."""
+        return Lazy(self.shape(name), self.dtype(name), partial(self.stretches, name))
 
     def _stretches(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         own = self._own_names.get(name, name)

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from scale_mae.checkpoint.export import build_encoder
+from scale_mae.checkpoint.facts import class_names
 from scale_mae.checkpoint.fit import checked
 from scale_mae.checkpoint.foreign import Weights, locate_weights, read_weights
 from scale_mae.checkpoint.initial import encoder_of
@@ -31,6 +32,7 @@ class Subject:
         size: side of the images in pixels.
         mean: channel means that images in [0, 1] are normalised with.
         std: channel deviations.
+        names: of its classes, where the weights tell them.
     """
 
     model: VisionTransformer
@@ -41,6 +43,7 @@ class Subject:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    names: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -108,4 +111,5 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     model = build_encoder(facts | {"timm_kwargs": arguments | {"img_size": new}, "image_size": new})
     model.load_state_dict(tensors, strict=True)
     origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
-    return Subject(model, str(path), origin.kind, weights.digest(), origin.seed, new[0], tuple(mean), tuple(std))
+    names = tuple(class_names(origin.ours)) if head and origin.ours else ()
+    return Subject(model, str(path), origin.kind, weights.digest(), origin.seed, new[0], tuple(mean), tuple(std), names)

@@ -131,10 +131,11 @@ def knn(args: argparse.Namespace) -> int:
 
     with _together("images") as (ranks, bar, tell):
         subject, train, val = _frozen(args, ranks)
+        begun = ranks.together(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
         result = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
-        if args.untrained:
-            subject.model.load_state_dict(ranks.together(lambda: untrained_encoder(args.encoder, warn)).state_dict())
+        if begun:
+            subject.model.load_state_dict(begun)
             untrained = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
             tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
             result.scores["untrained_top1"] = untrained.scores["top1"]

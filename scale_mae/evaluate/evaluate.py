@@ -56,7 +56,7 @@ def evaluate(
     """
     began, (view, how) = time.monotonic(), _view(name, subject.size, crop_pct)
     subject.model.to(ranks.device)
-    names = ranks.on_main(lambda: read_classes(classes, subject.classes))
+    names = ranks.on_main(lambda: read_classes(classes, subject.classes, subject.names))
     parts = parts_of(name, root, names, subject.classes)
     found: dict[str, Score] = {}
     for part in _from_main(parts, ranks):

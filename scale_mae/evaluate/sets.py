@@ -85,17 +85,20 @@ class Part:
         return np.searchsorted(competing, labels), competing.tolist()
 
 
-def read_classes(source: str | None, outputs: int) -> list[str] | None:
+def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) -> list[str] | None:
     """Name of each output of a model.
 
     Args:
-        source: a text file with a name a line, or an index of the images it was trained on; None: of ImageNet's 1,000 the
-            WordNet ids in alphabetical order, of others nothing is known.
+        source: a text file with a name a line, or an index of the images it was trained on; None: what the weights tell,
+            else of ImageNet's 1,000 the WordNet ids in alphabetical order, of others nothing is known.
         outputs: how many.
+        known: what the weights tell; empty: nothing.
 
     Raises:
         DataError: not so many there.
     """
+    if source is None and known:
+        return list(known)
     if source is None:
         return list(ImageNetInfo("imagenet-1k").label_names()) if outputs == 1000 else None
     try:

@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python -m scale_mae.demo runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -38,8 +38,8 @@ from scale_mae.demo_data.make import ORIGINALS, read_idx
 PROGRAM = [sys.executable, "-m", "scale_mae"]
 RECIPES = Path(__file__).parent / "proof"
 SEEDS = (0, 1, 2)
-EPOCHS = (1, 2, 5, 12)  # of pre-training
-FINETUNE, FINETUNE_FEW, PROBE = 2, 60, 3  # epochs
+EPOCHS = (1, 2, 4, 8)  # of pre-training
+FINETUNE, FINETUNE_FEW, PROBE = 2, 60, 2  # epochs
 FEW = 60  # labelled images a class: 1 %
 
 

@@ -148,20 +148,21 @@ class Recovery:
             f"{verdict.reason} in steps {verdict.first} to {verdict.last}; "
             f"{rows} images from position {positions[0]} on lead there ({', '.join(samples[:NAMED])}, ...)"
         )
-        if checkpoint is None:
-            why = "there is no checkpoint before them to go back to"
-            if not allowed:
-                why = f"the run went back {self.rollbacks} times before, as often as heal.rollbacks allows"
-            raise RollbackError(f"{what}; {why}; {self._dir / history.FILE} tells of all; {ADVICE}")
-        event = {
-            "number": self.rollbacks + 1,
+        facts = {
             "reason": verdict.reason,
             "detected": step,
-            "to": to,
             "skipped_steps": [first, verdict.last],
             "positions": [int(positions[0]), int(positions[-1]) + 1],
             "samples": samples,
         }
+        if checkpoint is None:
+            why = "there is no checkpoint before them to go back to"
+            if not allowed:
+                why = f"the run went back {self.rollbacks} times before, as often as heal.rollbacks allows"
+            with suppress(OSError):  # the error says the most of it
+                history.append(self._dir, "gave_up", **facts)
+            raise RollbackError(f"{what}; {why}; {self._dir / history.FILE} tells of all; {ADVICE}")
+        event = {"number": self.rollbacks + 1, "to": to, **facts}
         self._discard_after(checkpoint)
         try:
             history.append(self._dir, "rollback", **event)

@@ -109,9 +109,9 @@ def paired_ratio(values: list[dict[str, float]], ours: list[dict[str, float]], k
 
 def plain(model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Step:
     """A PyTorch training loop's step, with our weight-decay groups and fused AdamW."""
-    from scale_mae.engine.optim import build_adamw
+    from scale_mae.engine.optim import build_optimizer
 
-    optimizer = build_adamw(model.train(), OptimConfig())
+    optimizer = build_optimizer(model.train(), OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = LR
 

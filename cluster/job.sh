@@ -142,7 +142,7 @@ fi
 
 say "starts on $SLURM_JOB_NODELIST at $(newest), restart ${SLURM_RESTART_COUNT:-0}"
 rm -f "$outcome"
-launch pretrain "$run/slurm/config.yaml"
+launch @task@ "$run/slurm/config.yaml"
 code=$?
 
 ended=$(cat "$outcome" 2>/dev/null)

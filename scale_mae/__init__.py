@@ -6,19 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scale_mae.api import finetune as finetune
+    from scale_mae.api import linprobe as linprobe
+    from scale_mae.api import pretrain as pretrain
     from scale_mae.checkpoint.export import load_encoder as load_encoder
     from scale_mae.config import UserError as UserError
     from scale_mae.config import load_config as load_config
-    from scale_mae.train import pretrain as pretrain
 
 __version__ = "0.1.0"
 _HOMES = {
-    "pretrain": "scale_mae.train",
+    "pretrain": "scale_mae.api",
+    "finetune": "scale_mae.api",
+    "linprobe": "scale_mae.api",
     "load_encoder": "scale_mae.checkpoint.export",
     "load_config": "scale_mae.config",
     "UserError": "scale_mae.config",
 }
-__all__ = ["UserError", "load_config", "load_encoder", "pretrain"]
+__all__ = ["UserError", "finetune", "linprobe", "load_config", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

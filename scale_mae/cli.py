@@ -28,6 +28,13 @@ Several processes: torchrun --nproc-per-node N -m scale_mae pretrain RECIPE; und
 """
 
 
+TRAINING = {
+    "pretrain": "Pre-train",
+    "finetune": "Train a classifier from an encoder's weights or from scratch",
+    "linprobe": "Train a linear classifier on a frozen encoder",
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -43,10 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         return sub
 
-    sub = add("pretrain", "Pre-train, or continue a run directory where its newest checkpoint stands.")
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
-    sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    for name, text in TRAINING.items():
+        sub = add(name, f"{text}, or continue a run directory where its newest checkpoint stands.")
+        sub.add_argument("recipe", metavar="RECIPE")
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
 
     add_job_commands(add)
 
@@ -125,9 +133,11 @@ def _complain(error: UserError) -> None:
         time.sleep(5)  # a launcher that ends the job with its first failed process must not silence rank 0
 
 
-def pretrain(args: argparse.Namespace) -> int:
-    """``scale-mae pretrain``."""
+def train(args: argparse.Namespace) -> int:
+    """``scale-mae pretrain``, ``finetune`` and ``linprobe``."""
     config = load_config(args.recipe, args.overrides)
+    if config.run.task != args.command:
+        raise UserError(f"{args.recipe}: a recipe for scale-mae {config.run.task} (its run.task), not for {args.command}")
     if args.dry_run:
         from scale_mae.launcher import rank_and_size
 
@@ -137,9 +147,9 @@ def pretrain(args: argparse.Namespace) -> int:
         print(config.to_yaml(), end="")
         print(f"# {processes} processes: accumulation {accumulation}, peak learning rate {config.peak_lr:.6g}")
         return 0
-    from scale_mae.train import pretrain as run
+    import scale_mae
 
-    run(config)
+    getattr(scale_mae, args.command)(config)
     return 0
 
 
@@ -202,7 +212,7 @@ def schema(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "pretrain": pretrain,
+    **dict.fromkeys(TRAINING, train),
     **JOB_COMMANDS,
     "index": index,
     "pack": pack,

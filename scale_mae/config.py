@@ -75,6 +75,10 @@ class Config(Section):
             raise ValueError(
                 f"optim.name=lars needs whole parameters, which engine.deepspeed={self.engine.deepspeed} cuts up; use zero0"
             )
+        if (self.classify.mixup or self.classify.cutmix) and self.train.micro_batch % 2:
+            raise ValueError(
+                f"train.micro_batch={self.train.micro_batch} is odd; classify.mixup and cutmix mix pairs of images"
+            )
         if self.engine.compile and self.train.recompute == "offload":
             raise ValueError("engine.compile=True does nothing for train.recompute=offload; use recompute=full or no compile")
         return self
@@ -86,7 +90,7 @@ class Config(Section):
             unused = {f"classify.{key}" for key in c.model_fields_set if getattr(c, key) != getattr(ClassifyConfig(), key)}
             unused |= {"optim.layer_decay"} if self.optim.layer_decay != 1 else set()
         else:
-            own = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
+            own: tuple[str, ...] = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
             unused = {f"model.{key}" for key in own if getattr(self.model, key) != getattr(ModelConfig(), key)}
         if task == "linprobe":
             own = ("train_blocks", "drop_path", "smoothing", "mixup", "cutmix", "erasing")

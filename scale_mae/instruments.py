@@ -15,6 +15,7 @@ from scale_mae import __version__
 from scale_mae.config import Config
 from scale_mae.engine.distributed import World
 from scale_mae.engine.recompute import recomputed_flops
+from scale_mae.engine.trainee import Trainee
 from scale_mae.metrics.counters import Counters, restore
 from scale_mae.metrics.exporter import Exporter, Run
 from scale_mae.metrics.hardware import Nvml, peak_flops
@@ -23,7 +24,6 @@ from scale_mae.metrics.node import Node, address, find_node, run_id
 from scale_mae.metrics.sinks import Log, Sink, make_log, to_stderr
 from scale_mae.metrics.stopwatch import Stopwatch
 from scale_mae.metrics.trackers import make_trackers
-from scale_mae.model.mae import MAE
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Instruments:
 
 
 def make_instruments(
-    config: Config, world: World, model: MAE, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
+    config: Config, world: World, model: Trainee, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
 ) -> Instruments:
     """Put everything together. All processes call it.
 
@@ -131,7 +131,7 @@ def _facts(config: Config, counters: Counters) -> dict[str, str]:
         "restart": f"{counters['restarts']:.0f}",
         "version": __version__,
         "model": config.model.size,
-        "target": config.model.target,
+        "target": config.model.target if config.run.task == "pretrain" else config.run.task,
         "host": address(),
     }
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+def _policy(text: str | None) -> str | None:
+    if text and not re.fullmatch(rf"rand(-({RANDAUGMENT}))*", text):  # timm passes over some of what it does not know
+        raise ValueError(
+            f"data.randaugment={text}: not a policy of timm's; it is rand and any of -m9 (magnitude), -n2 (operations), -p0.5 "
+            "(probability of each), -mstd0.5 (deviation of the magnitude), -mmax10 (its limit), -inc1, -tweights, -t3a, -t3aw"
+        )
+    return text
+
+
 Side = Annotated[int, Field(gt=0)]
 Pixels = Annotated[tuple[Side, Side], BeforeValidator(_pair, json_schema_input_type=int | tuple[int, int])]
 DURATION = r"^\d+(\.\d+)?(e\d{1,2})? (steps|epochs|images)$"
+RANDAUGMENT = r"(m|mmax)\d+|n[1-9]|p(0|1|0?\.\d+|1\.0+)|mstd\d+(\.\d+)?|inc[01]|t(weights|3a|3aw)"
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MaybePath = Annotated[str | None, BeforeValidator(lambda text: text or None)]
@@ -108,7 +119,7 @@ class DataConfig(Section):
     """Probability of a horizontal flip."""
     jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
     """Strength of brightness, contrast and saturation jitter, for augmentation=random_crop_jitter only."""
-    randaugment: MaybePath = None
+    randaugment: Annotated[MaybePath, AfterValidator(_policy)] = None
     """RandAugment after crop and flip, in timm's notation, e.g. rand-m9-mstd0.5-inc1. Empty: none."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means (red, green, blue) subtracted from images in [0, 1]."""

@@ -19,7 +19,7 @@ from scale_mae.instruments import Instruments
 from scale_mae.metrics.hardware import memory
 from scale_mae.metrics.meter import Metrics, Vitals, most_memory, own_seconds
 from scale_mae.metrics.sinks import to_stderr
-from scale_mae.metrics.stopwatch import Laps, phases
+from scale_mae.metrics.stopwatch import STILL, Laps, phases
 from scale_mae.pace import Pace
 
 
@@ -77,6 +77,7 @@ class Teller:
         self._global_batch = instruments.meter.global_batch
         self._failures: list[Failure] = []
         self._failure_metrics: Metrics = {}
+        self._judged: Metrics = {}  # the newest evaluation
         self._laps: list[Laps] = []  # of steps since the last log line
         self._energy = instruments.nvml.energy(instruments.gpu)
         self._lost: set[str] = set()  # files that could not be written, told once
@@ -138,11 +139,18 @@ class Teller:
         self.saves()
         self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0), rollbacks)
         metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, laps, vitals)
-        metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals)
+        metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals) | self._judged
         instruments.node.memory = most_memory([vitals[rank].memory for rank in instruments.node.ranks])
         self._persist()
         self.log.metrics(metrics)
         self.tally.check(step * self._global_batch, failures)
+
+    def judged(self, step: int, metrics: Metrics, lines: Sequence[str]) -> None:
+        """The model was evaluated: told to people and to the history now, and with every log line from now on."""
+        self._judged = metrics
+        for line in lines:
+            self.log.say(line)
+        self.record("evaluated", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
 
     def record(self, event: str, **facts: Any) -> None:
         """Add to the run's history; see :mod:`scale_mae.history`."""
@@ -176,7 +184,7 @@ class Teller:
         counters.add("images", len(laps) * self._global_batch)
         for step_laps in laps:
             for phase, seconds in phases(step_laps).items():
-                if seconds > 0 or phase != "checkpoint":  # most steps have none
+                if seconds > 0 or phase not in STILL:
                     counters.observe(f"step_seconds/{phase}", seconds)
         return laps
 

@@ -1,4 +1,4 @@
-"""Pre-training from top to bottom: build everything in visible order, then the loop."""
+"""Training from top to bottom: build everything in visible order, then the loop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from scale_mae.checkpoint import store
 from scale_mae.checkpoint.commit import Saver
 from scale_mae.checkpoint.disk import checkpoint_bytes
 from scale_mae.checkpoint.facts import versions
-from scale_mae.checkpoint.initial import first_model
-from scale_mae.config import Config, UserError, load_config
+from scale_mae.config import Config, UserError
 from scale_mae.data.failures import Tally
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Loader, Share
@@ -25,20 +24,17 @@ from scale_mae.data.pixels import normalise
 from scale_mae.data.plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.distributed import StopRequest, Vote, World, world
-from scale_mae.engine.optim import make_schedule, parameter_names
+from scale_mae.engine.distributed import StopRequest, Vote, World
+from scale_mae.engine.optim import make_schedule
 from scale_mae.engine.watchdog import Watchdog
 from scale_mae.feed import Feed, make_decoder
 from scale_mae.health import Verdict
 from scale_mae.instruments import make_instruments, start_facts
-from scale_mae.launcher import rank_and_size
-from scale_mae.lock import alone
 from scale_mae.metrics.sinks import to_stderr
-from scale_mae.metrics.trackers import check_packages
-from scale_mae.outcome import Outcome
 from scale_mae.pace import Pace
 from scale_mae.rollback import ADVICE, Recovery
 from scale_mae.run_directory import check_same_data, find_index, prepare_directory
+from scale_mae.task import make_task
 from scale_mae.telling import Teller
 
 
@@ -48,7 +44,7 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of :func:`pretrain` ended.
+    """How a call of :func:`scale_mae.pretrain` and its like ended.
 
     Attributes:
         run_dir: the run directory.
@@ -63,40 +59,7 @@ class Result:
     stopped: str
 
 
-def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
-    """Pre-train a masked autoencoder, or continue where the run directory's newest checkpoint stands.
-
-    Every process of a job calls this; rank and number of processes come from torchrun or Slurm.
-
-    Args:
-        recipe: a shipped name (``demo``, ``debug``, ``vit_base``, ``vit_large``, ``vit_huge``), a YAML file, or a Config.
-        overrides: sections with the keys to change, e.g. ``train={"global_batch": 256}``.
-
-    Raises:
-        UserError: anything that the caller can put right; one line.
-    """
-    if isinstance(recipe, Config) and overrides:
-        raise UserError("overrides go with a recipe's name or file, not with a Config; use load_config(recipe, overrides)")
-    config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
-    config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
-    config.deepspeed_json()
-    check_packages(config.log.sinks)
-    run_dir = Path(config.run.dir)
-    with StopRequest() as stop, world() as ranks, ExitStack() as held:
-        notes: list[str] = []
-        lock = alone(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
-        ranks.on_main(lambda: held.enter_context(lock))
-        outcome = Outcome(run_dir)
-        if ranks.is_main:
-            held.enter_context(outcome.told())
-        watchdog = held.enter_context(Watchdog(config.run.watchdog, ranks.rank))
-        result = _Run(config, ranks, stop, watchdog, notes).loop()
-        if ranks.is_main:
-            outcome.tell("finished" if result.finished else result.stopped)
-        return result
-
-
-class _Run:
+class Run:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
     def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
@@ -116,10 +79,9 @@ class _Run:
         self.recovery = Recovery(self.dir, config.heal, ranks, plan, index, self._say, resumed=bool(checkpoint))
 
         # The model and its engine, at the step where the run stands
-        model = first_model(config, ranks, notes, resumed=bool(checkpoint))
-        parameters = sum(p.numel() for p in model.parameters())
-        self.names = parameter_names(model)
-        self.engine = Engine(model, config, ranks)
+        self.task = make_task(config, index, ranks, notes, resumed=bool(checkpoint))
+        parameters = sum(p.numel() for p in self.task.model.parameters())
+        self.engine = Engine(self.task.model, config, ranks)
         self.step = self.saved = failed_saves = 0
         recent_saves: list[float] = []
         measured: dict[str, Any] | None = None
@@ -139,15 +101,17 @@ class _Run:
         pin_memory = ranks.device.type == "cuda"
         share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
         decoder, chosen, why = make_decoder(config, ranks)
-        shape, warn = (config.model.image_size, model.patches), functools.partial(_warn, ranks.rank)
+        shape, warn = (config.model.image_size, self.task.patches), functools.partial(_warn, ranks.rank)
         self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
-        instruments = make_instruments(config, ranks, model, len(index), self.schedule.total_steps, self.step, measured)
+        instruments = make_instruments(
+            config, ranks, self.task.model, len(index), self.schedule.total_steps, self.step, measured
+        )
         self.watch, self.log = instruments.watch, instruments.log
         told = (instruments, ranks, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
         self.teller = Teller(*told, self.engine.skipped_steps, self.recovery.rollbacks)
         self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
         notes.append(
-            f"{config.model.size} on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
+            f"{self.task.what}, on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
             f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
             f"steps {self.step} to {self.schedule.total_steps} of {config.train.global_batch} images "
             f"({accumulation} x {config.train.micro_batch} a process), "
@@ -218,11 +182,11 @@ class _Run:
         for micro_step in range(accumulation):
             batch, each = feed.take()
             vote = max(vote, each)
-            images, noise = (t.to(ranks.device, non_blocking=True) for t in (batch.images, batch.noise))
+            images = batch.images.to(ranks.device, non_blocking=True)
             jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
             images = normalise(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
-            loss += self.engine.forward_backward(images, noise) / accumulation
+            loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
             self.watch.lap("backward")
             norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
             self.watch.lap("optimizer")
@@ -231,11 +195,20 @@ class _Run:
         self.recovery.add(self.step, loss, self.engine.skipped)
         self.watchdog.beat()
         self.watch.stepped()
+        if self.task.due(self.step, self.schedule.total_steps):
+            self._judge()
         if logged:
             self.recovery.judge()
             counts = self.engine.skipped_steps, self.recovery.rollbacks
             self.teller.step(self.step, self.recovery.loss, lr, norm, self.engine.loss_scale, *counts)
         return vote
+
+    def _judge(self) -> None:
+        """How good the model is by now."""
+        self.watch.lap("other")
+        metrics, lines = self.task.judge(self.engine, self.step, self.watchdog.beat)
+        self.watch.lap("evaluation")
+        self.teller.judged(self.step, metrics, lines)
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.
@@ -277,13 +250,13 @@ class _Run:
             )
         state = {
             "step": self.step,
-            "parameter_groups": self.names,
             "data": self.index.digest,
             "failures": self.tally.state(),
             "failed_saves": self.saver.failures,
             "recent_saves_s": list(self.pace.saves),
             "metrics": self.teller.state(),
             "recovery": self.recovery.state(),
+            **self.task.state(),
         }
         self.watchdog.beat()  # a save has as long as a step
         # steps whose worth is not known yet, saved at the end or on a signal, must not cost the ones before them

@@ -20,13 +20,13 @@ def train_and_tell(configs):
     from scale_mae.engine.deepspeed import Engine
     from scale_mae.engine.distributed import StopRequest, world
     from scale_mae.engine.watchdog import Watchdog
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
     torch.set_num_threads(1)
     told = []
     with world() as ranks, StopRequest() as stop:
         for config in configs:
-            run = _Run(config, ranks, stop, Watchdog(0, 0))
+            run = Run(config, ranks, stop, Watchdog(0, 0))
             run.loop()
             assert isinstance(run.engine, Engine)
             sharded = run.engine.stage > 0

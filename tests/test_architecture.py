@@ -53,7 +53,8 @@ def test_only_data_dali_imports_dali():
 
 
 def test_only_the_top_imports_train_and_cli():
-    assert importers("scale_mae.train") <= {"scale_mae", "scale_mae.cli"}
+    assert importers("scale_mae.train") <= {"scale_mae.api"}
+    assert importers("scale_mae.api") <= {"scale_mae", "scale_mae.cli"}
     assert importers("scale_mae.cli") <= {"scale_mae.__main__"}
 
 

@@ -77,7 +77,9 @@ def test_a_reference_is_found_by_size_target_mask_ratio_and_data(demo, tmp_path)
         run = demo_run(tmp_path / str(number), demo["images"], seed, **({key: value} if key else {}))
         (verdict,) = compare([run]).verdicts
         assert verdict.reference == (None if key else "demo")
+        assert verdict.nearest == ("demo" if key else None)
         if key:
+            assert {told.split(":")[0] for told in verdict.differences} == {key.replace("data.source", "data")}
             (forced,) = compare([run], DEMO).verdicts
             assert forced.reference == "demo"
             assert any(key.startswith(told.split(":")[0]) for told in forced.differences)
@@ -91,13 +93,18 @@ def test_exit_codes_and_what_is_printed(demo, tmp_path, capsys):
     assert main(["compare", str(good), str(other)]) == 0
     text = capsys.readouterr().out
     assert "good: inside the band of demo" in text
-    assert "other: no reference curve for its size, target, mask ratio and data" in text
+    assert "other: no reference curve for its setting; demo is the nearest, and its setting differs: model.size: tiny" in text
     assert main(["compare", str(good), str(bad)]) == 3
     assert "bad: OUTSIDE the band of demo" in capsys.readouterr().out
     assert main(["compare", str(bad), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)["runs"][0]
     assert found["verdict"]["outside"]
     assert found["verdict"]["above"] == found["verdict"]["judged"] == len(seed)
+    assert main(["compare", str(other), "--json", "--out", str(tmp_path / "page.html")]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (found["verdict"]["reference"], found["verdict"]["nearest"]) == (None, "demo")
+    assert [told.split(":")[0] for told in found["verdict"]["differences"]] == ["model.size"]
+    assert found["verdict"]["text"] in (tmp_path / "page.html").read_text()
     assert main(["compare", str(tmp_path)]) == 2
     assert main(["compare", str(good), "--out", str(tmp_path / "x.pdf")]) == 2
 
@@ -174,6 +181,14 @@ def test_a_folder_of_ones_own_comes_before_the_shipped(demo, tmp_path):
     (own / "mine.json").write_text(json.dumps(demo | {"name": "mine"}))
     run = demo_run(tmp_path / "run", demo["images"], next(iter(demo["seeds"].values())))
     assert compare([run], own).verdicts[0].reference == "mine"
+    farther = demo["setting"] | {"model.target": "pixel", "model.mask_ratio": 0.5}
+    (own / "farther.json").write_text(json.dumps(demo | {"name": "farther", "setting": farther}))
+    other = demo_run(tmp_path / "other", demo["images"], demo["low"], **{"train.global_batch": 32})
+    (verdict,) = compare([other], own).verdicts
+    assert (verdict.reference, verdict.nearest, len(verdict.differences)) == (None, "mine", 1)
+    (other / "config.yaml").unlink()
+    (verdict,) = compare([other], own).verdicts
+    assert str(verdict) == "no reference curve for its setting; the config of other is not known"
     assert "demo" in {one.name for one in shipped()}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReferenceError, match="holds no"):

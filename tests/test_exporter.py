@@ -21,6 +21,7 @@ from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
 from scale_mae.metrics.hardware import REASONS, Gpu
 from scale_mae.metrics.node import Node
 from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.slurm.runs import standing
 
 LONG = {"train.duration": "100000 steps", "checkpoint.every": "100000 steps"}
 
@@ -190,7 +191,7 @@ def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage)
     finally:
         stop(*running)
     assert entries(run_dir) == []
-    assert value(after, "restarts_total") == 1
+    assert value(after, "restarts_total") == standing(run_dir).restarts == 1
     if damage:  # the steps since the checkpoint are forgotten, those before it are not
         assert value(after, "steps_total") > saved
         return
@@ -265,7 +266,7 @@ def make_exporter(tmp_path):
                 TwoGpus(),
                 counters,
                 Stopwatch(torch.device("cpu")),
-                0,
+                more.get("port", 0),
                 tmp_path / "sd",
                 is_first=is_first,
             )
@@ -320,6 +321,25 @@ def test_entries_of_nodes_that_are_gone_are_taken_back_and_a_successors_is_left(
     assert "r-1-node0.json" in names()
     successor.close()
     assert "r-1-node0.json" not in names()
+
+
+def test_entries_that_a_killed_run_left_at_the_same_address_are_taken_back(make_exporter, tmp_path):
+    folder = tmp_path / "sd"
+    killed = make_exporter(1, 2, "killed")
+    entry = folder / "killed-node1.json"
+    left = entry.read_text()
+    killed.close()
+    entry.write_text(left)
+    elsewhere, by_hand, more = (folder / f"{name}-node0.json" for name in ("elsewhere", "by-hand", "more"))
+    labels = {"run": "elsewhere", "node": "0"}
+    elsewhere.write_text(json.dumps([{"targets": ["elsewhere:1"], "labels": labels}]))
+    (target,) = json.loads(left)[0]["targets"]
+    by_hand.write_text(json.dumps([{"targets": [target], "labels": {"run": "mine"}}]))
+    more.write_text('{"')
+    make_exporter(0, 1, "r-1", port=killed.port)
+    assert json.loads((folder / "r-1-node0.json").read_text())[0]["targets"] == [target]
+    assert sorted(folder.glob("*-node0.json")) == sorted([by_hand, elsewhere, more, folder / "r-1-node0.json"])
+    assert not entry.exists()
 
 
 def test_a_run_stopped_between_log_lines_counts_all_of_its_steps(tmp_path):

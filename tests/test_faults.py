@@ -217,10 +217,10 @@ def train_all(configs):
     """Several runs in one set of ranks."""
     from scale_mae.engine.distributed import StopRequest, world
     from scale_mae.engine.watchdog import Watchdog
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
     with world() as ranks, StopRequest() as stop:
-        return [_Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
+        return [Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_before(expected, tmp_path):
@@ -302,9 +302,9 @@ def train_with_a_failing_publication(config, step, bad_image):
     """The publication of ``step`` fails, after a while; ``bad_image`` ends the run at that step."""
     from scale_mae.checkpoint.commit import Saver
     from scale_mae.data.storage import DataError
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
-    commit, one_step = Saver._commit, _Run._one_step
+    commit, one_step = Saver._commit, Run._one_step
 
     def fail(self, world, now, write):
         if now == step:
@@ -317,7 +317,7 @@ def train_with_a_failing_publication(config, step, bad_image):
             raise DataError("a bad image")
         return one_step(self, *args)
 
-    Saver._commit, _Run._one_step = fail, end
+    Saver._commit, Run._one_step = fail, end
     return train(config)
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
 from test_train import log, train, train_until
 from test_train import make_config as make_run
@@ -75,16 +76,14 @@ def leave_out(settings, value, micro, folder):
     once and again after going back in place."""
     from scale_mae.engine.deepspeed import Engine
     from scale_mae.engine.distributed import world
-    from scale_mae.engine.optim import parameter_names
 
     told = []
     with world() as ranks:
         for number, setting in enumerate(settings):
             config, model = make_config(**setting), small_mae()
-            names = parameter_names(model)
             engine = Engine(model, config, ranks)
             take_steps(engine, ranks, config, range(BAD))
-            engine.save(folder / str(number), {"step": BAD, "parameter_groups": names})
+            engine.save(folder / str(number), {"step": BAD})
             before, count = snapshot(engine), engine.skipped_steps
             norm = take_steps(engine, ranks, config, [BAD], bad=(micro, value))[-1]
             unchanged, skipped = same(before, snapshot(engine)), (count, engine.skipped_steps, float(engine.skipped), norm)
@@ -219,6 +218,7 @@ RUN = {
     "model.target": "pixel",
     "checkpoint.keep": 20,
     "data.threads": 1,
+    "log.sinks": ["tensorboard"],
 }
 POISON = (26 * 16, 29 * 16)  # positions of steps 27 to 29
 LEFT_OUT = [25 * 16, 29 * 16]  # with the step before them
@@ -259,16 +259,16 @@ def train_without(config, left_out):
 
 def killed_as_it_goes_on(config, value):
     """The rollback is recorded and loaded; then all is over."""
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
     poison(value, *POISON)
-    go_back = _Run._go_back
+    go_back = Run._go_back
 
     def then_die(self, verdict):
         go_back(self, verdict)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    _Run._go_back = then_die
+    Run._go_back = then_die
     return train(config)
 
 
@@ -304,6 +304,9 @@ def test_a_run_goes_back_and_leaves_out_what_led_astray_killed_or_not(tmp_path, 
     assert run_ranks(2, train_on_poison, killed, value)[0].finished
     assert log(tmp_path / "killed", "loss", "lr") == log(tmp_path / "whole", "loss", "lr")
     assert len([e for e in history.read(tmp_path / "killed") if e["event"] == "rollback"]) == 1
+    for name in ("whole", "killed"):  # nothing of what was taken back
+        curve = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload().Scalars("loss")
+        assert [(e.step, e.value) for e in curve] == [(s, pytest.approx(v)) for s, (v,) in log(tmp_path / name, "loss").items()]
 
 
 def command(run_dir, value, span, *words):

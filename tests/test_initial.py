@@ -600,14 +600,14 @@ def train_several(configs, stops):
     """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
     from scale_mae.engine.distributed import StopRequest, world
     from scale_mae.engine.watchdog import Watchdog
-    from scale_mae.train import _Run
+    from scale_mae.train import Run
 
     torch.set_num_threads(1)
     tables = []
     with world() as ranks:
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
-                run = _Run(config, ranks, request, Watchdog(0, 0))
+                run = Run(config, ranks, request, Watchdog(0, 0))
                 original = run.log.metrics
 
                 def metrics(values, original=original, request=request, stop=stop):

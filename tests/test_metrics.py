@@ -13,7 +13,7 @@ from scale_mae.config import UserError, load_config
 from scale_mae.engine.recompute import apply_recompute, recomputed_flops
 from scale_mae.metrics import counters, trackers
 from scale_mae.metrics.counters import Counters, restore
-from scale_mae.metrics.hardware import Gpu, Memory, Nvml, peak_flops
+from scale_mae.metrics.hardware import PEAKS, Gpu, Memory, Nvml, peak_flops
 from scale_mae.metrics.meter import SMOOTHING, Meter, Vitals, own_seconds
 from scale_mae.metrics.node import run_id
 from scale_mae.metrics.sinks import Log
@@ -185,18 +185,27 @@ def test_recomputed_operations_equal_what_pytorch_executes(policy, every):
     ("name", "precision", "teraflops"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
-        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("NVIDIA H100 PCIe", "fp16", 756.5),
+        ("NVIDIA H100 80GB HBM2e", "bf16", 756.5),
         ("NVIDIA H200", "bf16", 989.4),
         ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA B300 SXM6 AC", "fp32", 75),
         ("NVIDIA A100-SXM4-40GB", "bf16", 312),
         ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
+        ("NVIDIA A100-SXM-64GB", "bf16", None),  # more cores than NVIDIA's data sheet has
         ("Tesla V100-SXM2-16GB", "fp16", 125),
         ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("Tesla V100S-PCIE-32GB", "fp16", 130),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
+        ("Tesla V100-DGXS-32GB", "fp16", None),
+        ("Tesla T4", "fp16", 65),
         ("NVIDIA L40S", "bf16", 362.05),
         ("NVIDIA L4", "bf16", 121),
         ("NVIDIA A10G", "bf16", 70),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", "fp32", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
         ("Quadro K620", "fp32", None),
     ],
@@ -204,6 +213,12 @@ def test_recomputed_operations_equal_what_pytorch_executes(policy, every):
 def test_peaks_of_the_data_sheets(name, precision, teraflops):
     peak = peak_flops(name, precision)
     assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+def test_no_peak_hides_another():
+    for name, *peaks in PEAKS:
+        for precision, peak in zip(("fp32", "bf16", "fp16"), peaks, strict=True):
+            assert peak_flops(f"NVIDIA {name}", precision) == (None if peak is None else peak * 1e12), name
 
 
 def test_without_nvml_there_is_nothing_and_no_error():
@@ -253,11 +268,11 @@ def line(step, **more):
     return {"step": step, "total_steps": 8, "time": 1.8e9 + step, "loss": 1 / step, "mfu": None, **more}
 
 
-def track(name, run_dir, first, steps):
+def track(name, run_dir, first, steps, more=lambda number: {}):
     config = load_config("debug", {"run.dir": str(run_dir), "log.sinks": [name]})
     with Log(make_trackers(config, "a-run", first)) as log:
-        for step in steps:
-            log.metrics(line(step))
+        for number, step in enumerate(steps):
+            log.metrics(line(step, **more(number)))
 
 
 def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_path):
@@ -269,6 +284,15 @@ def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(1 / s)) for s in range(1, 9)]
     assert events.Scalars("loss")[0].wall_time == 1.8e9 + 1
     assert "mfu" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_hides_what_a_rollback_took_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = [3, 4, 5, *range(2, 6), *range(4, 9)]  # back to before this start of the run, and once more
+    track("tensorboard", tmp_path, 2, told, lambda number: {"loss": float(number)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 3), (3, 4), *((s, s + 3) for s in range(4, 9))]
 
 
 def wandb_records(path):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scale_mae.engine.optim import build_adamw
+from scale_mae.engine.optim import build_optimizer
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.masking import kept_patches, random_masking
 from scale_mae.model.positions import sincos_table
@@ -46,7 +46,7 @@ def test_twelve_adamw_steps_equal_the_reference(golden):
     tensors, _ = golden("mae_tiny.safetensors")
     model = tiny()
     model.load_state_dict(golden_weights(tensors), strict=True)
-    optimizer = build_adamw(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig())
     losses = []
     for images, noise in zip(tensors["trajectory.images"], tensors["trajectory.noise"], strict=True):
         loss = model(images, noise).loss

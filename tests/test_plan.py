@@ -1,5 +1,7 @@
 """What comes when: order, crops, flips, jitter and masks as pure functions of a position."""
 
+import math
+import random
 import time
 import tracemalloc
 
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from scale_mae.data.plan import SUBSTITUTES, SamplePlan, fixed_size_crops, random_resized_crops
+from scale_mae.data.crops import fixed_size_crops, random_resized_crops
+from scale_mae.data.plan import SUBSTITUTES, SamplePlan
 from scale_mae.sections import DataConfig
 
 SIZE = (224, 224)
@@ -45,6 +48,7 @@ def test_plan_does_not_depend_on_how_a_batch_is_split(ranks, accumulation, micro
         (plan.samples(whole), [plan.samples(p) for p in parts]),
         (plan.mask_noise(whole, 9), [plan.mask_noise(p, 9) for p in parts]),
         (plan.jitter(whole, (0.4, 0.4, 0.4)), [plan.jitter(p, (0.4, 0.4, 0.4)) for p in parts]),
+        (plan.augment_seeds(whole), [plan.augment_seeds(p) for p in parts]),
         (
             plan.crops(whole, sizes, sizes, config, SIZE),
             [plan.crops(p, sizes[: len(p)], sizes[: len(p)], config, SIZE) for p in parts],
@@ -159,11 +163,51 @@ def test_crop_boxes_follow_torchvision(width, height):
     assert np.mean([crop.flip for crop in crops]) == pytest.approx(0.5, abs=0.03)
 
 
+def cut_crop(generator, width, height, scale, ratio):
+    """One crop as the paper's linear probe draws it, number by number."""
+    area = generator.uniform(*scale) * width * height
+    shape = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w = min(round(math.sqrt(area * shape)), width)
+    h = min(round(math.sqrt(area / shape)), height)
+    return generator.randrange(height - h + 1), generator.randrange(width - w + 1), h, w
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (500, 375), (33, 70), (400, 40)])
+def test_crops_of_one_draw_are_cut_to_the_image(width, height):
+    n, config, generator = 4000, DataConfig(augmentation="random_crop_once", crop_scale=(0.08, 1)), random.Random(0)
+    theirs = np.array([cut_crop(generator, width, height, config.crop_scale, config.crop_ratio) for _ in range(n)])
+    sizes, plan = (np.full(n, width), np.full(n, height)), SamplePlan(0, n, 8)
+    crops = plan.crops(np.arange(n), *sizes, config, SIZE)
+    ours = np.array([crop[:4] for crop in crops])
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    assert stats.ks_2samp(ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3]).pvalue > 1e-3
+    cut = np.mean((ours[:, 2] == height) | (ours[:, 3] == width))
+    assert cut == pytest.approx(np.mean((theirs[:, 2] == height) | (theirs[:, 3] == width)), abs=0.03)
+    assert np.mean([crop.flip for crop in crops]) == pytest.approx(0.5, abs=0.03)
+    again = DataConfig(augmentation="random_crop", crop_scale=config.crop_scale)
+    redrawn = np.array([crop[:4] for crop in plan.crops(np.arange(n), *sizes, again, SIZE)])
+    kept = (redrawn == ours).all(axis=1)
+    assert (ours[~kept, 2:] == [height, width]).any(axis=1).all()  # only what does not fit is another box
+
+
+def test_seeds_of_images_and_batches_are_streams_of_their_own():
+    plan, positions = SamplePlan(3, 100, 8), np.arange(20_000)
+    seeds = plan.augment_seeds(positions)
+    assert seeds.shape == (20_000, 2)
+    assert len(np.unique(seeds)) == 40_000  # no image shares one, and an image's two differ
+    batches = [plan.batch_seed(positions[i : i + 8]) for i in range(0, 4000, 8)]
+    assert len(set(batches)) == 500
+    assert all(0 <= seed < 2**63 for seed in batches)
+    assert plan.batch_seed(positions[16:24]) == plan.batch_seed(positions[16:20]) != SamplePlan(4, 100, 8).batch_seed(positions)
+    assert not set(batches) & set((seeds >> np.uint64(1)).ravel().tolist())
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_every_box_lies_inside_its_image(width, height, position):
     plan, sizes = SamplePlan(0, 10, 8), (np.array([width]), np.array([height]))
-    for augmentation in ("none", "fixed_crop", "random_crop"):
+    for augmentation in ("none", "fixed_crop", "random_crop", "random_crop_once"):
         for image_size in (SIZE, (64, 128)):
             config = DataConfig(augmentation=augmentation)
             ((top, left, h, w, _),) = plan.crops(np.array([position]), *sizes, config, image_size)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_engine import batch, small_mae
+from trainees import SmallClassifier, labelled
 
 from scale_mae.engine.recompute import apply_recompute
 
@@ -32,6 +33,41 @@ def test_gradients_are_those_without_recomputation(policy):
 def test_policies_recompute_what_they_say():
     executions = {policy: gradients(policy)[1] for policy in POLICIES}
     assert executions == {"none": 6, "full": 12, "every_k": 9, "selective": 12, "offload": 12}
+
+
+def drop_path_gradients(policy, seed=3, draws_random=True, compiled=False):
+    """Of two micro-batches of a model that leaves out branches of its blocks at random."""
+    model = SmallClassifier(drop_path=0.5)
+    apply_recompute(model.recomputable, policy, every=2, draws_random=draws_random)
+    if compiled:
+        for block in model.recomputable:
+            block.compile(backend="aot_eager")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in range(2):
+            model(*labelled(step)).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()} | {"next": torch.rand(1)}
+
+
+def differing(one, other):
+    return [name for name in one if not torch.allclose(one[name], other[name], atol=1e-7, rtol=1e-5)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_dropped_at_random_is_dropped_again(policy):
+    expected = drop_path_gradients("none")
+    assert not differing(expected, drop_path_gradients(policy))
+    assert differing(expected, drop_path_gradients(policy, seed=4))
+
+
+@pytest.mark.parametrize("policy", ["full", "every_k", "selective"])
+def test_generator_states_are_kept_only_where_they_are_needed(policy):
+    assert differing(drop_path_gradients("none"), drop_path_gradients(policy, draws_random=False))
+
+
+def test_what_is_dropped_at_random_is_dropped_again_when_compiled():
+    torch._dynamo.reset()
+    assert not differing(drop_path_gradients("none"), drop_path_gradients("full", compiled=True))
 
 
 def saved_bytes(policy):

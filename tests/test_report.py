@@ -435,7 +435,11 @@ def test_what_a_run_lacks_is_said(browser, tmp_path, kind):
     text = browser.evaluate("document.body.innerText")
     wanted = {
         "empty": ["Nothing has been logged yet", "No checkpoint is kept", "Nothing has been exported"],
-        "old": ["Where time went is not in this log", "no numbers for: Learning rate, Gradient norm, Throughput"],
+        "old": [
+            "how often the run was started again is not known",
+            "Where time went is not in this log",
+            "no numbers for: Learning rate, Gradient norm, Throughput",
+        ],
         "no config": ["The config is not known: config.yaml is missing", "Hardware, versions and command are not known"],
     }[kind]
     for words in [*wanted, "No process hours", "Energy is not in this log", "No restart, no rollback"]:

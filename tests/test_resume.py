@@ -19,7 +19,7 @@ from torch import nn
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, ConfigError
 from scale_mae.engine import TAG
-from scale_mae.engine.optim import Schedule, parameter_names
+from scale_mae.engine.optim import Schedule
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import Size
 
@@ -83,7 +83,7 @@ def train(engine, ranks, config, steps, spoil=()):
 
 
 def save(engine, folder, step=SAVED):
-    return engine.save(folder, {"step": step, "parameter_groups": engine.names})
+    return engine.save(folder, {"step": step})
 
 
 def build(config, ranks, size=TINY):
@@ -92,11 +92,7 @@ def build(config, ranks, size=TINY):
     from scale_mae.engine.deepspeed import Engine
 
     get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes it on a CPU, slowly
-    model = Odd(size)
-    names = parameter_names(model)
-    engine = Engine(model, config, ranks)
-    engine.names = names
-    return engine
+    return Engine(Odd(size), config, ranks)
 
 
 def check_weights(engine, folder):
@@ -113,12 +109,12 @@ def check_weights(engine, folder):
 
 def check_padding(engine, ranks):
     """What belongs to no parameter is zero; what belongs to one is there once, over all ranks."""
-    from scale_mae.checkpoint.resume import MOMENTS, holdings
+    from scale_mae.checkpoint.resume import holdings
 
     held = []
     for holder, slices in holdings(engine._engine, ranks.rank):
         state = engine._engine.basic_optimizer.state[holder]
-        for values in (holder, *(state[key] for key in MOMENTS if state)):
+        for values in (holder, *(state[key] for key in KEYS[1:] if state)):
             rest = values.detach().clone().view(-1)
             for part in slices:
                 rest[part.offset : part.offset + part.stop - part.start] = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scale_mae import history
 from scale_mae.cli import main
 from scale_mae.config import UserError, load_config
 from scale_mae.slurm.runs import duration, find_runs, show, standing
@@ -294,6 +295,24 @@ def test_a_table_of_runs(folder, capsys):
     for wanted in ("runs/one", "failed: loss is not finite at step 31", "30 of 60 (50%)", "0.2500", "100", "2 h 1 min"):
         assert wanted in one
     assert "not started" in two
+
+
+def test_restarts_are_those_of_the_history(folder, capsys):
+    """Not every restart resumes: a run that had saved nothing begins anew, and counts all the same."""
+    (folder / "config.yaml").write_text("")
+    assert standing(folder).restarts == 0
+    (folder / "log.jsonl").write_text('{"step": 3}\n')
+    (folder / "log.txt").write_text("resumed from a.pth\n")
+    show([standing(folder)])
+    assert re.search(r"restarts +-\n", capsys.readouterr().out)  # nothing that counted them
+    for number in range(3):
+        history.append(folder, "start", step=0, restarts=number)
+    history.append(folder, "start", step=0, restarts="many")
+    history.append(folder, "stop", step=4)
+    assert standing(folder).restarts == 2
+    (folder / history.FILE).unlink()
+    (folder / history.FILE).mkdir()  # cannot be read
+    assert standing(folder).restarts is None
 
 
 def test_durations():

@@ -82,14 +82,23 @@ def first_model(config: Config, ranks: World, notes: list[str], *, resumed: bool
     Raises:
         UserError: they are not there, do not fit, or are not the same for all processes.
     """
-    model, source = model_from_config(config), config.model.init_from
-    if source and not resumed:
-        found = ranks.on_main(lambda: locate_weights(source, notes.append))
-        note = ranks.together(lambda: begin_with(model, read_weights(found)))
-        if len(set(ranks.gather(note))) > 1:
-            raise UserError(f"model.init_from={source}: the processes found different weights there")
-        notes.append(note)
+    model = model_from_config(config)
+    if config.model.init_from and not resumed:
+        notes.append(begin_everywhere(config.model.init_from, ranks, notes, lambda weights: begin_with(model, weights)))
     return model
+
+
+def begin_everywhere(source: str, ranks: World, notes: list[str], begin: Callable[[Weights], str]) -> str:
+    """Fill a model on every process; what ``begin`` said.
+
+    Raises:
+        UserError: the weights are not there, do not fit, or are not the same for all processes.
+    """
+    found = ranks.on_main(lambda: locate_weights(source, notes.append))
+    note = ranks.together(lambda: begin(read_weights(found)))
+    if len(set(ranks.gather(note))) > 1:
+        raise UserError(f"model.init_from={source}: the processes found different weights there")
+    return note
 
 
 def initial_model(config: Config, warn: Callable[[str], None]) -> tuple[MAE, str]:

@@ -138,11 +138,12 @@ def _checkpoint(checkpoint: Path) -> Report:
         return report | {"bytes": bytes_in([checkpoint]), "versions": manifest.versions, PROBLEM: str(error)}
     groups = [
         {
-            "weight decay": decay,
+            "weight decay": group["weight_decay"],
+            **({"learning rate x": group["lr_scale"]} if group.get("lr_scale", 1.0) != 1 else {}),
             "tensors": len(names),
             "parameters": sum(torch.Size(reader.shape(n)).numel() for n in names),
         }
-        for names, decay in zip(reader.state["parameter_groups"], (0.0, config.optim.weight_decay), strict=True)
+        for names, group in zip(reader.state["parameter_groups"], reader.groups, strict=True)
     ]
     counted = counts({n: torch.empty(reader.shape(n), dtype=reader.dtype(n), device="meta") for n in reader})
     return report | {

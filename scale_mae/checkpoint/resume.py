@@ -11,7 +11,7 @@ where. What DeepSpeed keeps to itself is known here alone:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.zero_reader import ZeroReader
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXCHANGED_AT_ONCE = 2**24  # values
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's loss scalers, where they have them
 
 
@@ -50,7 +50,7 @@ class Slice:
 
 
 def holdings(engine: Any, rank: int) -> Iterator[tuple[Tensor, list[Slice]]]:
-    """The fp32 tensors that a process's AdamW updates, and what they hold; values in no slice are padding.
+    """The fp32 tensors that a process's optimizer updates, and what they hold; values in no slice are padding.
 
     Args:
         engine: DeepSpeed's.
@@ -117,15 +117,16 @@ def _round(optimizer: Any) -> None:
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
 
-def open_for(engine: Any, folder: Path) -> ZeroReader:
-    """A checkpoint that fits the model.
+def open_for(engine: Any, folder: Path, keys: Sequence[str]) -> ZeroReader:
+    """A checkpoint that fits the model and its optimizer.
 
     Args:
         engine: DeepSpeed's.
         folder: of DeepSpeed's files.
+        keys: the optimizer's names of what it keeps beside each master.
 
     Raises:
-        CheckpointError: it cannot be read, or names, shapes or step counts do not fit.
+        CheckpointError: it cannot be read, or names, shapes, step counts or the optimizer's states do not fit.
     """
     reader = ZeroReader(folder)
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
@@ -144,6 +145,9 @@ def open_for(engine: Any, folder: Path) -> ZeroReader:
     if len(steps) > 1:
         (one, name), (other, another) = list(steps.items())[:2]
         raise CheckpointError(f"{folder}: {name} has had {one} updates, {another} {other}; it is not of one run")
+    if None not in steps:
+        for key in keys:
+            reader.flat(reader.parameters[0], key, stop=1)
     return reader
 
 
@@ -158,7 +162,7 @@ def _buffers(engine: Any, reader: ZeroReader) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def fill(engine: Any, reader: ZeroReader, rank: int) -> None:
+def fill(engine: Any, reader: ZeroReader, rank: int, keys: Sequence[str]) -> None:
     """Give this process's masters, moments, step counts, buffers and counters the values of a checkpoint.
 
     Only the slices that it holds are read, one tensor's at a time. No process waits for another; :func:`publish` does, and must
@@ -168,6 +172,7 @@ def fill(engine: Any, reader: ZeroReader, rank: int) -> None:
         engine: DeepSpeed's; padding is zero, and stays so.
         reader: from :func:`open_for`.
         rank: of the process.
+        keys: as there.
     """
     step = reader.optimizer_step(reader.parameters[0])
     states = engine.basic_optimizer.state
@@ -175,10 +180,10 @@ def fill(engine: Any, reader: ZeroReader, rank: int) -> None:
     for holder, held in holdings(engine, rank):
         targets = {"fp32": holder.detach()}
         if step is not None:  # moments begin to exist with the first update
-            targets |= {key: torch.zeros_like(targets["fp32"]) for key in MOMENTS}
-            # fused AdamW counts on the device of the parameter
+            targets |= {key: torch.zeros_like(targets["fp32"]) for key in keys}
+            # fused AdamW and LARS count on the device of the parameter
             count = torch.tensor(step, dtype=torch.float32, device=holder.device)
-            states[holder] = {"step": count} | {key: targets[key] for key in MOMENTS}
+            states[holder] = {"step": count} | {key: targets[key] for key in keys}
         for part in held:
             for key, target in targets.items():
                 part.of(target).copy_(reader.flat(part.name, key, part.start, part.stop))
@@ -208,6 +213,26 @@ def publish(engine: Any, rank: int) -> None:
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for p, master in zip(group, masters, strict=True):
                 p.copy_(master)
+
+
+@torch.no_grad()
+def exchange(engine: Any, rank: int, key: str) -> None:
+    """Let masters and one of the optimizer's states change places, and publish; twice changes nothing. All processes call it.
+
+    Args:
+        engine: DeepSpeed's.
+        rank: of the process.
+        key: the optimizer's name of the state; before the first update there is none, and nothing changes.
+    """
+    states = engine.basic_optimizer.state
+    for holder, _ in holdings(engine, rank):
+        if holder in states:
+            flat = [t.detach().view(-1).split(_EXCHANGED_AT_ONCE) for t in (holder, states[holder][key])]
+            for one, other in zip(*flat, strict=True):
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+    publish(engine, rank)
 
 
 def counters(engine: Any) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Layout:
         """The state of the optimizer that DeepSpeed wraps."""
         raise NotImplementedError
 
+    def settings(self) -> list[dict[str, Any]]:
+        """The optimizer's groups; none where DeepSpeed wrote with "elastic_checkpoint"."""
+        base = self._base(0)
+        return [] if isinstance(base, list) else list(base.get("param_groups", []))
+
     def state(self, rank: int, group: int) -> dict[str, Any]:
         """The optimizer's state of a vector: ``step``, ``exp_avg``, ...; empty before its first update."""
         base = self._base(rank)

@@ -172,6 +172,11 @@ class ZeroReader(Mapping[str, Tensor]):
         step = self._layout.state(rank, group).get("step")
         return None if step is None else float(step)
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters: their settings, ``weight_decay`` for instance, not their parameters."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._layout.settings()]
+
     def release(self) -> None:
         """Give the memory of what was read back to the system.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scale_mae.data import pillow
+from scale_mae.data.crops import Ints
 from scale_mae.data.decoders import Decoder
 from scale_mae.data.failures import Failure
 from scale_mae.data.index import Index
 from scale_mae.data.pillow import Crop
-from scale_mae.data.plan import Ints, SamplePlan
+from scale_mae.data.plan import SamplePlan
+from scale_mae.data.randaugment import RandAugment, on_host
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import Threads
 from scale_mae.resources import available_cores, available_memory, processes_here
@@ -37,17 +40,19 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 ``[B, H, W, 3]``.
-        noise: for the masks, fp32 ``[B, L]``.
+        noise: for the masks, fp32 ``[B, L]``; None where L is 0.
         jitter: of the colours, fp32 ``[B, 6]``, or None.
         samples: rows of the index, ``[B]``, after any replacement.
         failures: images that had to be replaced.
+        seed: in [0, 2^63), of what else is drawn for this forward pass.
     """
 
     images: Tensor
-    noise: Tensor
+    noise: Tensor | None
     jitter: Tensor | None
     samples: Ints
     failures: Sequence[Failure]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,10 @@ class Loader:
         index: the images.
         plan: their order.
         share: which of them are this process's.
-        config: crops, threads, prefetch.
+        config: crops, RandAugment, threads, prefetch.
         decoder: see :mod:`scale_mae.data.decoders`.
         image_size: (height, width) in pixels.
-        patches: L, for the mask noise.
+        patches: L, for the mask noise; 0 where there are no masks.
         pin_memory: page-locked host memory, for asynchronous copies to a GPU.
         warn: told when storage does not answer.
     """
@@ -111,20 +116,29 @@ class Loader:
         ahead = self.config.prefetch or default_prefetch(self.share.micro_batch, threads, self.image_size)
         # planning has a thread of its own, so that the others never run out of images while a batch is put together
         pool, planner, assembler = Threads(threads, "decode"), Threads(1, "plan"), Threads(1, "batch")
+        # and so has RandAugment, because storage may keep all the decoding ones waiting
+        painters = Threads(threads if self._augment else 0, "augment")
         futures = (
-            assembler.submit(self._assemble, planner.submit(self._stage, positions, pool, threads))
+            assembler.submit(self._assemble, planner.submit(self._stage, positions, pool, threads), painters, threads)
             for positions in self._positions(first_step, last_step)
         )
         try:
             pending = deque(islice(futures, ahead))
             while pending:
-                batch = pending.popleft().result()
+                batch, changes = pending.popleft().result()
+                for change in changes:
+                    change.result()
                 pending.extend(islice(futures, 1))
                 yield batch
         finally:
-            for each in (assembler, planner, pool):
+            for each in (assembler, planner, pool, painters):
                 each.close()
             self.decoder.close()
+
+    @functools.cached_property
+    def _augment(self) -> RandAugment | None:
+        policy = self.config.randaugment
+        return RandAugment(policy, self.config.mean) if policy else None
 
     def _positions(self, first_step: int, last_step: int) -> Iterator[Ints]:
         share = self.share
@@ -165,24 +179,30 @@ class Loader:
         error = ImageError(Status.UNREADABLE, f"no answer for {sum(PATIENCE):g} s")
         return [error if result is None else result for chunk, _ in tasks for result in chunk.results]
 
-    def _assemble(self, staged: Future[_Staged]) -> Batch:
+    def _assemble(self, staged: Future[_Staged], painters: Threads, threads: int) -> tuple[Batch, list[Future[None]]]:
+        """A batch, and what has to be done before its images are final."""
         positions, samples, tasks = staged.result()
         prepared = self._collect(tasks)
         rows = [row for row, result in enumerate(prepared) if not isinstance(result, ImageError)]
         errors = {row: result for row, result in enumerate(prepared) if isinstance(result, ImageError)}
         images, late = self.decoder.finish([prepared[row] for row in rows]) if rows else (None, {})
+        if self._augment and images is not None and images.is_cuda:
+            images = on_host(images)
         errors |= {rows[place]: error for place, error in late.items()}
         failures: list[Failure] = []
         if errors or images is None:
             images, failures = self._replace(positions, samples, images, rows, errors)
-        noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches))
+        noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches)) if self.patches else None
         jitter = None
         if self.config.augmentation == "random_crop_jitter":
             jitter = torch.from_numpy(self.plan.jitter(positions, self.config.jitter))
         if self.pin_memory:
-            noise, jitter = noise.pin_memory(), jitter.pin_memory() if jitter is not None else None
+            noise, jitter = (None if drawn is None else drawn.pin_memory() for drawn in (noise, jitter))
             images = images if images.is_cuda else images.pin_memory()
-        return Batch(images, noise, jitter, samples, failures)
+        changes: list[Future[None]] = []
+        if self._augment:
+            changes = self._augment.start(images, self.plan.augment_seeds(positions), painters, 4 * threads)
+        return Batch(images, noise, jitter, samples, failures, self.plan.batch_seed(positions)), changes
 
     def _replace(
         self, positions: Ints, samples: Ints, decoded: Tensor | None, rows: Sequence[int], errors: dict[int, ImageError]

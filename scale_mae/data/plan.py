@@ -1,4 +1,4 @@
-"""What comes when: sample order, crop boxes, flips, colour jitter and mask noise as pure functions of a position.
+"""What comes when: sample order, crop boxes, flips, colour jitter, mask noise and more seeds as pure functions of a position.
 
 A run consumes positions 0, 1, 2, ...: row ``r`` of step ``s`` is position ``s * global_batch + r``. Everything random about
 a position is computed from (seed, position), so that nothing has to be remembered: resuming needs the step number only, and
@@ -17,16 +17,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from scale_mae.data.crops import NUMBERS, Floats, Ints, clipped_crops, fixed_size_crops, random_resized_crops
 from scale_mae.data.pillow import Crop
 from scale_mae.sections import DataConfig
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
-_ORDER, _CROP, _MASK, _JITTER, _SUBSTITUTE = range(5)  # independent random streams
+_ORDER, _CROP, _MASK, _JITTER, _SUBSTITUTE, _AUGMENT, _BATCH = range(7)  # independent random streams
 _ROUNDS = 6
-_TRIES = 10  # of torchvision's RandomResizedCrop
-_FIXED = 0.875  # share of the short side that a fixed-size crop takes: 224 of 256
 SUBSTITUTES = 16
 
 
@@ -91,8 +88,9 @@ class SamplePlan:
     ) -> list[Crop]:
         """Crop boxes and flips: the augmentations of the paper's table 1e.
 
-        ``random_crop`` is distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip; ``fixed_crop`` takes 7/8
-        of the short side (224 of 256) at a random place; ``none`` the same at the centre, never flipped.
+        ``random_crop`` is distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip; ``random_crop_once`` is its
+        first try, cut to the image; ``fixed_crop`` takes 7/8 of the short side (224 of 256) at a random place; ``none`` the
+        same at the centre, never flipped.
 
         Args:
             positions: ``[n]``, ascending.
@@ -101,9 +99,11 @@ class SamplePlan:
             config: kind of augmentation, scale, ratio and probability of a flip.
             image_size: (height, width) that the box is resized to; gives the shape of boxes that are not random.
         """
-        u = self._uniforms(_CROP, positions, 2 * _TRIES + 3)
+        u = self._uniforms(_CROP, positions, NUMBERS + 1)
         if config.augmentation in ("random_crop", "random_crop_jitter"):
             boxes = random_resized_crops(u[:, :-1], widths, heights, config.crop_scale, config.crop_ratio)
+        elif config.augmentation == "random_crop_once":
+            boxes = clipped_crops(u[:, :-1], widths, heights, config.crop_scale, config.crop_ratio)
         else:
             place = u[:, -3:-1] if config.augmentation == "fixed_crop" else np.full((len(u), 2), 0.5)
             boxes = fixed_size_crops(place, widths, heights, image_size)
@@ -117,6 +117,14 @@ class SamplePlan:
         low = np.maximum(0, 1 - np.array(strength))
         u[:, :3] = low + u[:, :3] * (1 + np.array(strength) - low)
         return u.astype(np.float32)
+
+    def augment_seeds(self, positions: Ints) -> Words:
+        """Two seeds of the random changes of each image, ``[n, 2]``: see :mod:`scale_mae.data.randaugment`."""
+        return self._words(_AUGMENT, positions, 2)[:, :2]
+
+    def batch_seed(self, positions: Ints) -> int:
+        """A seed, in [0, 2^63), of what is drawn for a forward pass as a whole; it is its first position's."""
+        return int(self._words(_BATCH, positions[:1], 1)[0, 0] >> np.uint64(1))
 
     def mask_noise(self, positions: Ints, patches: int) -> NDArray[np.float32]:
         """A uniform number for each patch of each image, ``[n, patches]``: fresh at every position of the run."""
@@ -182,72 +190,3 @@ def _add(x: Words, random: Words, modulus: np.uint64) -> Words:
     total: Words = x + ((random >> np.uint64(32)) * modulus >> np.uint64(32))
     total -= modulus * (total >= modulus)
     return total
-
-
-def random_resized_crops(
-    u: Floats,
-    widths: NDArray[np.integer],
-    heights: NDArray[np.integer],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Ints:
-    """Boxes (top, left, height, width) as torchvision's RandomResizedCrop draws them, from given uniform numbers.
-
-    Args:
-        u: ``[n, 22]`` in [0, 1): ten tries of (area, aspect ratio), then top and left.
-        widths: of the images in pixels, ``[n]``.
-        heights: likewise.
-        scale: least and largest share of the area.
-        ratio: least and largest width / height.
-
-    Returns:
-        ``[n, 4]`` integers.
-    """
-    width, height = widths.astype(np.int64), heights.astype(np.int64)
-    boxes = np.empty((len(u), 4), np.int64)
-    w, h, fits = _tries(u[:, :2], width, height, scale, ratio)
-    again = np.flatnonzero(~fits)  # most first tries fit, so the others are drawn for few
-    if len(again):
-        w[again], h[again], fits[again] = _tries(u[again, 2 : 2 * _TRIES], width[again], height[again], scale, ratio)
-    boxes[:, 0] = u[:, -2] * (height - h + 1)
-    boxes[:, 1] = u[:, -1] * (width - w + 1)
-    boxes[:, 2], boxes[:, 3] = h, w
-    for i in np.flatnonzero(~fits):  # ten misses: the largest centred box within the allowed ratios
-        shape = width[i] / height[i]
-        w_i = round(height[i] * ratio[1]) if shape > ratio[1] else width[i]
-        h_i = round(width[i] / ratio[0]) if shape < ratio[0] else height[i]
-        boxes[i] = (height[i] - h_i) // 2, (width[i] - w_i) // 2, h_i, w_i
-    return boxes
-
-
-def _tries(u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Ints, ...]:
-    """The first box that fits among those which ``u``, ``[n, 2 * tries]``, gives: width, height, whether any did."""
-    areas = (width * height)[:, None] * (scale[0] + u[:, 0::2] * (scale[1] - scale[0]))
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    ratios = np.exp(low + u[:, 1::2] * (high - low))
-    w = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
-    h = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-    rows, first = np.arange(len(u)), fits.argmax(axis=1)
-    return w[rows, first], h[rows, first], fits[rows, first]
-
-
-def fixed_size_crops(
-    place: Floats, widths: NDArray[np.integer], heights: NDArray[np.integer], image_size: tuple[int, int]
-) -> Ints:
-    """Boxes (top, left, height, width) with the shape of the result, 7/8 of the largest that fits.
-
-    Args:
-        place: ``[n, 2]`` in [0, 1]: vertical and horizontal place, 0.5 is the centre.
-        widths: of the images in pixels, ``[n]``.
-        heights: likewise.
-        image_size: (height, width) whose shape the boxes have.
-
-    Returns:
-        ``[n, 4]`` integers.
-    """
-    sizes = np.stack([heights, widths], axis=1).astype(np.int64)
-    share = _FIXED * (sizes / np.array(image_size)).min(axis=1, keepdims=True)
-    box = np.rint(share * np.array(image_size)).astype(np.int64).clip(1, sizes)
-    corner = np.minimum((place * (sizes - box + 1)).astype(np.int64), sizes - box)
-    return np.concatenate([corner, box], axis=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +19,12 @@ from torch import Tensor
 from scale_mae.checkpoint import resume
 from scale_mae.config import Config, ConfigError
 from scale_mae.engine import TAG
+from scale_mae.engine.average import EMA, MovingAverage
 from scale_mae.engine.distributed import World
 from scale_mae.engine.finite import FiniteGuard
-from scale_mae.engine.optim import build_adamw
+from scale_mae.engine.optim import build_optimizer, parameter_groups, set_lr, states_kept
 from scale_mae.engine.recompute import apply_recompute
-from scale_mae.model.mae import MAE
+from scale_mae.engine.trainee import Trainee
 
 
 def engine_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -64,29 +66,33 @@ class Engine:
         config: precision, clipping, optimizer, sharding, recomputation.
         world: the processes.
 
+    Attributes:
+        model: the same module, for use in :meth:`evaluating`; ZeRO-3 gathers weights where modules are called.
+
     Raises:
         ConfigError: a precision that the device lacks, or a DeepSpeed file that it refuses.
     """
 
-    def __init__(self, model: MAE, config: Config, world: World) -> None:
+    def __init__(self, model: Trainee, config: Config, world: World) -> None:
         self.config, self.world = config, world
         if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError(f"train.precision=fp16 is not supported by this {world.device.type}; use bf16 or fp32")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # DeepSpeed would compile a shared-memory collective at every start on a CPU; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        blocks = [*model.blocks, *model.decoder_blocks]
-        apply_recompute(blocks, config.train.recompute, config.train.recompute_every)
+        blocks = model.recomputable
+        apply_recompute(blocks, config.train.recompute, config.train.recompute_every, draws_random=model.draws_random)
         if config.engine.compile:
             for block in blocks:
                 block.compile()
-        self.model = model.to(world.device)
+        self.model: Trainee = model.to(world.device)
+        self._names = [group.names for group in parameter_groups(self.model, config.optim)]  # DeepSpeed cuts them up
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._engine, self._optimizer, _, _ = deepspeed.initialize(
                     model=self.model,
-                    optimizer=build_adamw(self.model, config.optim),
+                    optimizer=build_optimizer(self.model, config.optim),
                     config=engine_json(config, world.size),
                     dist_init_required=False,
                 )
@@ -107,6 +113,8 @@ class Engine:
         self._own_norm = torch.zeros(())
         norm = (lambda: self._own_norm) if self._plain else (lambda: self._optimizer._global_grad_norm)
         self._guard = FiniteGuard(self._engine.basic_optimizer, norm, world.device)
+        if config.optim.ema:
+            MovingAverage(self._engine.basic_optimizer, config.optim.ema)
         resume.clear_padding(self._engine, world.rank)
 
     @property
@@ -129,9 +137,9 @@ class Engine:
         """Steps left out so far; those of fp16 overflows too. Reading it waits for the accelerator."""
         return int(self._guard.total)
 
-    def forward_backward(self, images_B3HW: Tensor, noise_BL: Tensor) -> Tensor:
+    def forward_backward(self, *inputs: Tensor) -> Tensor:
         """Add the gradients of one micro-batch; its loss, a scalar on the device, not waited for."""
-        loss: Tensor = self._engine(images_B3HW, noise_BL).loss
+        loss: Tensor = self._engine(*inputs).loss
         self._engine.backward(loss * self.loss_scale if self._scales_loss else loss)
         return loss.detach()
 
@@ -140,12 +148,11 @@ class Engine:
         finite.
 
         Args:
-            lr: learning rate of this update.
+            lr: learning rate of this update, of which each group of parameters has its multiple.
             want_norm: return the global norm of the unclipped gradients (this waits for the accelerator); only with the
                 last micro-batch. None when it is not finite.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._plain:
             self._own_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -157,6 +164,28 @@ class Engine:
             return None
         norm = float(self._own_norm if self._plain else self._engine.get_global_grad_norm())
         return norm / scale if 0 <= norm < float("inf") else None
+
+    @contextmanager
+    def evaluating(self, ema: bool = False) -> Iterator[None]:
+        """``model`` in evaluation mode, without gradients, between two steps. All processes enter and leave it.
+
+        Args:
+            ema: with the moving average in place of the trained weights, which come back bit for bit at the end. Nothing can be
+                saved meanwhile. Before the first step the average is the weights.
+
+        Raises:
+            ValueError: ``optim.ema`` keeps no average.
+        """
+        if ema and not self.config.optim.ema:
+            raise ValueError("there is no moving average of the weights without optim.ema")
+        with ExitStack() as back, torch.no_grad():
+            back.callback(self.model.train, self.model.training)
+            self.model.eval()
+            if ema:
+                # values change places, so that no memory is taken and what DeepSpeed points to stays where it is
+                resume.exchange(self._engine, self.world.rank, EMA)
+                back.callback(resume.exchange, self._engine, self.world.rank, EMA)
+            yield
 
     def weights_are_finite(self) -> bool:
         """Whether this process's weights hold no NaN and no infinity."""
@@ -199,7 +228,7 @@ class Engine:
             patch.object(engine, "_copy_recovery_script"),  # scale-mae convert does that work
         ):
             engine.skipped_steps = self.skipped_steps
-            client = {"scale_mae": state | {"engine": resume.counters(engine)}}
+            client = {"scale_mae": state | {"engine": resume.counters(engine), "parameter_groups": self._names}}
             engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
         for problem in problems:
             raise problem if isinstance(problem, OSError) else OSError(_what_it_is(problem)) from problem
@@ -216,9 +245,9 @@ class Engine:
         Raises:
             CheckpointError: it cannot be read, or is not of this model; raised on all processes.
         """
-        engine, rank = self._engine, self.world.rank
-        reader = self.world.together(lambda: resume.open_for(engine, folder / TAG))
-        self.world.together(lambda: resume.fill(engine, reader, rank))
+        engine, rank, keys = self._engine, self.world.rank, states_kept(self.config.optim)
+        reader = self.world.together(lambda: resume.open_for(engine, folder / TAG, keys))
+        self.world.together(lambda: resume.fill(engine, reader, rank, keys))
         resume.publish(engine, rank)
         self._guard.total.fill_(max(self.skipped_steps, engine.skipped_steps))  # going back does not undo what was counted
         return reader.state

@@ -1,15 +1,18 @@
-"""The optimizer: which parameters decay, and the learning rate as a pure function of the step."""
+"""The optimizer: which parameters decay, which learn slower, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from scale_mae.config import Config, UserError
+from scale_mae.engine.average import EMA
+from scale_mae.engine.lars import LARS, MOMENTUM
+from scale_mae.engine.trainee import Trainee
 from scale_mae.sections import OptimConfig
 
 
@@ -19,22 +22,77 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def parameter_names(model: nn.Module) -> list[list[str]]:
-    """Names in two groups, without and with decay, each in the model's order."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [[n for n, p in named if decays(n, p) == wanted] for wanted in (False, True)]
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike.
+
+    Attributes:
+        names: in the model's order.
+        weight_decay: of all of them.
+        lr_scale: their multiple of the learning rate.
+    """
+
+    names: list[str]
+    weight_decay: float
+    lr_scale: float
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of :func:`parameter_names` as an optimizer takes them."""
-    without, with_decay = ([model.get_parameter(n) for n in names] for names in parameter_names(model))
-    return [{"params": without, "weight_decay": 0.0}, {"params": with_decay, "weight_decay": weight_decay}]
+def parameter_groups(model: Trainee, config: OptimConfig) -> list[Group]:
+    """Groups without weight decay, then those with it; of each kind, by multiple of the learning rate, in the model's order.
+
+    A multiple is ``layer_decay`` to the power of the layers above (Bao et al. 2022, BEiT), times the model's own ``lr_scales``.
+    """
+    exempt, scales, depth = model.no_weight_decay(), model.lr_scales(), 0
+    if config.layer_decay != 1:
+        depth = sum(1 for _ in model.get_submodule("blocks").children())
+    found: dict[bool, dict[float, list[str]]] = {False: {}, True: {}}
+    for name, parameter in model.named_parameters():
+        above = depth + 1 - _layer(name, depth)
+        scale = config.layer_decay**above * scales.get(name, 1.0)
+        decaying = decays(name, parameter) and name not in exempt
+        found[decaying].setdefault(scale, []).append(name)
+    return [
+        Group(names, config.weight_decay if decaying else 0.0, scale)
+        for decaying, by_scale in found.items()
+        for scale, names in by_scale.items()
+    ]
 
 
-def build_adamw(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`; its learning rate is set before every step."""
-    groups = parameter_groups(model, config.weight_decay)
+def _layer(name: str, depth: int) -> int:
+    """0 for what makes tokens of an image, 1 for the first block, ``depth + 1`` for what follows the last."""
+    first, _, rest = name.partition(".")
+    if first in ("cls_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(rest.split(".")[0]) + 1 if first == "blocks" else depth + 1
+
+
+def build_optimizer(model: Trainee, config: OptimConfig, *, fused: bool = True) -> Optimizer:
+    """AdamW or LARS over :func:`parameter_groups`; its learning rate is set before every step.
+
+    Args:
+        model: on its device.
+        config: which one, and its settings.
+        fused: AdamW's fused form.
+    """
+    groups = [
+        {"params": [model.get_parameter(n) for n in g.names], "weight_decay": g.weight_decay, "lr_scale": g.lr_scale}
+        for g in parameter_groups(model, config)
+    ]
+    if config.name == "lars":
+        return LARS(groups, momentum=config.momentum, trust=config.trust)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every group of :func:`build_optimizer` its multiple of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def states_kept(config: OptimConfig) -> tuple[str, ...]:
+    """Names of the tensors, as large as the parameters, that the optimizer keeps beside them."""
+    moments = (MOMENTUM,) if config.name == "lars" else ("exp_avg", "exp_avg_sq")
+    return (*moments, EMA) if config.ema else moments
 
 
 @dataclass(frozen=True)

@@ -39,37 +39,40 @@ def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 def _recomputed(block: nn.Module, **options: Any) -> None:
     # A function of this file, not a partial of torch's: torch.compile passes over frames of torch and would compile nothing.
-    # The blocks draw no random numbers (MAE has no dropout), so no generator state needs keeping.
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(type(self).forward, self, x, use_reentrant=False, preserve_rng_state=False, **options)
+        out: Tensor = checkpoint(type(self).forward, self, x, use_reentrant=False, **options)
         return out
 
     block.forward = MethodType(forward, block)  # in place: names of parameters stay
 
 
-def apply_recompute(blocks: list[nn.Module], policy: str, every: int = TrainConfig().recompute_every) -> None:
+def apply_recompute(
+    blocks: list[nn.Module], policy: str, every: int = TrainConfig().recompute_every, *, draws_random: bool = False
+) -> None:
     """Set the policy of transformer blocks, in place.
 
     Args:
-        blocks: encoder and decoder blocks in order.
+        blocks: in the order in which they run.
         policy: see this module's text.
         every: k of ``every_k``.
+        draws_random: blocks draw random numbers: the generator's state is kept, so that they draw the same again.
 
     Raises:
         ValueError: unknown policy.
     """
+    recomputed = partial(_recomputed, preserve_rng_state=draws_random)
     if policy == "full":
         for block in blocks:
-            _recomputed(block)
+            recomputed(block)
     elif policy == "every_k":
         for block in blocks[::every]:
-            _recomputed(block)
+            recomputed(block)
     elif policy == "selective":
         for block in blocks:
-            _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+            recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
     elif policy == "offload":
         for block in blocks:
-            checkpoint_wrapper(block, offload_to_cpu=True)
+            checkpoint_wrapper(block, offload_to_cpu=True)  # keeps the generator's state always
     elif policy != "none":
         raise ValueError(f"unknown recompute policy {policy!r}")
 

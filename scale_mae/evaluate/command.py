@@ -138,6 +138,7 @@ def knn(args: argparse.Namespace) -> int:
             subject.model.load_state_dict(begun)
             untrained = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
             tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
+            result.scores["untrained_top1"] = untrained.scores["top1"]
         _finish(result, args.out, ranks, tell)
     return 0
 

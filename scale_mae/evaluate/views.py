@@ -22,7 +22,14 @@ from scale_mae.resources import available_cores, processes_here
 AHEAD = 3  # batches
 REFERENCE_SIDE = 224  # up to it the reference scales the short side to 256/224 of the model's, above it to just that
 CONTENT_BITS = 128
-View = Callable[[bytes], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class View:
+    """How an encoded image becomes pixels, uint8 ``[side, side, 3]``."""
+
+    side: int
+    decode: Callable[[bytes], NDArray[np.uint8]]
 
 
 def reference_crop(size: int) -> float:
@@ -32,7 +39,7 @@ def reference_crop(size: int) -> float:
 
 def central_view(size: int, crop_pct: float | None) -> View:
     """Scales the short side, cuts out the central square; see :func:`scale_mae.data.pillow.decode_centre`."""
-    return lambda data: pillow.decode_centre(data, size, crop_pct)
+    return View(size, lambda data: pillow.decode_centre(data, size, crop_pct))
 
 
 def whole_view(size: int) -> View:
@@ -42,7 +49,7 @@ def whole_view(size: int) -> View:
         header = pillow.examine(data, decode_too=False)
         return pillow.decode(data, pillow.central_square(header.width, header.height), (size, size))
 
-    return decode
+    return View(size, decode)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
     def load(row: int) -> tuple[NDArray[np.uint8], int]:
         try:
             data = index.read(row)
-            return view(data), content_of(data, int(labels[row]))
+            return view.decode(data), content_of(data, int(labels[row]))
         except ImageError as error:
             raise DataError(f"{index.where(row)}: {error}; it belongs to the set, so nothing is told without it") from None
 

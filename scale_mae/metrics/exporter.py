@@ -25,7 +25,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.metrics.stopwatch import STILL, Stopwatch
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -44,6 +44,9 @@ GAUGES = {  # of the run: name -> (key of a log line, what it says)
     "checkpoint_step": ("checkpoint_step", "Step of the newest checkpoint."),
     "checkpoint_duration_seconds": ("checkpoint_duration_s", "What the newest checkpoint took until it had its name."),
     "checkpoint_size_bytes": ("checkpoint_bytes", "Size of the newest checkpoint."),
+    "validation_top1_ratio": ("val_top1", "Top-1 accuracy of the newest evaluation; of classifiers."),
+    "validation_top5_ratio": ("val_top5", "Top-5 accuracy of the newest evaluation; of classifiers."),
+    "validation_loss": ("val_loss", "Cross entropy of the newest evaluation, in nats; of classifiers."),
     "checkpoint_interval_seconds": ("checkpoint_interval_s", "Time between checkpoints, from the config and recent speed."),
 }
 COUNTERS = {  # of the run: name -> (count, what it says)
@@ -56,7 +59,7 @@ COUNTERS = {  # of the run: name -> (count, what it says)
     "checkpoints": ("checkpoints", "Checkpoints written."),
     "checkpoint_failures": ("checkpoint_failures", "Checkpoints lost."),
 }
-HISTOGRAM = ("step", "data_wait", "forward_backward", "optimizer", "checkpoint")
+HISTOGRAM = ("step", "data_wait", "forward_backward", "optimizer", *STILL)
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,11 @@ class Exporter(Collector):
         self._snapshot = (metrics, Counters(self._counters.values), dict(self._node.memory))
 
     def _announce(self) -> None:
-        """Write the entry for Prometheus, and take back those of nodes that this run no longer has."""
+        """Write the entry for Prometheus; take back those of nodes that the run no longer has and of others at this address."""
         number = str(self._node.number)
         labels = {"run": self._run.id, "node": number, "instance": f"{self._run.id}/node{number}"}
-        content = json.dumps([{"targets": [f"{address()}:{self.port}"], "labels": labels}]) + "\n"
+        here = f"{address()}:{self.port}"
+        content = json.dumps([{"targets": [here], "labels": labels}]) + "\n"
         try:
             self._entry.parent.mkdir(parents=True, exist_ok=True)
             staging = self._entry.with_name(f".{self._entry.name}.tmp")
@@ -167,10 +171,13 @@ class Exporter(Collector):
                 left = path.stem.rpartition("-node")[2]
                 if left.isdigit() and int(left) >= self._node.count:
                     path.unlink(missing_ok=True)
+            for path in self._entry.parent.glob("*-node*.json"):
+                if path != self._entry and _names(path, here):
+                    path.unlink(missing_ok=True)  # of a killed run; Prometheus would take our values for its
         except OSError as error:
             self.problems.append(
                 f"log.discovery_dir={self._entry.parent}: cannot be written ({error.strerror}); "
-                f"Prometheus does not learn of {address()}:{self.port}"
+                f"Prometheus does not learn of {here}"
             )
 
     def _of_the_node(self, memory: Metrics, counters: Counters) -> Iterator[Metric]:
@@ -225,11 +232,21 @@ class Exporter(Collector):
             failures.add_metric([cause], number)
         yield failures
         histogram = HistogramMetricFamily(
-            "scale_mae_step_seconds", "Time of a step; step is all but the checkpoint.", labels=["phase"]
+            "scale_mae_step_seconds", "Time of a step; step is all but checkpoint and evaluation.", labels=["phase"]
         )
         for phase in HISTOGRAM:
             histogram.add_metric([phase], *counters.histogram(f"step_seconds/{phase}"))
         yield histogram
+
+
+def _names(path: Path, target: str) -> bool:
+    """Whether a file is an exporter's entry, and names just this target; people may have put files of their own beside them."""
+    try:
+        (group,) = json.loads(path.read_text())
+        labels, targets = group["labels"], group["targets"]
+        return bool(targets == [target] and path.name == f"{labels['run']}-node{labels['node']}.json")
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # gone, or nobody's
 
 
 def _gauge(name: str, text: str, *labels: str, value: float | None = None) -> GaugeMetricFamily:

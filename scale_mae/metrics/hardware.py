@@ -8,44 +8,60 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-# Dense TFLOP/s, without sparsity, from NVIDIA's data sheet of each product (of GeForce cards: from the white paper of the
-# architecture, with fp32 accumulation). fp32 is torch's default, without TF32. None: the device has no bf16.
-# The first match counts, so longer names come first.
+# Dense TFLOP/s: half of what data sheets print for tensor cores "with sparsity". fp32 is without TF32, as torch multiplies
+# unless it is told otherwise; fp16 and bf16 accumulate in fp32, which matters for GeForce. None: the device has no bf16.
+# Each group names its sources, NVIDIA's where nothing else is said. "Not confirmed": neither the source nor anybody who quotes
+# it could be read; the figure follows from the chip, or others reckon with it. The first match counts: longer names first.
 PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     # name, fp32, bf16, fp16
-    ("GB200", 80.0, 2500.0, 2500.0),
+    # specifications of "HGX B300" and "HGX B200", a board's figures over its 8 GPUs, and of "GB200 NVL72", a rack's over 72. In
+    # fp32 the "Blackwell Architecture Technical Brief" has 80 for B200, 90 for GB200 at 1,200 W; B100 is its, not confirmed
+    ("GB200", 80.0, 2500.0, 2500.0),  # fp32 not confirmed
+    ("B300", 75.0, 2250.0, 2250.0),
     ("B200", 75.0, 2250.0, 2250.0),
     ("B100", 60.0, 1750.0, 1750.0),
-    ("GH200", 67.0, 989.4, 989.4),
-    ("H200 NVL", 60.0, 835.5, 835.5),
+    # "H100 Tensor Core GPU Datasheet", 989.4 being that of the white paper "H100 Tensor Core GPU Architecture"; "H200 Tensor
+    # Core GPU Datasheet". HBM2e is the PCIe card's; torch calls the SXM one "NVIDIA H100 80GB HBM3"
+    ("GH200", 67.0, 989.4, 989.4),  # "GH200 Grace Hopper Superchip Datasheet": not confirmed
+    ("H200 NVL", 60.0, 835.5, 835.5),  # not confirmed
     ("H200", 67.0, 989.4, 989.4),
-    ("H100 PCIe", 51.0, 756.0, 756.0),
-    ("H100 NVL", 60.0, 835.5, 835.5),
-    ("H100", 67.0, 989.4, 989.4),  # torch calls the SXM card "NVIDIA H100 80GB HBM3"
-    ("H800 PCIe", 51.0, 756.0, 756.0),
+    ("H100 80GB HBM2e", 51.0, 756.5, 756.5),
+    ("H100 PCIe", 51.0, 756.5, 756.5),
+    ("H100 NVL", 60.0, 835.5, 835.5),  # fp32 not confirmed
+    ("H100", 67.0, 989.4, 989.4),
+    # not confirmed: no public data sheet. H800 is H100 with slower links and fp64; H20 is what the press has
+    ("H800 PCIe", 51.0, 756.5, 756.5),
     ("H800", 67.0, 989.4, 989.4),
     ("H20", 44.0, 148.0, 148.0),
+    # data sheets "A100", "A40", "A30" and "A10 Tensor Core GPU"; A800 has the chip of A100; A6000: white paper "Ampere GA102
+    # GPU Architecture", appendix C
     ("A100", 19.5, 312.0, 312.0),
     ("A800", 19.5, 312.0, 312.0),
     ("A40", 37.4, 149.7, 149.7),
-    ("A30", 10.3, 165.0, 165.0),
-    ("A10G", 31.5, 70.0, 70.0),
+    ("A30", 10.3, 165.0, 165.0),  # fp32 not confirmed
+    ("A10G", 35.0, 70.0, 70.0),  # "A10G Tensor Core GPU", Amazon's data sheet; fp32 not confirmed, and 80 SMs at 1.71 GHz
     ("A10", 31.2, 125.0, 125.0),
-    ("RTX A6000", 38.7, 154.8, 154.8),
+    ("RTX A6000", 38.7, 154.8, 154.8),  # bf16 and fp16 not confirmed: four times fp32, as on A40
+    # "V100 Tensor Core GPU Datasheet"; SXM3 is not in it, and not confirmed: from its boost clock, 1,597 MHz
     ("V100-SXM2", 15.7, None, 125.0),
     ("V100-SXM3", 16.4, None, 130.0),
-    ("V100", 14.0, None, 112.0),
+    ("V100S-PCIE", 16.4, None, 130.0),
+    ("V100-PCIE", 14.0, None, 112.0),
+    # data sheets "L40S", "L40", "L4" and "T4 Tensor Core GPU"; RTX 6000 Ada: white paper "Ada GPU Architecture"
     ("L40S", 91.6, 362.05, 362.05),
     ("L40", 90.5, 181.05, 181.05),
     ("L4", 30.3, 121.0, 121.0),
-    ("Tesla T4", 8.1, None, 65.0),
-    ("RTX 6000 Ada", 91.1, 364.2, 364.2),
+    ("T4", 8.1, None, 65.0),
+    ("RTX 6000 Ada", 91.1, 364.2, 364.2),  # bf16 and fp16 not confirmed: four times fp32
+    # white papers "RTX Blackwell", "Ada" and "Ampere GA102 GPU Architecture"; fp32 is twice the cores times the boost clock,
+    # bf16 and fp16 (confirmed of RTX 4090) are twice that
     ("RTX 5090", 104.8, 209.5, 209.5),
     ("RTX 4090", 82.6, 165.2, 165.2),
     ("RTX 4080", 48.7, 97.5, 97.5),
-    ("RTX 3090 Ti", 40.0, 80.0, 80.0),
+    ("RTX 3090 Ti", 40.0, 80.0, 80.0),  # not in them: from its boost clock, 1,860 MHz
     ("RTX 3090", 35.6, 71.2, 71.2),
 )
+OTHERS = frozenset({"MIG", "Laptop", "SUPER", "D", "64GB"})  # a part of a GPU, or another one of a name that goes on
 REASONS = {  # bits of NVML's clocks-event reasons that mean that a GPU is held back, and how they are called
     0x4: "power_cap",
     0x8: "hardware_slowdown",
@@ -62,12 +78,11 @@ def peak_flops(name: str, precision: str) -> float | None:
         name: of the device, as torch gives it.
         precision: ``fp32``, ``bf16`` or ``fp16``.
     """
-    if "MIG" in name.split():  # a part of a GPU
+    words = name.replace("-", " ").split()
+    if OTHERS & set(words):
         return None
-    words = f" {name.replace('-', ' ')} "
     for part, *peaks in PEAKS:
-        # as words, so that an L4 is no L40S, nor a laptop's card the desktop's
-        if f" {part.replace('-', ' ')} " in words and "Laptop" not in name:
+        if f" {part.replace('-', ' ')} " in f" {' '.join(words)} ":  # as words, so that an L4 is no L40S
             peak = peaks[("fp32", "bf16", "fp16").index(precision)]
             return None if peak is None else peak * 1e12
     return None

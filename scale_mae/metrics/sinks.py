@@ -164,7 +164,7 @@ class TextSink:
 
 
 class JsonSink:
-    """One JSON object a log step, appended to a file. After a crash some steps can appear twice; the later line counts."""
+    """One JSON object a log step, appended to a file. After a crash or a rollback steps appear twice; the later line counts."""
 
     def __init__(self, path: Path) -> None:
         self._lines = Lines(path)

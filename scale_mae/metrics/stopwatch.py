@@ -10,6 +10,7 @@ when the host waits for the device anyway. On a CPU a lap is a reading of the cl
     backward    backward pass; under ZeRO-2 and 3 gradients travel in it
     optimizer   the update; under ZeRO-1 and 2 weights travel in it
     checkpoint  training stood still for a save
+    evaluation  likewise, for a look at the model
     other       the rest: log lines, mostly
 """
 
@@ -27,8 +28,10 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "forward_backward": ("forward", "backward"),
     "optimizer": ("optimizer",),
     "checkpoint": ("checkpoint",),
+    "evaluation": ("evaluation",),
     "other": ("other",),
 }
+STILL = ("checkpoint", "evaluation")  # training stands still in these phases; most steps have none of them
 OWN = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
 PENDING = 4096  # events after which those that have come to pass are read early
 
@@ -36,9 +39,9 @@ Laps = dict[str, float]
 
 
 def phases(laps: Laps) -> dict[str, float]:
-    """Seconds of a step by phase; ``step`` is all but the checkpoint."""
+    """Seconds of a step by phase; ``step`` is all but checkpoint and evaluation."""
     found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
-    return {"step": sum(laps.values()) - found["checkpoint"], **found}
+    return {"step": sum(laps.values()) - sum(found[name] for name in STILL), **found}
 
 
 class Stopwatch:

@@ -64,6 +64,9 @@ class Tracker(Sink, ABC):
     def open(self) -> None:
         """Begin, or go on."""
 
+    def go_back(self, step: int) -> None:
+        """``step`` and maybe later ones were told before and are done again. For who can take them back."""
+
     @abstractmethod
     def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
         """Take the values of a log step, made at a time in seconds since 1970."""
@@ -95,7 +98,9 @@ class Tracker(Sink, ABC):
             self.open()
             step, total = 0, 1
             while (metrics := self._lines.get()) is not None:
-                step, total = int(metrics["step"] or 0), int(metrics["total_steps"] or 0)
+                before, step, total = step, int(metrics["step"] or 0), int(metrics["total_steps"] or 0)
+                if step <= before:  # all that was told of steps after the checkpoint was told of this step or later ones
+                    self.go_back(step)
                 values = {key: value for key, value in metrics.items() if value is not None and key not in ("step", "time")}
                 self.write(step, metrics["time"] or time.time(), values)
             self.finish(finished=step >= total)
@@ -108,11 +113,18 @@ class TensorBoard(Tracker):
 
     def open(self) -> None:
         """Begin a file. Steps that a crash took back are hidden by it."""
+        self._begin(self.first_step + 1)
+        self._writer.add_text("config", f"```\n{self.config.to_yaml()}```", self.first_step)
+
+    def go_back(self, step: int) -> None:
+        """Begin another file, for the same reason."""
+        self._writer.close()
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.folder / "tensorboard"
-        self._writer: Any = SummaryWriter(str(folder), purge_step=self.first_step + 1)
-        self._writer.add_text("config", f"```\n{self.config.to_yaml()}```", self.first_step)
+        self._writer: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
 
     def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
         """Scalars by the names of ``log.jsonl``."""

@@ -50,6 +50,7 @@ class MAE(nn.Module):
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
+    draws_random = False  # no dropout, no stochastic depth
 
     def __init__(
         self,
@@ -90,6 +91,19 @@ class MAE(nn.Module):
     def patches(self) -> int:
         """L, patches of one image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def recomputable(self) -> list[nn.Module]:
+        """The transformer blocks in the order in which they run."""
+        return [*self.blocks, *self.decoder_blocks]
+
+    def no_weight_decay(self) -> set[str]:
+        """None: the tokens decay, as in the reference."""
+        return set()
+
+    def lr_scales(self) -> dict[str, float]:
+        """None: one learning rate for all."""
+        return {}
 
     def flops(self) -> Flops:
         """Operations of one image."""

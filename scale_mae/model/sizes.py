@@ -38,6 +38,7 @@ class Flops:
 
     ``patch_embed`` is apart because its backward pass computes no gradient with respect to the image. ``blocks`` has the
     forward pass of each transformer block, encoder first, and of these operations those of the block's last product.
+    ``frozen`` are those of the forward pass that have no backward pass; if there are any, ``patch_embed`` is among them.
     """
 
     patch_embed: int
@@ -46,6 +47,7 @@ class Flops:
     decoder: int
     predict: int
     blocks: tuple[tuple[int, int], ...]
+    frozen: int = 0
 
     @property
     def forward(self) -> int:
@@ -55,7 +57,7 @@ class Flops:
     @property
     def train(self) -> int:
         """Operations of forward and backward; recomputed activations are not work done and do not count."""
-        return 3 * self.forward - self.patch_embed
+        return 3 * self.forward - (2 * self.frozen or self.patch_embed)
 
 
 def _block(tokens: int, width: int, mlp_ratio: float) -> tuple[int, int]:
@@ -93,4 +95,27 @@ def mae_flops(
         decoder=sum(whole for whole, _ in decoder),
         predict=2 * (patches + 1) * decoder_width * patch_pixels,
         blocks=(*encoder, *decoder),
+    )
+
+
+def vit_flops(size: Size, *, patches: int, patch_pixels: int, classes: int, frozen: float = 0.0) -> Flops:
+    """Operation counts of one image in a classifier, which sees every patch.
+
+    Args:
+        size: the encoder.
+        patches: L.
+        patch_pixels: values in one patch, ``3 * patch_h * patch_w``.
+        classes: outputs of the head.
+        frozen: share of the blocks that is not trained, from the first on; the patch projection is not either then.
+    """
+    block = _block(patches + 1, size.width, size.mlp_ratio)
+    embed, trained = 2 * patches * patch_pixels * size.width, round(size.depth * (1 - frozen))
+    return Flops(
+        patch_embed=embed,
+        encoder=block[0] * size.depth,
+        bridge=0,
+        decoder=0,
+        predict=2 * size.width * classes,
+        blocks=(block,) * trained,
+        frozen=round(embed + block[0] * size.depth * frozen) if frozen else 0,
     )

@@ -18,7 +18,7 @@ from scale_mae.config import UserError
 from scale_mae.report.charts import Chart, Series
 from scale_mae.report.markup import note, section, table
 from scale_mae.report.record import Floats, Record, read_record
-from scale_mae.report.reference import Reference, Verdict, judge, named, shipped
+from scale_mae.report.reference import Reference, Verdict, judge, named, shipped, unjudged
 
 POINTS = 8  # of the table
 
@@ -52,7 +52,7 @@ class Comparison:
         """For programs."""
         runs = []
         for name, record, verdict, losses in zip(self.names, self.records, self.verdicts, self.losses, strict=True):
-            told = {k: getattr(verdict, k) for k in ("reference", "judged", "above", "below")}
+            told = {k: getattr(verdict, k) for k in ("reference", "nearest", "judged", "above", "below")}
             told |= {"outside": verdict.outside, "differences": list(verdict.differences), "text": str(verdict)}
             values = [None if np.isnan(loss) else loss for loss in losses.tolist()]
             runs.append({"run": name, "dir": str(record.dir), "loss": values, "verdict": told})
@@ -161,7 +161,7 @@ def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
     verdicts, bands = [], dict[str, Reference]()
     for record in records:
         fitting = next((one for one in known if forced or not one.differences(record)), None)
-        verdicts.append(judge(record, fitting) if fitting else Verdict(None))
+        verdicts.append(judge(record, fitting) if fitting else unjudged(record, known))
         if fitting:
             bands[fitting.name] = fitting
     names = [record.name for record in records]

@@ -14,7 +14,9 @@ PHASES = {  # of a step, and what its time is called in the log
     "forward and backward": "forward_backward_s",
     "optimizer": "optimizer_s",
     "checkpoint": "checkpoint_s",
+    "evaluation": "evaluation_s",
 }
+STILL = ("checkpoint", "evaluation")  # no parts of a step's time in the log
 CAUSE = "decode_failures_"
 
 
@@ -50,6 +52,9 @@ class Curves:
         charts += self._simple("learning-rate", "Learning rate", "Of each logged step.", "rate", {"learning rate": "lr"})
         words = "Over all parameters, before clipping."
         charts += self._simple("gradient-norm", "Gradient norm", words, "norm", {"gradient norm": "grad_norm"})
+        if self._log.has("val_top1"):
+            words = "On classify.val, of the newest evaluation at each logged step."
+            charts += self._simple("accuracy", "Accuracy", words, "share", {"top-1": "val_top1", "top-5": "val_top5"})
         if len(set(self._log.column("loss_scale")[np.isfinite(self._log.column("loss_scale"))].tolist())) > 1:
             charts += self._simple("loss-scale", "Loss scale", "Of fp16.", "factor", {"loss scale": "loss_scale"})
         return charts
@@ -107,9 +112,11 @@ class Curves:
 def phase_times(log: Lines) -> dict[str, Floats]:
     """Seconds of each part of a step, ``[N]`` each; ``other`` is what is left. Empty where the log tells none."""
     found = {name: log.column(key) for name, key in PHASES.items() if log.has(key)}
+    if not np.nansum(found.get("evaluation", 0)):  # pre-training has none
+        found.pop("evaluation", None)
     if not found or not log.has("step_time_s"):
         return {}
-    of_step = sum((np.nan_to_num(values) for name, values in found.items() if name != "checkpoint"), np.zeros(len(log)))
+    of_step = sum((np.nan_to_num(values) for name, values in found.items() if name not in STILL), np.zeros(len(log)))
     return {**found, "other": np.maximum(0.0, log.column("step_time_s") - of_step)}
 
 

@@ -38,14 +38,14 @@ def report_page(
         price: of a GPU hour.
         version: of what is shown, for a page that follows the run; empty for one that stays as it is.
     """
-    found = marks(record)
+    found, pretraining = marks(record), record.config is None or record.config.run.task == "pretrain"
     drawn, charts = sections.chart_sections(record, found)
     parts = [
         sections.summary(record),
         sections.what_ran(record),
         *drawn,
         sections.incidents(record, found),
-        sections.reconstructions(pictures, problems),
+        sections.reconstructions(pictures, problems) if pretraining else sections.evaluations(record),
         sections.files(record),
         sections.cost(record, price),
     ]

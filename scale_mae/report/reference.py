@@ -112,7 +112,8 @@ class Verdict:
         judged: stretches that the run has been through.
         above: of those, how many are worse than the band.
         below: how many are better than it.
-        differences: of the settings, where the reference was named by the user.
+        differences: of the settings, where the reference was named by the user, or to the nearest where there is none.
+        nearest: where there is none for the run, the one that differs in the fewest keys; None: that cannot be told.
     """
 
     reference: str | None
@@ -120,6 +121,7 @@ class Verdict:
     above: int = 0
     below: int = 0
     differences: Sequence[str] = ()
+    nearest: str | None = None
 
     @property
     def outside(self) -> bool:
@@ -127,9 +129,11 @@ class Verdict:
         return self.above + self.below > TOLERATED * self.judged
 
     def __str__(self) -> str:
+        listed = "; ".join(self.differences)
         if self.reference is None:
-            return "no reference curve for its size, target, mask ratio and data"
-        differs = f" (its setting differs: {'; '.join(self.differences)})" if self.differences else ""
+            what = f"{self.nearest} is the nearest, and its setting differs: {listed}" if self.nearest else listed
+            return f"no reference curve for its setting; {what}"
+        differs = f" (its setting differs: {listed})" if listed else ""
         if not self.judged:
             return f"{self.reference}: too early to tell{differs}"
         where = f"{self.above} above and {self.below} below, of {self.judged} stretches"
@@ -144,6 +148,12 @@ def judge(record: Record, reference: Reference) -> Verdict:
     above, below = means[known] > reference.high[known], means[known] < reference.low[known]
     differences = reference.differences(record)
     return Verdict(reference.name, int(known.sum()), int(above.sum()), int(below.sum()), differences)
+
+
+def unjudged(record: Record, references: Sequence[Reference]) -> Verdict:
+    """The verdict on a run that none of these fits."""
+    differences, name = min(((one.differences(record), one.name) for one in references), key=lambda found: len(found[0]))
+    return Verdict(None, differences=differences, nearest=name if record.config else None)
 
 
 def read_reference(path: Path) -> Reference:

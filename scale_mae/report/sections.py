@@ -144,8 +144,8 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
         keys = ("step", "world_size", "device", "host", "job_id")
         rows = [[n + 1, when(e.get("time")), *(e.get(key) for key in keys)] for n, e in enumerate(starts)]
         parts.append(table("Starts", header, rows))
-    elif record.standing.restarts:
-        parts.append(note(f"{record.standing.restarts} restarts, by log.txt; history.jsonl tells of none."))
+    elif record.standing.restarts is None:
+        parts.append(note("history.jsonl tells of no start, so how often the run was started again is not known."))
     kept, left = shown(marks)
     if kept:
         rows = [[mark.kind, f"{mark.steps:,.0f}", mark.text] for mark in kept]
@@ -155,7 +155,7 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
                 listed = ", ".join(map(str, event["samples"]))
                 parts.append(disclosure(f"Samples left out by rollback {event.get('number', '')}", tag("p", listed)))
     else:
-        parts.append(note("No restart, no rollback, no skipped step."))
+        parts.append(note("No restart, no rollback and no skipped step is recorded."))
     return section("incidents", "Incidents", *parts, note(left) if left else "")
 
 
@@ -175,6 +175,20 @@ def reconstructions(pictures: Sequence[Picture] | None, problems: Sequence[str])
             figures.append(tag("figure", image, tag("figcaption", words)))
         parts += [tag("h3", f"Step {step:,}"), tag("div", *figures, class_="pictures")]
     return section("reconstructions", "Reconstructions", *parts, *(note(problem) for problem in problems))
+
+
+def evaluations(record: Record) -> Markup:
+    """Accuracies of a classifier on the images it was evaluated on."""
+    names = {"val_top1": "top-1", "val_top5": "top-5", "val_ema_top1": "top-1 of the moving average", "val_loss": "loss"}
+    found = record.events("evaluated")
+    shown = [key for key in names if any(key in event for event in found)]
+    rows = []
+    for event in found:
+        values = [event.get(key) for key in shown]
+        told = ["-" if v is None else f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in zip(shown, values, strict=True)]
+        rows.append([number(event.get("step", 0)), number(event.get("val_images", 0)), *told])
+    header = ["step", "images", *(names[key] for key in shown)]
+    return section("evaluations", "Evaluations", table("On classify.val", header, rows) if rows else note("None so far."))
 
 
 def files(record: Record) -> Markup:

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scale_mae import outcome
+from scale_mae import history, outcome
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import UserError
 from scale_mae.lock import holder
 from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
 
-LOG, METRICS, LOCK = "log.txt", "log.jsonl", "run.lock"
+METRICS, LOCK = "log.jsonl", "run.lock"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Standing:
         time_left_s: likewise.
         checkpoint: newest; None: there is none.
         checkpoint_age_s: since it was committed.
-        restarts: times that the run was resumed.
+        restarts: times that it was started again, as its history tells; None: that tells of no start, though steps were logged.
     """
 
     run: Path
@@ -53,7 +53,7 @@ class Standing:
     time_left_s: float | None = None
     checkpoint: str | None = None
     checkpoint_age_s: float | None = None
-    restarts: int = 0
+    restarts: int | None = 0
 
 
 def is_run(folder: Path) -> bool:
@@ -79,7 +79,15 @@ def standing(run: Path) -> Standing:
     facts: dict[str, Any] = {key: last.get(key) for key in ("step", "total_steps", "loss", "images_per_s", "time_left_s")}
     if kept:
         facts |= {"checkpoint": kept[-1].name, "checkpoint_age_s": time.time() - kept[-1].stat().st_mtime}
-    return Standing(run, _state(run), **facts, restarts=_count(run / LOG, " resumed from "))
+    return Standing(run, _state(run), **facts, restarts=_restarts(run, logged=bool(last)))
+
+
+def _restarts(run: Path, *, logged: bool) -> int | None:
+    try:
+        told = [event.get("restarts") for event in history.read(run) if event["event"] == "start"]
+    except OSError:  # not ours to read
+        return None
+    return next((number for number in reversed(told) if type(number) is int), None if logged else 0)
 
 
 def _state(run: Path) -> str:
@@ -120,14 +128,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().split()
     except OSError:
         return []
-
-
-def _count(path: Path, text: str) -> int:
-    try:
-        with open(path, errors="replace") as file:
-            return sum(text in line for line in file)
-    except OSError:
-        return 0
 
 
 def cancel(run: Path) -> str:
@@ -187,7 +187,7 @@ def _row(s: Standing) -> dict[str, str]:
         "images/s": "-" if s.images_per_s is None else f"{s.images_per_s:.0f}",
         "time left": "-" if s.time_left_s is None else duration(s.time_left_s),
         "checkpoint": age,
-        "restarts": str(s.restarts),
+        "restarts": "-" if s.restarts is None else str(s.restarts),
     }
 
 

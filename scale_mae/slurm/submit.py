@@ -82,12 +82,14 @@ def prepare(config: Config, site: Site) -> Job:
 def unseen(config: Config) -> list[str]:
     """What a config names and this host does not see, a line each. The nodes may: their disks can be others than this one's."""
     found = []
-    try:
-        find(config.data.source)
-    except DataError as error:
-        found.append(f"data.source: {error}")
-    except OSError as error:
-        found.append(f"data.source: {error.filename}: cannot be read ({error.strerror})")
+    for key, source in {"data.source": config.data.source, "classify.val": config.classify.val}.items():
+        try:
+            if source is not None:
+                find(source)
+        except DataError as error:
+            found.append(f"{key}: {error}")
+        except OSError as error:
+            found.append(f"{key}: {error.filename}: cannot be read ({error.strerror})")
     weights = config.model.init_from
     if weights and not os.path.exists(weights) and not checkpoints(Path(config.run.dir)):  # a checkpoint goes before them
         found.append(f"model.init_from={weights}: no such file or folder")
@@ -154,6 +156,7 @@ def render(config: Config, site: Site, counts: list[int]) -> str:
         "environment": _environment(site),
         "tasks": str(site.tasks_per_node),
         "srun": "".join(f" {shlex.quote(option)}" for option in [*_cores(site), *site.srun, *_pyxis(config, site)]),
+        "task": config.run.task,
         "inside": shlex.join([*_apptainer(config, site), "python3" if site.container.kind else sys.executable]),
     }
     return re.sub(r"@(\w+)@", lambda found: values[found[1]], (CLUSTER / SCRIPT).read_text())

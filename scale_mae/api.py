@@ -1,0 +1,81 @@
+"""Training from Python: what the commands ``pretrain``, ``finetune`` and ``linprobe`` call."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from scale_mae.config import Config, UserError, load_config
+from scale_mae.engine.distributed import StopRequest, world
+from scale_mae.engine.watchdog import Watchdog
+from scale_mae.launcher import rank_and_size
+from scale_mae.lock import alone
+from scale_mae.metrics.trackers import check_packages
+from scale_mae.outcome import Outcome
+from scale_mae.train import Result, Run
+
+
+def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:
+    """Pre-train a masked autoencoder, or continue where the run directory's newest checkpoint stands.
+
+    Every process of a job calls this; rank and number of processes come from torchrun or Slurm.
+
+    Args:
+        recipe: a shipped name (``demo``, ``debug``, ``vit_base``, ``vit_large``, ``vit_huge``), a YAML file, or a Config.
+        overrides: sections with the keys to change, e.g. ``train={"global_batch": 256}``.
+
+    Raises:
+        UserError: anything that the caller can put right; one line.
+    """
+    return _train("pretrain", recipe, overrides)
+
+
+def finetune(recipe: str | Path | Config, **overrides: Any) -> Result:
+    """Train a classifier from an encoder's weights, or from scratch; see :func:`pretrain`.
+
+    Args:
+        recipe: such as ``finetune_base``; ``model.init_from`` names the weights.
+        overrides: sections with the keys to change, e.g. ``model={"init_from": "runs/vit_base"}``.
+
+    Raises:
+        UserError: anything that the caller can put right; one line.
+    """
+    return _train("finetune", recipe, overrides)
+
+
+def linprobe(recipe: str | Path | Config, **overrides: Any) -> Result:
+    """Train a linear classifier on a frozen encoder; see :func:`pretrain`.
+
+    Args:
+        recipe: such as ``linprobe_base``; ``model.init_from`` names the weights.
+        overrides: sections with the keys to change, e.g. ``classify={"sweep": [0.5, 1, 2]}``.
+
+    Raises:
+        UserError: anything that the caller can put right; one line.
+    """
+    return _train("linprobe", recipe, overrides)
+
+
+def _train(task: str, recipe: str | Path | Config, overrides: dict[str, Any]) -> Result:
+    if isinstance(recipe, Config) and overrides:
+        raise UserError("overrides go with a recipe's name or file, not with a Config; use load_config(recipe, overrides)")
+    config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
+    if config.run.task != task:
+        raise UserError(f"run.task={config.run.task}: this recipe is for {config.run.task}, not for {task}")
+    config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
+    config.deepspeed_json()
+    check_packages(config.log.sinks)
+    run_dir = Path(config.run.dir)
+    with StopRequest() as stop, world() as ranks, ExitStack() as held:
+        notes: list[str] = []
+        lock = alone(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
+        ranks.on_main(lambda: held.enter_context(lock))
+        outcome = Outcome(run_dir)
+        if ranks.is_main:
+            held.enter_context(outcome.told())
+        watchdog = held.enter_context(Watchdog(config.run.watchdog, ranks.rank))
+        result = Run(config, ranks, stop, watchdog, notes).loop()
+        if ranks.is_main:
+            outcome.tell("finished" if result.finished else result.stopped)
+        return result

@@ -1,0 +1,89 @@
+"""What a run trains: the model it begins with, what one micro-batch gives it, and how it is judged on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from scale_mae.checkpoint.initial import first_model
+from scale_mae.config import Config
+from scale_mae.data.index import Index
+from scale_mae.data.loader import Batch
+from scale_mae.engine.deepspeed import Engine
+from scale_mae.engine.distributed import World
+from scale_mae.engine.trainee import Trainee
+from scale_mae.metrics.meter import Metrics
+
+
+class Task(Protocol):
+    """See this module's text."""
+
+    @property
+    def model(self) -> Trainee:
+        """On the host, the same on every process."""
+
+    @property
+    def patches(self) -> int:
+        """That mask noise is wanted for; 0: none."""
+
+    @property
+    def what(self) -> str:
+        """The model and its task in words."""
+
+    def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """What the model's forward pass takes, on the device of the images."""
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether it is to be judged after a step."""
+
+    def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
+        """How good the model is: metrics, and lines for people. All processes call it.
+
+        Args:
+            engine: trains it.
+            step: steps done.
+            beat: called now and then, so that nobody thinks the run hangs.
+        """
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint has to tell of the model besides."""
+
+
+class Pretraining:
+    """A masked autoencoder; see :class:`Task`. Its loss is all there is to judge it by."""
+
+    def __init__(self, config: Config, ranks: World, notes: list[str], *, resumed: bool) -> None:
+        self.model = first_model(config, ranks, notes, resumed=resumed)
+        self.patches, self.what = self.model.patches, config.model.size
+
+    def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """Images, and the noise that decides on the masks."""
+        assert batch.noise is not None
+        return images_B3HW, batch.noise.to(images_B3HW.device, non_blocking=True)
+
+    def due(self, step: int, total: int) -> bool:
+        """Never."""
+        return False
+
+    def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
+        """Nothing to say."""
+        return {}, []
+
+    def state(self) -> dict[str, object]:
+        """Nothing."""
+        return {}
+
+
+def make_task(config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> Task:
+    """The task of a run; what is to be told of its beginning is appended to ``notes``. All processes call it.
+
+    Raises:
+        UserError: weights to begin with that do not fit, or images without labels.
+    """
+    if config.run.task == "pretrain":
+        return Pretraining(config, ranks, notes, resumed=resumed)
+    from scale_mae.classification import Classification  # which brings timm's augmentations, seconds to import
+
+    return Classification(config, index, ranks, notes, resumed=resumed)

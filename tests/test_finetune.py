@@ -1,0 +1,431 @@
+"""Fine-tuning and linear probes: the published recipes, the reference's classifiers, exact resuming, exact evaluation."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankError, run_ranks
+from torch import nn
+
+import scale_mae
+from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.config import ConfigError, UserError, load_config
+from scale_mae.data.build import open_source
+from scale_mae.engine import TAG
+from scale_mae.model.classifier import Classifier, Probes
+from scale_mae.model.sizes import SIZES, Size
+
+TINY = Size(width=32, depth=3, heads=4, patch=8)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("size", "base_lr", "decay", "drop_path", "epochs"),
+    [("base", 5e-4, 0.65, 0.1, 100), ("large", 1e-3, 0.75, 0.2, 50), ("huge", 1e-3, 0.75, 0.3, 50)],
+)
+def test_fine_tuning_recipes_are_the_published_ones(size, base_lr, decay, drop_path, epochs):
+    for name in (f"finetune_{size}", *(["finetune_huge_448"] if size == "huge" else [])):
+        config = load_config(name)
+        o, c, d, t = config.optim, config.classify, config.data, config.train
+        assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("finetune", size, f"{epochs} epochs", 1024)
+        assert (o.name, o.base_lr, o.min_lr, o.warmup, o.weight_decay) == ("adamw", base_lr, 1e-6, "5 epochs", 0.05)
+        assert (o.betas, o.layer_decay, o.clip_grad_norm, o.ema) == ((0.9, 0.999), decay, None, None)
+        assert (c.pool, c.drop_path, c.smoothing, c.mixup, c.cutmix, c.mix_switch) == ("mean", drop_path, 0.1, 0.8, 1.0, 0.5)
+        assert (c.erasing, c.train_blocks, c.crop_pct) == (0.25, None, None)
+        assert (d.augmentation, d.crop_scale, d.flip) == ("random_crop", (0.08, 1.0), 0.5)
+        assert d.randaugment == "rand-m9-mstd0.5-inc1"
+        assert config.model.image_size == ((448, 448) if "448" in name else (224, 224))
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_linear_probe_recipes_are_the_published_ones(size):
+    config = load_config(f"linprobe_{size}")
+    o, c, d, t = config.optim, config.classify, config.data, config.train
+    assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("linprobe", size, "90 epochs", 16384)
+    assert (o.name, o.momentum, o.trust, o.min_lr, o.warmup, o.weight_decay) == ("lars", 0.9, 0.001, 0.0, "10 epochs", 0.0)
+    assert config.peak_lr == pytest.approx(6.4)
+    assert (c.pool, c.sweep) == ("token", (1.0,))
+    assert (d.augmentation, d.crop_scale, d.crop_ratio, d.flip) == ("random_crop_once", (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (d.randaugment, c.mixup, c.cutmix, c.erasing, c.smoothing, c.drop_path) == (None, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)])
+def test_supervised_recipes_are_the_papers(size, epochs, drop_path):
+    config = load_config(f"supervised_{size}")
+    o, c, d, t = config.optim, config.classify, config.data, config.train
+    assert (config.model.size, config.model.init_from, t.duration, t.global_batch) == (size, None, f"{epochs} epochs", 4096)
+    assert (o.base_lr, o.warmup, o.weight_decay, o.betas, o.ema) == (1e-4, "20 epochs", 0.3, (0.9, 0.95), 0.9999)
+    assert (o.layer_decay, c.drop_path, c.smoothing, c.mixup, c.cutmix) == (1.0, drop_path, 0.1, 0.8, 1.0)
+    assert d.randaugment == "rand-m9-mstd0.5-inc1"
+
+
+def test_the_partial_recipe_trains_four_blocks_of_a_large_encoder():
+    config = load_config("partial_large")
+    assert (config.model.size, config.classify.train_blocks) == ("large", 4)
+    assert (config.optim.base_lr, config.optim.layer_decay, config.classify.drop_path) == (1e-3, 0.75, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("demo", "classify.mixup=0.8", "classify.mixup means nothing to run.task=pretrain"),
+        ("demo", "optim.layer_decay=0.5", "optim.layer_decay means nothing to run.task=pretrain"),
+        ("finetune_base", "model.mask_ratio=0.5", "model.mask_ratio means nothing to run.task=finetune"),
+        ("finetune_base", "classify.sweep=[1, 2]", "classify.sweep means nothing to run.task=finetune"),
+        ("linprobe_base", "classify.drop_path=0.1", "classify.drop_path means nothing to run.task=linprobe"),
+        ("linprobe_base", "engine.deepspeed=zero2", "use zero0"),
+        ("finetune_base", "classify.train_blocks=1.3", "whole blocks, or a half"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(recipe, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(recipe, [override])
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(("name", "pool"), [("vit_tiny_gap", "mean"), ("vit_tiny_cls", "token")])
+def test_outputs_are_those_of_the_reference(golden, name, pool):
+    tensors, _ = golden(f"{name}.safetensors")
+    classes = tensors["logits"].shape[1]
+    model = Classifier(TINY, image_size=(32, 32), patch=(8, 8), classes=classes, pool=pool).eval()
+    weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
+    model.load_state_dict(weights, strict=True)
+    torch.testing.assert_close(model(tensors["images"]).logits, tensors["logits"], atol=1e-5, rtol=1e-5)
+    model.freeze(0)
+    torch.testing.assert_close(model(tensors["images"]).logits, tensors["logits"], atol=1e-5, rtol=1e-5)
+
+
+def make_model(**kwargs):
+    torch.manual_seed(0)
+    return Classifier(TINY, image_size=(32, 32), patch=(8, 8), classes=7, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trained"),
+    [
+        (0, ["head"]),
+        (0.5, ["blocks.2.norm2", "blocks.2.mlp", "fc_norm", "head"]),
+        (1, ["blocks.2", "fc_norm", "head"]),
+        (1.5, ["blocks.1.norm2", "blocks.1.mlp", "blocks.2", "fc_norm", "head"]),
+        (3, ["blocks", "fc_norm", "head"]),
+    ],
+)
+def test_last_blocks_are_trained_and_nothing_else(blocks, trained):
+    whole, model = make_model(), make_model()
+    model.freeze(blocks)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in whole.named_parameters() if name.startswith(tuple(f"{part}." for part in trained))}
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    images, targets = torch.randn(4, 3, 32, 32), torch.eye(7)[:4]
+    for each in (whole, model):
+        each(images, targets).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole.get_parameter(name).grad)
+
+
+def test_an_encoder_has_no_more_blocks_than_it_has():
+    with pytest.raises(ValueError, match=r"classify.train_blocks=4, but the encoder has 3 blocks"):
+        make_model().freeze(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_weights_stay_as_they_are_whatever_the_engine_casts(dtype):
+    model = make_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.freeze(0.5)
+    model.to(dtype)
+    trained = {name for name, _ in model.named_parameters()}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name, buffer in model.named_buffers():
+        assert name not in trained
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+    images = torch.randn(4, 3, 32, 32)
+    exact = make_model()
+    torch.testing.assert_close(model(images).logits.float(), exact(images).logits, atol=0.05, rtol=0.05)
+
+
+def test_probes_side_by_side_learn_as_each_would_alone():
+    images, targets = torch.randn(6, 3, 32, 32), torch.eye(7)[:6]
+    model = make_model(pool="token")
+    model.probe([1.0, 0.5])
+    assert isinstance(model.head, Probes)
+    assert set(dict(model.named_parameters())) == set(model.lr_scales())
+    assert model.lr_scales()["head.probes.1.weight"] == 0.5
+    out = model(images, targets)
+    out.loss.backward()
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    scaled = nn.functional.batch_norm(features, None, None, training=True, eps=1e-6)
+    for number, probe in enumerate(model.head.probes):
+        alone = nn.Linear(32, 7)
+        alone.load_state_dict(probe.state_dict())
+        torch.testing.assert_close(alone(scaled), out.logits[number])
+        nn.functional.cross_entropy(alone(scaled), torch.arange(6)).backward()
+        torch.testing.assert_close(alone.weight.grad, probe.weight.grad)
+
+
+def test_operations_are_counted_for_what_is_trained():
+    whole, probe = make_model(), make_model()
+    probe.probe([1.0])
+    tokens, width = 17, 32
+    block = 2 * tokens * width * 12 * width + 4 * tokens * tokens * width
+    embed, head = 2 * 16 * 192 * width, 2 * width * 7
+    assert whole.flops().forward == embed + 3 * block + head
+    assert whole.flops().train == 3 * (embed + 3 * block + head) - embed
+    assert probe.flops().train == embed + 3 * block + 3 * head
+
+
+# ---------------------------------------------------------------- runs
+
+
+FOLDER = Path(tempfile.gettempdir()) / f"finetune-images-{os.getpid()}"
+COUNTS = {"train": 80, "val": 50}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def images():
+    """A few of the shipped images in folders of their classes."""
+    for split, count in COUNTS.items():
+        source = open_source(f"demo:{split}")
+        for row in range(count):
+            folder = FOLDER / split / f"class{source.entries['label'][row]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}.jpg").write_bytes(source.read(row))
+    yield
+    shutil.rmtree(FOLDER)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A pre-training run of few steps."""
+    run = tmp_path_factory.mktemp("encoder") / "run"
+    run_ranks(1, train, "pretrain", "demo", settings(run, "4 steps", **{"classify.val": None}))
+    return run
+
+
+def settings(run, duration, **more):
+    given: dict = {
+        "data.source": str(FOLDER / "train"),
+        "classify.val": str(FOLDER / "val"),
+        "run.dir": str(run),
+        "train.duration": duration,
+        "optim.warmup": "1 steps",
+        "train.global_batch": 16,
+        "train.micro_batch": 4,
+        "log.every": 1,
+        "log.port": None,
+        "data.threads": 1,
+    }
+    return given | more
+
+
+def train(task, recipe, overrides, stop_after=None):
+    from scale_mae.train import Run
+
+    torch.set_num_threads(1)
+    if stop_after:
+        step = Run._one_step
+
+        def stopping(self, feed):
+            vote = step(self, feed)
+            if self.step == stop_after:
+                self.stop.ask("a test")
+            return vote
+
+        Run._one_step = stopping
+    result = getattr(scale_mae, task)(load_config(recipe, overrides))
+    return result.step, result.finished
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines}
+
+
+def weights(run):
+    reader = ZeroReader(checkpoints(Path(run))[-1] / TAG)
+    return {name: reader[name].clone() for name in reader}
+
+
+EVERYTHING = {
+    "classify.mixup": 0.8,
+    "classify.cutmix": 1.0,
+    "classify.erasing": 0.25,
+    "classify.drop_path": 0.3,
+    "data.randaugment": "rand-m9-mstd0.5-inc1",
+    "optim.ema": 0.9,
+    "classify.every": "3 steps",
+}
+
+
+def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
+    own = EVERYTHING | {"model.init_from": str(encoder), "train.micro_batch": 4}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(whole, "6 steps", **own))[0] == (6, True)
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **own), 2)[0][1] is False
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **own))[0] == (6, True)
+    assert losses(parts) == losses(whole)
+    one, two = weights(whole), weights(parts)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    scores = [json.loads((run / "results" / "finetune.json").read_text())["scores"] for run in (whole, parts)]
+    assert scores[0] == scores[1]
+    assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
+    history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["val_images"]) for e in history if e["event"] == "evaluated"] == [(3, 50), (6, 50)]
+    line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
+    assert line["val_top1"] == scores[0]["top1"]
+    assert line["val_step"] == 6
+
+
+def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):
+    run = tmp_path / "probe"
+    own = {"model.init_from": str(encoder), "train.precision": "bf16", "classify.sweep": [0.5, 2.0]}
+    run_ranks(2, train, "linprobe", "linprobe_demo", settings(run, "4 steps", **own))
+    before, after = weights(encoder), weights(run)
+    backbone = {name for name in after if not name.startswith("head.")}
+    assert backbone == {name for name in before if not name.startswith(("decoder_", "mask_token"))}
+    for name in backbone:
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], before[name])
+    assert after["head.probes.0.weight"].abs().sum() > 0
+    assert not torch.equal(after["head.norm.running_mean"], torch.zeros(SIZES["nano"].width))
+    result = json.loads((run / "results" / "linprobe.json").read_text())
+    assert result["data"]["images"] == 50
+    assert set(result["parts"]) == {"lr x 0.5", "lr x 2"}
+    assert result["scores"]["top1"] == max(part["top1"] for part in result["parts"].values())
+
+
+def test_what_a_probe_is_scaled_by_is_the_mean_over_all_processes(tmp_path, encoder):
+    own = {"model.init_from": str(encoder), "data.augmentation": "none"}
+    found = []
+    for ranks in (1, 2):
+        run, batch = tmp_path / f"probe{ranks}", {"train.global_batch": 8, "train.micro_batch": 8 // ranks}
+        run_ranks(ranks, train, "linprobe", "linprobe_demo", settings(run, "3 steps", **own) | batch)
+        found.append(weights(run)["head.norm.running_mean"])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_only_last_blocks_change_and_stage_3_does_the_same(tmp_path, encoder):
+    found = {}
+    for stage, ranks in (("zero2", 1), ("zero3", 2)):
+        run = tmp_path / stage
+        own = {"model.init_from": str(encoder), "classify.train_blocks": 1.5, "engine.deepspeed": stage}
+        run_ranks(ranks, train, "finetune", "finetune_demo", settings(run, "3 steps", **own))
+        found[stage] = weights(run), losses(run), json.loads((run / "results" / "finetune.json").read_text())
+    before, (after, one, result), (_, other, again) = weights(encoder), found["zero2"], found["zero3"]
+    frozen = [n for n in after if n in before and torch.equal(before[n], after[n])]
+    for name in after:
+        trained = name.startswith(("blocks.5.", "blocks.4.norm2", "blocks.4.mlp", "fc_norm", "head"))
+        assert (name in frozen) != trained, name
+    for step, (loss, norm) in one.items():
+        assert other[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-3))
+    assert again["scores"]["top1"] == pytest.approx(result["scores"]["top1"], abs=0.002)
+    assert again["data"] == result["data"]
+
+
+def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder):
+    run = tmp_path / "large"
+    own = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val": None}
+    run_ranks(1, train, "finetune", "finetune_demo", settings(run, "1 steps", **own))
+    assert "pos_embed interpolated from 8 x 8 to 12 x 12 patches" in (run / "log.txt").read_text()
+    assert weights(run)["pos_embed"].shape == (1, 145, 96)
+    assert not (run / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"model.init_from": "ENCODER", "model.size": "tiny"}, "an encoder of width 96, the model's is 192: change model.size"),
+        ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"set model.patch_size=\[4, 4\]"),
+        ({"classify.train_blocks": 7, "model.init_from": None}, "classify.train_blocks=7, but the encoder has 6 blocks"),
+        ({"classify.val": "nowhere", "model.init_from": None}, "classify.val=nowhere"),
+        ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, encoder, own, message):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "list.txt").write_text("")
+    source = open_source("demo:val")
+    for row in range(16):
+        (folder / f"{row}.jpg").write_bytes(source.read(row))
+    listed = tmp_path / "images.txt"
+    listed.write_text("".join(f"images/{row}.jpg\n" for row in range(16)))
+    places = {"ENCODER": str(encoder), "UNLABELLED": str(listed)}
+    own = {key: places.get(value, value) if isinstance(value, str) else value for key, value in own.items()}
+    with pytest.raises(RankError, match=message):
+        run_ranks(1, train, "finetune", "finetune_demo", settings(tmp_path / "run", "1 steps", **own))
+
+
+def test_a_recipe_belongs_to_its_command(tmp_path):
+    with pytest.raises(UserError, match="this recipe is for finetune, not for pretrain"):
+        scale_mae.pretrain("finetune_demo", run={"dir": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_count_every_image_once_also_where_a_process_has_none(tmp_path):
+    for ranks in (1, 3):
+        found = run_ranks(ranks, score_some)
+        assert all(each == found[0] for each in found)
+        assert found[0][0] == (7, 4 / 7, 1.0)
+        assert found[0][1] == (7, 3 / 7, 1.0)
+        assert len({calls for *_, calls in run_ranks(ranks, count_calls)}) == 1
+
+
+def part_of(count):
+    from scale_mae.evaluate.sets import Part
+
+    index = open_source("demo:val")
+
+    class Few:
+        entries = index.entries[:count].copy()
+        where, read = index.where, index.read
+
+        def __len__(self):
+            return count
+
+    few = Few()
+    few.entries["label"] = np.arange(count) % 2
+    return Part("few", few, None, False)
+
+
+def score_some():
+    """Two classifiers on seven images of two classes: always 0, and always 1."""
+    from scale_mae.engine.distributed import world
+    from scale_mae.evaluate.accuracy import scores
+    from scale_mae.evaluate.views import central_view
+
+    def logits(images):
+        one = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        return one[:, None].expand(2, len(images), 2)
+
+    with world() as ranks:
+        found = scores(logits, part_of(7), central_view(28, None), ranks, 2)
+    return [(each.images, each.top1, each.top5) for each in found]
+
+
+def count_calls():
+    from scale_mae.engine.distributed import world
+    from scale_mae.evaluate.accuracy import scores
+    from scale_mae.evaluate.views import central_view
+
+    calls = []
+
+    def logits(images):
+        calls.append(len(images))
+        return torch.zeros(1, len(images), 2)
+
+    with world() as ranks:
+        scores(logits, part_of(2), central_view(28, None), ranks, 1)
+    return "called", len(calls)

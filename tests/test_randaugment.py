@@ -1,0 +1,225 @@
+"""RandAugment is timm's, and each image's depends on its seeds only."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from images import make_folders
+from PIL import Image
+from scipy import stats
+from test_loader import make_loader, spoil
+from timm.data import auto_augment
+
+from scale_mae.config import ConfigError, load_config
+from scale_mae.data import decoders, loader
+from scale_mae.data.build import open_source
+from scale_mae.data.plan import SamplePlan
+from scale_mae.data.randaugment import RandAugment
+from scale_mae.data.storage import DataError
+from scale_mae.sections import DataConfig
+
+POLICY = "rand-m9-mstd0.5-inc1"
+MEAN = DataConfig().mean
+
+
+def pictures(n=8, size=(48, 64)):
+    ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(*size, 3)
+    noise = np.random.default_rng(0).normal(0, 40, (n, *size, 3))
+    return (ramp + noise).clip(0, 255).astype(np.uint8)
+
+
+def timms(policy, image_size):
+    """What timm puts into the training transform of a classifier."""
+    transform = timm.data.create_transform(
+        image_size, is_training=True, auto_augment=policy, interpolation="bicubic", mean=MEAN, std=(0.2, 0.2, 0.2)
+    )
+    return next(part for part in transform.transforms if isinstance(part, auto_augment.RandAugment))
+
+
+def plans_seeds(n):
+    return [(int(first), int(second) >> 32) for first, second in SamplePlan(0, 10, 8).augment_seeds(np.arange(n))]
+
+
+def masked(image, bits, **_):
+    """Pillow's posterize as it was before it refused to keep no bits."""
+    return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        POLICY,
+        "rand",
+        "rand-m5-n4-p1",
+        "rand-m7-mstd101-inc1",
+        "rand-m15-mmax20-p0.8",
+        "rand-n3-tweights-mstd1",
+        "rand-n3-t3a",
+        "rand-n3-t3aw-inc1",
+    ],
+)
+def test_with_the_same_seeds_timm_gives_the_same_images(policy, monkeypatch):
+    posterize = {name: masked for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
+    monkeypatch.setattr(auto_augment, "NAME_TO_OP", auto_augment.NAME_TO_OP | posterize)
+    assert load_config("debug", {"data.randaugment": policy}).data.randaugment == policy
+    ours, theirs, changed = RandAugment(policy, MEAN), timms(policy, (48, 64)), 0
+    images = pictures()
+    for number, (first, second) in enumerate(plans_seeds(400)):
+        image = images[number % len(images)]
+        random.seed(first)
+        np.random.seed(second)
+        expected = np.asarray(theirs(Image.fromarray(image)))
+        assert np.array_equal(ours(image, (first, second)), expected)
+        changed += not np.array_equal(image, expected)
+    assert changed > 200
+
+
+def applied(transform, call, n):
+    """Which operations ``n`` calls chose and did, and with what: lists of (number of choices done, name, arguments)."""
+    done, found = [], []
+    for op in transform.ops:
+        op.aug_fn = lambda image, *args, name=op.name, **_: done.append((name, args)) or image
+    for number in range(n):
+        done.clear()
+        call(number)
+        found.append(list(done))
+    return found
+
+
+def test_the_plans_seeds_draw_what_timm_draws():
+    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timms(POLICY, 224)
+    seeds = plans_seeds(n)
+    mine = applied(ours._transform, lambda number: ours(image, seeds[number]), n)
+    random.seed(0)
+    np.random.seed(0)
+    timm_image = Image.fromarray(image)
+    other = applied(theirs, lambda _: theirs(timm_image), n)
+
+    names = [op.name for op in theirs.ops]
+    table = [[sum(name == each for calls in found for name, _ in calls) for each in names] for found in (mine, other)]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+    assert stats.chisquare(table[0]).pvalue > 1e-3  # all as often: whether an operation is done does not hang on which it is
+    number = np.bincount([len(calls) for calls in mine], minlength=3)
+    assert stats.chisquare(number, np.array([0.25, 0.5, 0.25]) * n).pvalue > 1e-3
+    pairs = [(names.index(calls[0][0]), names.index(calls[1][0])) for calls in mine if len(calls) == 2]
+    assert stats.chi2_contingency(np.histogram2d(*zip(*pairs, strict=True), bins=15)[0]).pvalue > 1e-3
+    for name in ("Rotate", "ShearX", "TranslateXRel", "ColorIncreasing", "SolarizeAdd"):
+        a, b = ([args[0] for calls in found for each, args in calls if each == name] for found in (mine, other))
+        assert stats.ks_2samp(a, b).pvalue > 1e-3
+    degrees = np.abs([args[0] for calls in mine for name, args in calls if name == "Rotate"])
+    assert degrees.mean() == pytest.approx(27, abs=0.3)
+    assert degrees.max() <= 30
+
+
+def test_many_threads_at_once_change_nothing_and_nobody_elses_generators():
+    augment, images, seeds = RandAugment(POLICY, MEAN), pictures(), plans_seeds(400)
+    one_by_one = [augment(images[i % 8], seeds[i]) for i in range(400)]
+    assert len({image.tobytes() for image in one_by_one[::8]}) > 30  # one image at other positions
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    order = np.random.default_rng(1).permutation(400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        at_once = dict(zip(order, pool.map(lambda i: augment(images[i % 8], seeds[i]), order), strict=True))
+    assert all(np.array_equal(at_once[i], one_by_one[i]) for i in range(400))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert auto_augment.random is random  # timm's own module is as it was
+
+
+@pytest.mark.parametrize("policy", ["augmix-m3", "rand-x3", "rand-m9-inc", "rand-tbest", "rand-m0.5", "rand_m9", "rand-m9-"])
+def test_a_policy_unknown_to_timm_is_told_before_anything_starts(policy):
+    with pytest.raises(
+        ConfigError, match=f"data.randaugment={policy}: not a policy of timm's; it is rand and any of"
+    ) as caught:
+        load_config("debug", {"data.randaugment": policy})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_timm_refuses_is_told_in_one_line():
+    with pytest.raises(DataError, match="data.randaugment=rand-z3: not a policy of timm's") as caught:
+        RandAugment("rand-z3", MEAN)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- in the loader
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "dali_cpu"])
+def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_path, decoder):
+    index, augment, changed = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), 0
+    cpu = torch.device("cpu")
+    plain, with_it = (
+        make_loader(index, decoder=decoders.make(decoder, (16, 16), 4, 2, cpu), threads=3, randaugment=policy).batches(5, 25)
+        for policy in (None, POLICY)
+    )
+    for step, (before, after) in enumerate(zip(plain, with_it, strict=True), start=5):
+        seeds = SamplePlan(0, 12, 4).augment_seeds(np.arange(4 * step, 4 * step + 4))
+        for row, (first, second) in enumerate(seeds.tolist()):
+            expected = augment(before.images[row].numpy(), (first, second >> 32))
+            assert np.array_equal(after.images[row].numpy(), expected)
+            changed += not np.array_equal(before.images[row].numpy(), expected)
+    assert changed > 40
+
+
+@pytest.mark.gpu
+def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
+    index, augment, gpu = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
+    plain, with_it = (
+        replace(
+            make_loader(index, decoder=decoders.make("dali_gpu", (16, 16), 4, 2, gpu), randaugment=policy), pin_memory=True
+        ).batches(0, 10)
+        for policy in (None, POLICY)
+    )
+    for step, (before, after) in enumerate(zip(plain, with_it, strict=True)):
+        assert before.images.is_cuda
+        assert after.images.is_pinned()
+        seeds = SamplePlan(0, 12, 4).augment_seeds(np.arange(4 * step, 4 * step + 4)).tolist()
+        for old, new, (first, second) in zip(before.images.cpu().numpy(), after.images.numpy(), seeds, strict=True):
+            assert np.array_equal(new, augment(old, (first, second >> 32)))
+
+
+def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    spoil(tmp_path)  # substitutes are changed too
+    undisturbed = [b.images for b in make_loader(index, micro_batch=12, threads=1, randaugment=POLICY).batches(0, 10)]
+    threads, images = threading.active_count(), []
+    for first, last, ranks, accumulation in ((0, 3, 2, 1), (3, 6, 1, 3), (6, 10, 3, 2)):
+        micro_batch = 12 // ranks // accumulation
+        lives = [
+            make_loader(index, rank, ranks, accumulation, micro_batch, threads=3, prefetch=5, randaugment=POLICY).batches(
+                first, 99
+            )
+            for rank in range(ranks)
+        ]
+        for _ in range(first, last):
+            images.append(torch.cat([next(life).images for _ in range(accumulation) for life in lives]))
+        for life in lives:
+            life.close()
+    assert torch.equal(torch.stack(images), torch.stack(undisturbed))
+    for _ in range(50):
+        if threading.active_count() > threads:
+            time.sleep(0.1)
+    assert threading.active_count() <= threads  # the pools of the dead are gone
+
+
+def test_without_it_nothing_is_prepared_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "RandAugment", None)
+    batches = make_loader(open_source(str(make_folders(tmp_path)))).batches(0, 2)
+    next(batches)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("augment")]
+    batches.close()
+
+
+def test_a_classifiers_batches_have_no_noise_but_a_seed(tmp_path):
+    index = open_source(str(make_folders(tmp_path)))
+    batches = list(replace(make_loader(index), patches=0).batches(0, 3))
+    assert all(batch.noise is None for batch in batches)
+    plan = SamplePlan(0, 12, 4)
+    assert [b.seed for b in batches] == [plan.batch_seed(np.arange(4 * step, 4 * step + 4)) for step in range(3)]
+    assert len({b.seed for b in batches}) == 3
+    later = make_loader(index, rank=1, ranks=2, micro_batch=2).batches(1, 2)
+    assert next(later).seed == plan.batch_seed(np.array([6]))

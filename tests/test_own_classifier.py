@@ -15,14 +15,17 @@ from torch import nn
 from scale_mae import UserError, load_config, load_encoder
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.export import load_mae, model_from_config
+from scale_mae.checkpoint.first_classifier import begin_with_encoder, classifier_from_config
 from scale_mae.checkpoint.foreign import locate_weights, read_weights
 from scale_mae.checkpoint.formats import FORMATS
 from scale_mae.checkpoint.initial import begin_with
 from scale_mae.checkpoint.inspect import inspect, render
 from scale_mae.checkpoint.own_classifier import fold
 from scale_mae.checkpoint.store import locate
+from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import saved_config
+from scale_mae.engine import TAG
 from scale_mae.evaluate.classifier import load_classifier, load_subject
 from scale_mae.report.reconstructions import draw_missing
 
@@ -112,9 +115,10 @@ def test_another_probe_and_the_moving_average(own, tmp_path):
     run, model = own["mean"]
     out = tmp_path / "ema"
     assert main(["convert", str(run), "--to", "timm", "--out", str(out), "--ema"]) == 0
-    ours = load_classifier(out).model.state_dict()
+    ours, reader = load_classifier(out).model.state_dict(), ZeroReader(locate(run, print) / TAG)
     for tensor, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[tensor], 0.5 * parameter.detach(), rtol=1e-6, atol=0)
+        assert torch.equal(ours[tensor].reshape(-1), reader.flat(tensor, "ema"))
+        assert not torch.equal(ours[tensor], parameter)
     assert inspect(out)["ema"] == 0.9
 
 
@@ -233,6 +237,19 @@ def test_a_mae_begins_with_the_encoder_of_a_classifier(own, tmp_path):
             assert ("its norm is behind the pooling (fc_norm), the encoder's starts anew" in note) == (name == "mean")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_classifier_begins_with_the_encoder_of_another(own, tmp_path, name):
+    run, theirs = own[name]
+    config = saved_config(run / "config.yaml")
+    for path in (run, convert(run, "timm", tmp_path / name)):
+        model = classifier_from_config(config, 4)
+        note = begin_with_encoder(model, read_weights(locate_weights(path, print)))
+        assert "anew" not in note  # of a classifier with mean pooling the norm behind it is taken too
+        with torch.inference_mode():
+            ours, expected = (m.forward_head(m.forward_features(IMAGES), pre_logits=True) for m in (model.eval(), theirs))
+        close(ours, expected)
+
+
 def test_pictures_of_a_classifier_are_refused(own, tmp_path, capsys):
     with pytest.raises(UserError, match=r"a classifier \(run.task=finetune\), not a MAE; it has no decoder"):
         load_mae(locate(own["mean"][0], print))
@@ -244,7 +261,7 @@ def test_pictures_of_a_classifier_are_refused(own, tmp_path, capsys):
 
 def test_inspect_tells_what_it_is(own, tmp_path):
     report = inspect(locate(own["probe"][0], print))
-    assert (report["task"], report["pooling"], report["best probe"]) == ("linprobe", "class token", 1)
+    assert (report["task"], report["pooling"], report["best probe"]) == ("linprobe", "class token", own["probe"][1].best)
     assert report["classes"] == "10 (n00000000, n00000001, n00000002, ...)"
     assert "best probe" in render(report)
     assert inspect(own["mean"][0])["task"] == "finetune"

@@ -13,8 +13,8 @@ from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
+from scale_mae.model.sizes import PROBE_EPS
 
-BATCH_NORM_EPS = 1e-6
 NORM, PROBES = "head.norm.", "head.probes."
 MEAN, VARIANCE = f"{NORM}running_mean", f"{NORM}running_var"
 
@@ -93,5 +93,5 @@ def fold(weight_KD: Tensor, bias_K: Tensor, mean_D: Tensor, variance_D: Tensor) 
 
     ``W ((x - m) / s) + b = (W / s) x + (b - (W / s) m)``, computed in float64 and rounded to fp32.
     """
-    weight = weight_KD.double() / (variance_D.double() + BATCH_NORM_EPS).sqrt()
+    weight = weight_KD.double() / (variance_D.double() + PROBE_EPS).sqrt()
     return weight.float(), (bias_K.double() - weight @ mean_D.double()).float()

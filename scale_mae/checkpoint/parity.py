@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from scale_mae.checkpoint.export import build_encoder, model_from_config
 from scale_mae.checkpoint.facts import Pool, without_head
-from scale_mae.checkpoint.own_classifier import BATCH_NORM_EPS, Head
+from scale_mae.checkpoint.own_classifier import Head
 from scale_mae.checkpoint.source import Source
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.tensor_file import Reading
 from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE
+from scale_mae.model.sizes import PROBE_EPS
 
 Outputs = dict[str, Tensor]
 # Largest difference of an output between the export and the checkpoint, relative to the output's deviation.
@@ -112,7 +113,7 @@ class _Probed(nn.Module):
 
     def __init__(self, width: int, classes: int, probe: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, eps=BATCH_NORM_EPS, affine=False)
+        self.norm = nn.BatchNorm1d(width, eps=PROBE_EPS, affine=False)
         self.probes = nn.ModuleDict({str(probe): nn.Linear(width, classes)})
 
     def forward(self, features_BD: Tensor) -> Tensor:

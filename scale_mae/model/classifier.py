@@ -17,11 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scale_mae.model.sizes import LAYER_NORM_EPS, Flops, Size, vit_flops
+from scale_mae.model.sizes import LAYER_NORM_EPS, PROBE_EPS, Flops, Size, vit_flops
 
 Pool = Literal["mean", "token"]
 POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # as timm calls them
-PROBE_EPS = 1e-6  # of the probes' BatchNorm
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # of the first weights of a head on trained and on frozen features; He et al. 2022, code
 
 

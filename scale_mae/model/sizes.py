@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAYER_NORM_EPS = 1e-6  # of every norm of encoder and decoder
+PROBE_EPS = 1e-6  # of the BatchNorm before linear probes
 
 
 @dataclass(frozen=True)

@@ -232,9 +232,9 @@ def poison(value, first, stop):
     assemble, normalise = Loader._assemble, scale_mae.train.normalise
 
     def poisoned(self, staged, *pools):
-        positions, batch = staged.result().positions, assemble(self, staged, *pools)
+        positions, (batch, changes) = staged.result().positions, assemble(self, staged, *pools)
         batch.images[torch.from_numpy((positions >= first) & (positions < stop))] = MARK
-        return batch
+        return batch, changes
 
     def spoilt(images, *args):
         marked = (images == MARK).flatten(1).all(1)

@@ -15,7 +15,7 @@ from scale_mae.cli import main
 from scale_mae.config import UserError, load_config
 from scale_mae.slurm.runs import duration, find_runs, show, standing
 from scale_mae.slurm.site import Site, SiteError, load_site, seconds
-from scale_mae.slurm.submit import CLUSTER, lead_seconds, node_counts, prepare, set_aside
+from scale_mae.slurm.submit import CLUSTER, lead_seconds, node_counts, prepare, set_aside, unseen
 
 
 @pytest.fixture
@@ -44,6 +44,18 @@ def launched(text, folder, *programs):
     before = f"PATH={folder}/bin:$PATH nodes=2 run='{folder}/my run'\ncancelled() {{ :; }}\n"
     program = f'{before}{function}\nlaunch pretrain "$run/slurm/config.yaml"\n'
     return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "linprobe"])
+def test_a_job_runs_the_command_of_its_recipe(tmp_path, task):
+    recipe = "debug" if task == "pretrain" else f"{task}_demo"
+    job = prepare(load_config(recipe, {"run.dir": str(tmp_path / "run"), "engine.deepspeed": "zero0"}), Site())
+    assert f'\nlaunch {task} "$run/slurm/config.yaml"\n' in job.script
+
+
+def test_images_to_evaluate_on_that_are_not_seen_are_told(tmp_path):
+    config = load_config("finetune_demo", {"run.dir": str(tmp_path / "run"), "classify.val": str(tmp_path / "nowhere")})
+    assert [line.partition("(")[0] for line in unseen(config) if line.startswith("classify.val")]
 
 
 def test_without_a_container_this_python_runs(folder):

@@ -40,7 +40,7 @@ ENV PATH=/opt/scale_mae/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 \
 WORKDIR /workspace
 USER 10001
 # Its own /dev/shm, because a builder's has 64 MB, which doctor rightly calls too small to train with.
-RUN --mount=type=tmpfs,target=/dev/shm scale-mae doctor
+RUN --mount=type=tmpfs,target=/dev/shm HOME=/dev/shm scale-mae doctor
 ARG VERSION=unknown
 ARG REVISION=unknown
 ARG SOURCE=

@@ -132,6 +132,8 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
     out = Path(out)
     if out.suffix != SAFETENSORS or out.is_dir():
         raise UserError(f"--out {out}: the name of a file that ends in {SAFETENSORS}")
+    if config.run.task != "pretrain":
+        raise UserError(f"run.task={config.run.task}: the weights that pre-training begins with are written, no classifier's")
     model, note = initial_model(config, warn)
     state = model.state_dict()
     facts = describe(config, 0) | {"format": "state_dict", "dtype": "fp32", "began_with": note}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -90,16 +91,20 @@ def checked(weights: Weights, name: str, wanted: Tensor) -> Tensor:
     if found.shape != wanted.shape:
         advice = _advice(weights, name, found, wanted)
         raise CheckpointError(f"{weights.path}: {name} has shape {list(found.shape)}, the model {list(wanted.shape)}: {advice}")
-    return _in_fp32(weights, name)
+    return in_fp32(weights.path, name, found)
 
 
-def _in_fp32(weights: Weights, name: str) -> Tensor:
-    found = weights.tensors[name]
+def in_fp32(path: Path, name: str, found: Tensor) -> Tensor:
+    """A tensor that was found at ``path``, in fp32.
+
+    Raises:
+        CheckpointError: it does not hold floating-point numbers, or some of them are not finite.
+    """
     if not found.is_floating_point():
-        raise CheckpointError(f"{weights.path}: {name} holds {str(found.dtype).removeprefix('torch.')}, not weights")
+        raise CheckpointError(f"{path}: {name} holds {str(found.dtype).removeprefix('torch.')}, not weights")
     found = found.float()
     if not found.isfinite().all():
-        raise CheckpointError(f"{weights.path}: {name} holds values that are not finite")
+        raise CheckpointError(f"{path}: {name} holds values that are not finite")
     return found
 
 
@@ -189,7 +194,7 @@ def fit_table(weights: Weights, name: str, wanted: Tensor, grids: Mapping[str, t
             f"{weights.path}: {name} has shape {list(table.shape)}, which does not fit {old[0]} x {old[1]} patches "
             f"of width {wanted.shape[2]}"
         )
-    values, told = _in_fp32(weights, name), []
+    values, told = in_fp32(weights.path, name, table), []
     if is_sincos(table, old):
         values = sincos_table(table.shape[2], old)
     else:

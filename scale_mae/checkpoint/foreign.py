@@ -27,7 +27,8 @@ from scale_mae.engine import TAG
 
 HEADS = ("head.", "fc_norm.", "classifier.", "pooler.")
 OURS, THEIRS = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
-PREFIXES = r"((module|_orig_mod|backbone|encoder|vit|model|base_model)\.)*"
+PREFIXES = r"((module|_orig_mod|backbone|encoder|vit|model|base_model|base_encoder)\.)*"
+BASE, MOMENTUM = "base_encoder.", "momentum_encoder."  # of MoCo v3: what is trained, and its moving average
 
 
 _Sorted = tuple[Mapping[str, Tensor], list[str], Mapping[str, Tensor]]  # tensors, names left out, heads
@@ -147,6 +148,8 @@ def _prefix(names: Mapping[str, Tensor], anchor: str, path: Path) -> str:
     found = [name.removesuffix(anchor) for name in names if _is_tensor(name, anchor)]
     if not found:
         raise CheckpointError(f"{path}: not weights of a ViT (none of its {len(names)} tensors is called {anchor})")
+    if sorted(found)[1:] == [min(found).replace(BASE, MOMENTUM)]:
+        found = [min(found)]
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {len(found)} encoders ({', '.join(found)}); which one is meant cannot be told")
     if not re.fullmatch(PREFIXES, found[0]):
@@ -157,12 +160,13 @@ def _prefix(names: Mapping[str, Tensor], anchor: str, path: Path) -> str:
 def _our_names(names: Mapping[str, Tensor], path: Path) -> _Sorted:
     """The reference's and timm's names are ours, but for prefixes."""
     prefix = _prefix(names, OURS, path)
-    places = {name.removeprefix(prefix).replace("_orig_mod.", ""): name for name in names}
-    if len(places) < len(names):
+    beside = [name for name in names if prefix.endswith(BASE) and not name.startswith(prefix)]
+    places = {name.removeprefix(prefix).replace("_orig_mod.", ""): name for name in names if name not in beside}
+    if len(places) + len(beside) < len(names):
         raise CheckpointError(f"{path}: two of its tensors have the same name without the prefix {prefix!r}")
     kept = {name: place for name, place in places.items() if not name.startswith(HEADS)}
     left_out = {name: place for name, place in places.items() if name not in kept}
-    return _Renamed(names, kept), list(left_out.values()), _Renamed(names, left_out)
+    return _Renamed(names, kept), [*left_out.values(), *beside], _Renamed(names, left_out)
 
 
 def _huggingface_names(names: Mapping[str, Tensor], path: Path) -> _Sorted:

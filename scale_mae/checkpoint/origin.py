@@ -18,6 +18,8 @@ from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.weights_file import Opened
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
+MOCO_HEADS = {"vit_small": 12, "vit_base": 12}  # of MoCo v3, whose small ViT has twice the usual; it writes ``arch`` alone
+Channels = tuple[float, float, float]
 HUGGINGFACE_EPS = 1e-12  # of transformers' ViT and ViTMAE where the config does not say
 
 
@@ -120,6 +122,7 @@ def _of_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> 
 def _of_timm(config: Mapping[str, Any]) -> Origin:
     """From the folder's config; the architecture is built without memory to see what its name stands for."""
     import timm
+    from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
     name, args, pretrained = config["architecture"], config.get("model_args") or {}, config.get("pretrained_cfg") or {}
@@ -128,20 +131,31 @@ def _of_timm(config: Mapping[str, Any]) -> Origin:
     with torch.device("meta"):
         model = timm.create_model(name)
     if not isinstance(model, VisionTransformer):
-        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}")
+        more = "; evaluate, knn, logistic and embed take it as it is, nothing else does" if isinstance(model, Beit) else ""
+        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}{more}")
     block = model.blocks[0]
     if not isinstance(block.mlp.act, torch.nn.GELU):
         raise CheckpointError(f"config.json: timm's {name} has another activation than a MAE's, gelu")
     side = args.get("img_size")
+    mean, std = channel_statistics(pretrained)
     return Origin(
         f"timm {name}",
         heads=_heads(args.get("num_heads", block.attn.num_heads)),
         image_size=None if side is None else _pair(side),
         layer_norm_eps=float(block.norm1.eps),
-        mean=_channels(pretrained.get("mean"), _finite),
-        std=_channels(pretrained.get("std"), _positive),
+        mean=mean,
+        std=std,
         pool=config.get("global_pool") or args.get("global_pool"),
     )
+
+
+def channel_statistics(pretrained: Mapping[str, Any]) -> tuple[Channels | None, Channels | None]:
+    """Channel means and deviations in timm's ``pretrained_cfg``; None where it says nothing.
+
+    Raises:
+        ValueError, TypeError: not those of three channels.
+    """
+    return _channels(pretrained.get("mean"), _finite), _channels(pretrained.get("std"), _positive)
 
 
 def _of_reference(opened: Opened, decoder: bool) -> Origin:
@@ -151,16 +165,19 @@ def _of_reference(opened: Opened, decoder: bool) -> Origin:
     size = re.match(r"(?:mae_)?vit_(\w+)_patch\d+", str(options.get("model")))
     known = SIZES.get(size[1]) if size else None
     side = options.get("input_size")
+    arch = opened.beside.get("arch")
+    moco = MOCO_HEADS.get(arch) if isinstance(arch, str) and not decoder else None
     if decoder or opened.wrapped:
         epoch = opened.beside.get("epoch")
-        kind = "MAE with the reference's names" + ("" if decoder else ", encoder only")
+        kind = "ViT of MoCo v3" if moco else "MAE with the reference's names" + ("" if decoder else ", encoder only")
         kind += f", epoch {epoch}" if isinstance(epoch, int) else ""
     else:
         kind = "ViT with timm's names"
     image_size = _pair(side) if isinstance(side, int) and side > 0 else None
     seed = options.get("seed") if isinstance(options.get("seed"), int) else None
     # a DeepSpeed checkpoint of others that was converted holds its step and nothing else
-    return Origin(kind, known.heads if known else None, image_size=image_size, step=opened.facts.get("step"), seed=seed)
+    heads = known.heads if known else moco
+    return Origin(kind, heads, image_size=image_size, step=opened.facts.get("step"), seed=seed)
 
 
 def _heads(count: Any) -> int | None:
@@ -176,12 +193,13 @@ def _pair(side: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _channels(values: Any, number: Callable[[Any], float]) -> tuple[float, ...] | None:
+def _channels(values: Any, number: Callable[[Any], float]) -> Channels | None:
     if values is None:
         return None
     if len(values) != 3:
         raise ValueError(f"{len(values)} channels")
-    return tuple(map(number, values))
+    red, green, blue = map(number, values)
+    return red, green, blue
 
 
 def _finite(value: Any) -> float:

@@ -119,6 +119,15 @@ def open_weights(path: Path) -> Opened:
     raise CheckpointError(f"{path}: {kind}; give a safetensors file, one of torch.save, or a folder of such")
 
 
+def config_beside(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder, or of the folder of a file; empty where there is none.
+
+    Raises:
+        CheckpointError: not a JSON object.
+    """
+    return _json((path if path.is_dir() else path.parent) / "config.json")
+
+
 def main_file(path: Path) -> Path:
     """The file that stands for a folder of weights: its index, else its only safetensors file, else its only pickle.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -15,8 +17,11 @@ from scale_mae.checkpoint.fit import checked
 from scale_mae.checkpoint.foreign import Weights, locate_weights, read_weights
 from scale_mae.checkpoint.initial import encoder_of
 from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.evaluate.beit import is_beit, read_beit
 from scale_mae.model.positions import resize_table
 from scale_mae.model.sizes import SIZES
+
+Encoder: TypeAlias = VisionTransformer | Beit
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,11 @@ class Subject:
         mean: channel means that images in [0, 1] are normalised with.
         std: channel deviations.
         names: of its classes, where the weights tell them.
+        family: its architecture in one word.
+        crop_pct: share of the scaled short side that its own config cuts out; None: the reference's.
     """
 
-    model: VisionTransformer
+    model: Encoder
     path: str
     kind: str
     digest: str
@@ -44,14 +51,16 @@ class Subject:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     names: tuple[str, ...] = ()
+    family: str = "ViT"
+    crop_pct: float | None = None
 
     @property
     def architecture(self) -> str:
-        """Such as ``ViT-base/16, 224 px``; sizes without a name as ``ViT-32x3/8`` (width x depth)."""
+        """``ViT-base/16, 224 px`` or ``BEiT-base/16, 224 px``; sizes without a name as width x depth, ``ViT-32x3/8``."""
         blocks, width, patch = self.model.blocks, self.model.embed_dim, self.model.patch_embed.patch_size
         named = [name for name, size in SIZES.items() if (size.width, size.depth) == (width, len(blocks))]
         sides = patch[0] if patch[0] == patch[1] else f"{patch[0]}x{patch[1]}"
-        return f"ViT-{named[0] if named else f'{width}x{len(blocks)}'}/{sides}, {self.size} px"
+        return f"{self.family}-{named[0] if named else f'{width}x{len(blocks)}'}/{sides}, {self.size} px"
 
     @property
     def classes(self) -> int:
@@ -71,9 +80,12 @@ def load_classifier(path: str | Path, warn: Callable[[str], None] = print, size:
         size: side of the images in pixels, if not that of the weights; position tables are interpolated bicubically.
 
     Raises:
-        CheckpointError: no plain ViT, without a head, or of another image size than can be had; one line.
+        CheckpointError: neither a plain ViT nor timm's BEiT, without head, or of another image size than can be had; one line.
     """
-    weights = read_weights(locate_weights(path, warn))
+    place = locate_weights(path, warn)
+    if is_beit(place):
+        return _beit(path, place, True, size, warn)
+    weights = read_weights(place)
     head = {name: t for name, t in weights.heads.items() if name.startswith("head.")}
     if not head:
         advice = "an encoder without a head; scale-mae knn, logistic and embed take it, and evaluate does once it is fine-tuned"
@@ -83,7 +95,8 @@ def load_classifier(path: str | Path, warn: Callable[[str], None] = print, size:
 
 def load_subject(path: str | Path, warn: Callable[[str], None] = print, size: int | None = None) -> Subject:
     """The encoder of weights from anywhere, without head; see :func:`load_classifier`."""
-    return _subject(path, read_weights(locate_weights(path, warn)), {}, size)
+    place = locate_weights(path, warn)
+    return _beit(path, place, False, size, warn) if is_beit(place) else _subject(path, read_weights(place), {}, size)
 
 
 def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: int | None) -> Subject:
@@ -113,3 +126,23 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
     names = tuple(class_names(origin.ours)) if head and origin.ours else ()
     return Subject(model, str(path), origin.kind, weights.digest(), origin.seed, new[0], tuple(mean), tuple(std), names)
+
+
+def _beit(path: str | Path, place: Path, head: bool, size: int | None, warn: Callable[[str], None]) -> Subject:
+    found = read_beit(place, head, warn)
+    height, width = found.model.patch_embed.img_size
+    if height != width or size not in (None, height):
+        asked = f", not of --size {size}" if size else "; evaluation takes squares"
+        raise CheckpointError(f"{path}: its relative positions are for images of {height} x {width} px{asked}")
+    return Subject(
+        found.model,
+        str(path),
+        f"timm {found.name}",
+        found.digest,
+        seed=None,
+        size=height,
+        mean=found.mean,
+        std=found.std,
+        family=found.family,
+        crop_pct=found.crop_pct,
+    )

@@ -41,7 +41,8 @@ def evaluate(
         name: of :data:`scale_mae.evaluate.sets.SETS`.
         root: the set's folder; of ``folder`` any labelled source.
         ranks: the processes.
-        crop_pct: share of the scaled short side that is cut out; None: as the reference does.
+        crop_pct: share of the scaled short side that is cut out; None: as the model's own config has it, else as the
+            reference does.
         batch: images at a time, a process.
         classes: names of the model's outputs, see :func:`scale_mae.evaluate.sets.read_classes`.
         seed: of the training, if the weights do not say.
@@ -54,7 +55,7 @@ def evaluate(
     Raises:
         UserError: see :func:`scale_mae.evaluate.sets.parts_of` and :func:`scale_mae.evaluate.accuracy.score`.
     """
-    began, (view, how) = time.monotonic(), _view(name, subject.size, crop_pct)
+    began, (view, how) = time.monotonic(), _view(name, subject, crop_pct)
     subject.model.to(ranks.device)
     names = ranks.on_main(lambda: read_classes(classes, subject.classes, subject.names))
     parts = parts_of(name, root, names, subject.classes)
@@ -76,29 +77,30 @@ def evaluate(
         _parts(name, found),
         made_by(ranks.size, str(ranks.device.type), time.monotonic() - began),
     )
-    return result, _unlike(name, subject, found, crop_pct)
+    return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop(subject.size)))
 
 
-def _unlike(name: str, subject: Subject, found: dict[str, Score], crop_pct: float | None) -> list[str]:
+def _unlike(name: str, subject: Subject, found: dict[str, Score], cropped: bool) -> list[str]:
     """Why a result may not be compared with the published ones."""
     published, known = SETS[name].images, PUBLISHED_CLASSES.get(name)
     return differences(
         subject.architecture,
         not published or all(each.images in published for each in found.values()),
         sum(each.images for each in found.values()),
-        crop_pct is None or crop_pct == reference_crop(subject.size),
+        cropped,
         (subject.classes, known) if known else None,
     )
 
 
-def _view(name: str, size: int, crop_pct: float | None) -> tuple[View, dict[str, object]]:
+def _view(name: str, subject: Subject, crop_pct: float | None) -> tuple[View, dict[str, object]]:
     """How pixels are made, and what a result file says of it."""
+    size = subject.size
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"--crop-pct {crop_pct}: a share above 0 and up to 1")
     stored = name == "imagenet_c" and size <= REFERENCE_SIDE  # its files are the central 224 pixels already
     if stored and crop_pct is not None:
         raise UserError("--crop-pct: the files of imagenet_c are central crops already; only their centre is cut out")
-    share = None if stored else crop_pct or reference_crop(size)
+    share = None if stored else crop_pct or subject.crop_pct or reference_crop(size)
     resized = "none" if share is None else f"short side to {int(size / share)}, bicubic"
     return central_view(size, share), {"size": size, "crop_pct": share, "resize": resized, "crop": "centre"}
 

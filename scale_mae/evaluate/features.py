@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from scale_mae.data.build import list_source
@@ -17,7 +16,7 @@ from scale_mae.data.pixels import normalise
 from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.storage import DataError
 from scale_mae.engine.distributed import World
-from scale_mae.evaluate.classifier import Subject
+from scale_mae.evaluate.classifier import Encoder, Subject
 from scale_mae.evaluate.results import content_digest
 from scale_mae.evaluate.views import CONTENT_BITS, views, whole_view
 
@@ -62,7 +61,7 @@ class Features:
     content: int
 
 
-def pooled(encoder: VisionTransformer, images_B3HW: Tensor, pool: Pool = "mean") -> Tensor:
+def pooled(encoder: Encoder, images_B3HW: Tensor, pool: Pool = "mean") -> Tensor:
     """``[B, D]``: the mean of the patch tokens, or the class token, after the final norm, wherever the encoder has it."""
     tokens = encoder.forward_features(images_B3HW)
     vector = tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
@@ -87,7 +86,7 @@ def features(
     Raises:
         DataError: an image cannot be read or decoded; names it.
     """
-    device, width = subject.model.pos_embed.device, subject.model.embed_dim
+    device, width = subject.model.cls_token.device, subject.model.embed_dim
     found, content, done = [torch.zeros(0, width)], 0, 0
     for viewed in views(index, rows, whole_view(subject.size), batch):
         images = normalise(viewed.images.to(device), subject.mean, subject.std)

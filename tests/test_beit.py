@@ -1,0 +1,227 @@
+"""BEiT and BEiT v2 in folders that timm itself writes, and MoCo v3, which is a plain ViT under other names."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from classifiers import WNIDS, class_folders, classes_file, vit, write_timm
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+from scale_mae.checkpoint.foreign import read_weights
+from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.cli import main
+from scale_mae.evaluate.classifier import load_classifier, load_subject
+from scale_mae.evaluate.evaluate import _view
+from scale_mae.evaluate.features import pooled
+from scale_mae.evaluate.results import Result
+from scale_mae.model.positions import sincos_table
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def beit(name="beit_base_patch16_224", **more):
+    """No parameter is what it was built with: timm begins with relative positions of zero."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(SIZES | more)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def write(folder, model, form=True):
+    save_for_hf(model, folder, safe_serialization=form)
+    return folder
+
+
+def change(folder, tensors=None, config=None, args=None, without=()):
+    """Other tensors, other entries of the config and of its ``model_args``."""
+    state = load_file(folder / "model.safetensors") | (tensors or {})
+    save_file({name: t for name, t in state.items() if name not in without}, folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text()) | (config or {})
+    content["model_args"] |= args or {}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("form", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("beit_base_patch16_224", {}),
+        ("beitv2_large_patch16_224", {"global_pool": "token"}),
+        ("beit_base_patch16_384", {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": True}),
+    ],
+    ids=["mean", "token", "shared"],
+)
+def test_the_outputs_are_timms(tmp_path, name, more, form):
+    theirs = beit(name, **more)
+    subject = load_classifier(write(tmp_path / "f", theirs, form))
+    with torch.inference_mode():
+        torch.testing.assert_close(subject.model(IMAGES), theirs(IMAGES), rtol=0, atol=0)
+        encoder = load_subject(tmp_path / "f").model
+        tokens = theirs.forward_features(IMAGES)
+        torch.testing.assert_close(pooled(encoder, IMAGES), theirs.fc_norm(tokens[:, 1:].mean(1)))
+        torch.testing.assert_close(pooled(encoder, IMAGES, "token"), theirs.fc_norm(tokens[:, 0]))
+    family = "BEiTv2" if name.startswith("beitv2") else "BEiT"
+    assert (subject.architecture, subject.classes) == (f"{family}-32x3/8, 32 px", 10)
+    assert (subject.mean, subject.crop_pct) == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["crop_pct"])
+    assert (len(subject.digest), subject.kind) == (64, f"timm {name}")
+
+
+def test_what_published_folders_have(tmp_path):
+    """Facts outside ``model_args`` alone, the tables of indices that older versions of timm wrote, half precision."""
+    folder = write(tmp_path / "f", beit())
+    state = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    state |= {f"blocks.{i}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64) for i in range(3)}
+    save_file(state, folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    for name in ("img_size", "num_classes", "global_pool", "in_chans"):
+        del content["model_args"][name]
+    (folder / "config.json").write_text(json.dumps(content))
+    subject = load_classifier(folder / "model.safetensors")
+    assert (subject.architecture, subject.classes) == ("BEiT-32x3/8, 32 px", 10)
+    assert {tensor.dtype for tensor in subject.model.state_dict().values()} == {torch.float32}
+    assert _view("folder", subject, None)[1]["resize"] == "short side to 35, bicubic"
+    assert _view("imagenet_c", subject, None)[1]["resize"] == "none"
+    assert _view("folder", subject, 1.0)[1]["crop_pct"] == 1.0
+
+
+def test_all_four_commands(tmp_path, capsys):
+    folder, root, out = write(tmp_path / "beit", beit("beitv2_base_patch16_224")), tmp_path / "data", tmp_path / "results"
+    class_folders(root)
+    data = ["--train", str(root), "--val", str(root)]
+    names = classes_file(tmp_path / "names", WNIDS)
+    sets = ["--on", "folder", "--root", str(root), "--classes", names]
+    assert main(["evaluate", str(folder), *sets, "--out", str(out / "e.json")]) == 0
+    assert main(["knn", str(folder), *data, "--k", "1", "--out", str(out / "k.json")]) == 0
+    assert "top-1 100.00%" in capsys.readouterr().out
+    assert main(["logistic", str(folder), *data, "--out", str(out / "l.json")]) == 0
+    for pool in ("mean", "token"):
+        assert main(["embed", str(folder), str(root), "--out", str(tmp_path / f"{pool}.npy"), "--pool", pool]) == 0
+    assert np.load(tmp_path / "mean.npy").shape == (40, 32)
+    assert not np.allclose(np.load(tmp_path / "mean.npy"), np.load(tmp_path / "token.npy"))
+    told = Result.read(out / "e.json")
+    assert (told.protocol["crop_pct"], told.model["architecture"]) == (0.9, "BEiTv2-32x3/8, 32 px")
+    assert main(["evaluate", str(folder), "--on", "imagenet_r", "--root", str(root), "--classes", names]) == 0
+    text = capsys.readouterr().out
+    assert "not comparable: BEiTv2-32x3/8, 32 px is none of the published models" in text
+    assert main(["results", str(out)]) == 0
+    assert "BEiTv2-32x3/8, 32 px" in capsys.readouterr().out
+
+
+TABLE = "blocks.0.attn.relative_position_bias_table"
+MISFITS = {
+    "missing": ({"without": ["blocks.1.gamma_1"]}, "blocks.1.gamma_1 is missing for timm's beit_base_patch16_224"),
+    "superfluous": ({"tensors": {"mask_token": torch.ones(1)}}, "mask_token has no place in timm's beit_base_patch16_224"),
+    "another grid": ({"args": {"img_size": 64}}, r"_table has shape \[52, 4\], timm's .* \[228, 4\]"),
+    "another number of heads": ({"args": {"num_heads": 8}}, r"_table has shape \[52, 4\], timm's .* \[52, 8\]"),
+    "another number of classes": ({"args": {"num_classes": 9}}, r"head.* has shape \[10.*\], timm's .* \[9.*\]"),
+    "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} holds values that are not finite"),
+    "integers": ({"tensors": {TABLE: torch.ones(52, 4, dtype=torch.int8)}}, f"{TABLE} holds int8, not weights"),
+    "no head": ({"args": {"num_classes": 0}}, "no classifier .its config.json: num_classes=0.*knn, logistic and embed take it"),
+    "no pooling": ({"args": {"global_pool": ""}}, "no classifier .its config.json: num_classes=10, global_pool=''"),
+    "grey images": ({"args": {"in_chans": 1}}, "what its config.json says is damaged .*not of three channels"),
+    "another file": ({"args": {"checkpoint_path": "x.pth"}}, "is damaged .*model_args has checkpoint_path"),
+    "nonsense": ({"args": {"depth": "many"}}, "what its config.json says is damaged .TypeError"),
+    "no arguments": ({"config": {"pretrained_cfg": "none"}}, "what its config.json says is damaged"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, changes, message):
+    folder = change(write(tmp_path / "f", beit()), **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_classifier(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_size_is_refused(tmp_path):
+    folder = write(tmp_path / "f", beit())
+    assert load_classifier(folder, size=32).size == 32
+    for load in (load_classifier, load_subject):
+        with pytest.raises(CheckpointError, match="relative positions are for images of 32 x 32 px, not of --size 48"):
+            load(folder, size=48)
+    with pytest.raises(CheckpointError, match="for images of 16 x 64 px; evaluation takes squares"):
+        load_subject(write(tmp_path / "oblong", beit(img_size=(16, 64))))
+
+
+def test_another_filter_is_told(tmp_path):
+    folder, told = write(tmp_path / "f", beit()), []
+    change(folder, config={"pretrained_cfg": {"interpolation": "bilinear"}})
+    subject = load_classifier(folder, told.append)
+    assert told == [f"{folder}: its config.json scales images by 'bilinear', here they are scaled bicubically"]
+    assert subject.mean == (0.5,) * 3
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    folder = write(tmp_path / "f", beit(), False)
+    torch.save({"head.bias": torch.ones(1), "trap": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="refused, since it wants"):
+        load_classifier(folder)
+
+
+def test_elsewhere_it_stays_refused_and_so_do_other_architectures(tmp_path, capsys):
+    folder = write(tmp_path / "f", beit())
+    line = "is not a plain ViT but Beit; evaluate, knn, logistic and embed take it as it is, nothing else does"
+    assert main(["init", str(folder), "debug", "--out", str(tmp_path / "i.safetensors")]) == 2
+    assert line in capsys.readouterr().err
+    assert main(["convert", str(folder), "--to", "timm", "--out", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    others = {
+        "swin_tiny_patch4_window7_224": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)},
+        "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (4, 4, 4, 4)},
+        "eva02_tiny_patch14_224": {"depth": 1},
+    }
+    for name, sizes in others.items():
+        write(tmp_path / name, timm.create_model(name, **sizes))
+        with pytest.raises(CheckpointError, match="not a plain ViT|not weights of a ViT") as caught:
+            load_classifier(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- MoCo v3
+
+
+def moco(**more):
+    """Its position table is the fixed one, without gradient."""
+    model = vit("token", **more)
+    side = model.patch_embed.grid_size
+    model.pos_embed.data.copy_(sincos_table(model.embed_dim, side))
+    return model
+
+
+def test_moco_v3_in_timms_form(tmp_path):
+    theirs = moco()
+    subject = load_classifier(write_timm(tmp_path, theirs, "token"))
+    torch.testing.assert_close(subject.model(IMAGES), theirs(IMAGES))
+
+
+def test_moco_v3_in_its_own_form(tmp_path):
+    """A file of pre-training has two encoders, of which the trained one counts; its small ViT has twelve heads."""
+    theirs = moco(embed_dim=384, depth=12, num_heads=12, mlp_ratio=1)
+    encoder = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("head.")}
+    state = {f"module.base_encoder.{name}": tensor for name, tensor in encoder.items()}
+    state |= {f"module.momentum_encoder.{name}": tensor + 1 for name, tensor in encoder.items()}
+    state |= {"module.base_encoder.head.0.weight": torch.ones(8, 384), "module.predictor.0.weight": torch.ones(8, 8)}
+    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
+    subject = load_subject(tmp_path / "moco.pth.tar")
+    torch.testing.assert_close(subject.model.forward_features(IMAGES), theirs.forward_features(IMAGES))
+    assert (subject.kind, subject.architecture) == ("ViT of MoCo v3, epoch 300", "ViT-small/8, 32 px")
+    with pytest.raises(CheckpointError, match=r"not one linear layer on 384 features .head\.0\.weight"):
+        load_classifier(tmp_path / "moco.pth.tar")
+    left_out = read_weights(tmp_path / "moco.pth.tar").left_out
+    assert left_out[0] == "module.base_encoder.head.0.weight"
+    assert len(left_out) == 2 + len(encoder)
+    probe = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"epoch": 90, "arch": "vit_small", "state_dict": probe, "best_acc1": 73.2}, tmp_path / "linear.pth.tar")
+    torch.testing.assert_close(load_classifier(tmp_path / "linear.pth.tar").model(IMAGES), theirs(IMAGES))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +38,18 @@ class Classification:
     patches = 0
 
     def __init__(self, config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> None:
-        self._config, self._ranks, self._began = config, ranks, time.monotonic()
+        self._config, self._ranks = config, ranks
         self._labels = index.entries["label"]
         if missing := int((self._labels == NO_LABEL).sum()):
             raise UserError(f"data.source={config.data.source}: {missing} of {len(index)} images have no label")
         self.classes = list(index.classes) or [str(number) for number in range(int(self._labels.max()) + 1)]
+        if len(self.classes) < 2:
+            raise UserError(
+                f"data.source={config.data.source}: all images are of one class; is it a folder too high or too low?"
+            )
+        self._train_digest = index.digest
         self._val = ranks.on_main(lambda: _validation(config, self.classes))
-        self.model = first_classifier(config, len(self.classes), ranks, notes, resumed=resumed)
+        self.model, self._began = first_classifier(config, len(self.classes), ranks, notes, resumed=resumed)
         self._mixing = Mixing(config.classify, len(self.classes))
         self._best = 0  # of the probes
         self.what = f"{config.model.size} that tells {len(self.classes)} classes apart"
@@ -83,13 +89,16 @@ class Classification:
         if len(rates) > 1:
             each_rate = ", ".join(f"x {rate:g}: {score.top1:.2%}" for rate, score in zip(rates, found, strict=True))
             lines.append(f"top-1 by learning rate, best x {rates[self._best]:g}: {each_rate}")
-        self._write(found, told, step, time.monotonic() - began)
-        return metrics, lines
+        return metrics, [*lines, *self._write(found, told, step, time.monotonic() - began)]
 
-    def state(self) -> dict[str, object]:
-        """Names of the classes, and which probe was the best."""
+    def state(self) -> dict[str, Any]:
+        """Names of the classes, which probe was the best, and what the run began with."""
         self._settle()
-        return {"classifier": {"classes": self.classes, "best_probe": self._best}}
+        return {"classifier": {"classes": self.classes, "best_probe": self._best, "began_with": self._began}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See :class:`scale_mae.task.Task`."""
+        self._best, self._began = state["classifier"]["best_probe"], state["classifier"]["began_with"]
 
     def _settle(self) -> None:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
@@ -113,13 +122,17 @@ class Classification:
             view, batch = central_view(side, config.classify.crop_pct or reference_crop(side)), config.train.micro_batch
             return scores(logits, val, view, self._ranks, batch, lambda done, total: beat())
 
-    def _write(self, found: list[Score], told: dict[str, Score], step: int, seconds: float) -> None:
-        """The result file of the newest evaluation."""
+    def _write(self, found: list[Score], told: dict[str, Score], step: int, seconds: float) -> list[str]:
+        """The result file of the newest evaluation; what there is to tell of it."""
         config = self._config
         c, side = config.classify, config.model.image_size[0]
         trained = config.model_dump(mode="json", include={"classify", "optim", "train"}) | {
-            "augmentation": [config.data.augmentation, *config.data.crop_scale, config.data.flip, config.data.randaugment]
+            "data": config.model_dump(mode="json")["data"],
+            "trained_on": self._train_digest,
+            "began_with": self._began,
         }
+        for key in ("source", "decoder", "threads", "prefetch", "max_failures"):
+            trained["data"].pop(key)
         for section, free in (("classify", ("val", "every")), ("train", ("micro_batch", "recompute", "recompute_every"))):
             for key in free:
                 trained[section].pop(key)
@@ -140,7 +153,16 @@ class Classification:
             {f"lr x {rate:g}": _plain(each) for rate, each in zip(c.sweep, found, strict=True)},
             made_by(self._ranks.size, self._ranks.device.type, seconds),
         )
-        self._ranks.on_main(lambda: result.write(Path(config.run.dir) / "results" / f"{config.run.task}.json"))
+        return self._ranks.on_main(lambda: _written(result, Path(config.run.dir) / "results" / f"{config.run.task}.json"))
+
+
+def _written(result: Result, path: Path) -> list[str]:
+    """A file that cannot be written stops no training."""
+    try:
+        result.write(path)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _plain(each: Score) -> dict[str, float]:
@@ -155,6 +177,9 @@ def _validation(config: Config, classes: list[str]) -> Part | None:
     if size[0] != size[1]:
         raise UserError(f"model.image_size={list(size)}: evaluation takes squares; leave classify.val out")
     try:
-        return next(parts_of("folder", source, classes, len(classes)))
+        part = next(parts_of("folder", source, classes, len(classes)))
     except UserError as error:
         raise UserError(f"classify.val={error}") from None
+    if strange := [name for name in part.index.classes if name not in classes and not all(map(str.isdigit, classes))]:
+        raise UserError(f"classify.val={source}: {strange[0]} is no class of data.source (such as {classes[0]})")
+    return part

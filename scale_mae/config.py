@@ -71,14 +71,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         self._fits_task()
-        if self.optim.name == "lars" and self.engine.deepspeed != "zero0":
-            raise ValueError(
-                f"optim.name=lars needs whole parameters, which engine.deepspeed={self.engine.deepspeed} cuts up; use zero0"
-            )
-        if (self.classify.mixup or self.classify.cutmix) and self.train.micro_batch % 2:
-            raise ValueError(
-                f"train.micro_batch={self.train.micro_batch} is odd; classify.mixup and cutmix mix pairs of images"
-            )
+        stage, batch = self.engine.deepspeed, self.train.micro_batch
+        if self.optim.name == "lars" and stage != "zero0":
+            raise ValueError(f"optim.name=lars needs whole parameters, which engine.deepspeed={stage} cuts up; use zero0")
+        if (self.classify.mixup or self.classify.cutmix) and batch % 2:
+            raise ValueError(f"train.micro_batch={batch} is odd; classify.mixup and cutmix mix pairs of images")
+        frozen = self.classify.train_blocks is not None and self.train.precision != "fp32"
+        if frozen and self.train.recompute == "offload":  # fairscale would recompute what is not frozen in another precision
+            raise ValueError("train.recompute=offload does not go with classify.train_blocks in 16 bits; use recompute=full")
         if self.engine.compile and self.train.recompute == "offload":
             raise ValueError("engine.compile=True does nothing for train.recompute=offload; use recompute=full or no compile")
         return self

@@ -114,7 +114,7 @@ def start_facts(instruments: Instruments, world: World, zero_stage: int, version
         "host": address(),
         "job_id": _job_id(),
         "versions": versions,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(sys.orig_argv),
     }
 
 

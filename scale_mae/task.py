@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -47,8 +47,11 @@ class Task(Protocol):
             beat: called now and then, so that nobody thinks the run hangs.
         """
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint has to tell of the model besides."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of a checkpoint, which :meth:`state` is part of."""
 
 
 class Pretraining:
@@ -71,9 +74,12 @@ class Pretraining:
         """Nothing to say."""
         return {}, []
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def make_task(config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> Task:

@@ -127,6 +127,7 @@ class Run:
         self.step = self.saved = int(state["step"])
         self.tally = Tally(self.config.data.max_failures, state["failures"])
         self.recovery.restore(state.get("recovery"))
+        self.task.restore(state)
         return state
 
     def _say(self, message: str) -> None:
@@ -206,7 +207,12 @@ class Run:
     def _judge(self) -> None:
         """How good the model is by now."""
         self.watch.lap("other")
-        metrics, lines = self.task.judge(self.engine, self.step, self.watchdog.beat)
+        try:
+            metrics, lines = self.task.judge(self.engine, self.step, self.watchdog.beat)
+        except UserError:  # of the images to evaluate on: what was learnt until now is sound
+            if not self.recovery.judge():
+                self._save()
+            raise
         self.watch.lap("evaluation")
         self.teller.judged(self.step, metrics, lines)
 

@@ -152,6 +152,9 @@ def test_frozen_weights_stay_as_they_are_whatever_the_engine_casts(dtype):
         assert buffer.dtype == torch.float32
         assert torch.equal(buffer, before[name])
     images = torch.randn(4, 3, 32, 32)
+    most = make_model()
+    most.freeze(3)  # the embedding alone
+    assert most.to(dtype)(images, torch.eye(7)[:4]).logits.dtype == dtype
     exact = make_model()
     torch.testing.assert_close(model(images).logits.float(), exact(images).logits, atol=0.05, rtol=0.05)
 
@@ -278,8 +281,11 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     assert losses(parts) == losses(whole)
     one, two = weights(whole), weights(parts)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    scores = [json.loads((run / "results" / "finetune.json").read_text())["scores"] for run in (whole, parts)]
+    results = [json.loads((run / "results" / "finetune.json").read_text()) for run in (whole, parts)]
+    scores = [result["scores"] for result in results]
     assert scores[0] == scores[1]
+    assert results[0]["protocol"] == results[1]["protocol"]
+    assert results[0]["protocol"]["began_with"] == "scale-mae checkpoint, step 4"  # also after resuming, which reads no weights
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
     history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
     assert [(e["step"], e["val_images"]) for e in history if e["event"] == "evaluated"] == [(3, 50), (6, 50)]
@@ -316,17 +322,18 @@ def test_what_a_probe_is_scaled_by_is_the_mean_over_all_processes(tmp_path, enco
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
-def test_only_last_blocks_change_and_stage_3_does_the_same(tmp_path, encoder):
+@pytest.mark.parametrize("blocks", [1.5, None])
+def test_only_what_is_to_be_trained_changes_and_stage_3_does_the_same(tmp_path, encoder, blocks):
     found = {}
     for stage, ranks in (("zero2", 1), ("zero3", 2)):
         run = tmp_path / stage
-        own = {"model.init_from": str(encoder), "classify.train_blocks": 1.5, "engine.deepspeed": stage}
+        own = {"model.init_from": str(encoder), "classify.train_blocks": blocks, "engine.deepspeed": stage}
         run_ranks(ranks, train, "finetune", "finetune_demo", settings(run, "3 steps", **own))
         found[stage] = weights(run), losses(run), json.loads((run / "results" / "finetune.json").read_text())
     before, (after, one, result), (_, other, again) = weights(encoder), found["zero2"], found["zero3"]
     frozen = [n for n in after if n in before and torch.equal(before[n], after[n])]
     for name in after:
-        trained = name.startswith(("blocks.5.", "blocks.4.norm2", "blocks.4.mlp", "fc_norm", "head"))
+        trained = blocks is None or name.startswith(("blocks.5.", "blocks.4.norm2", "blocks.4.mlp", "fc_norm", "head"))
         assert (name in frozen) != trained, name
     for step, (loss, norm) in one.items():
         assert other[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-3))
@@ -350,19 +357,27 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
         ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"set model.patch_size=\[4, 4\]"),
         ({"classify.train_blocks": 7, "model.init_from": None}, "classify.train_blocks=7, but the encoder has 6 blocks"),
         ({"classify.val": "nowhere", "model.init_from": None}, "classify.val=nowhere"),
+        ({"classify.val": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
+        ({"data.source": "ONE", "model.init_from": None}, "all images are of one class"),
+        ({"classify.every": "0 epochs", "model.init_from": None}, "classify.every is no step at all"),
         ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(tmp_path, encoder, own, message):
     folder = tmp_path / "images"
     folder.mkdir()
-    (tmp_path / "list.txt").write_text("")
     source = open_source("demo:val")
     for row in range(16):
         (folder / f"{row}.jpg").write_bytes(source.read(row))
+    for number in range(10):
+        (tmp_path / "strange" / f"other{number}").mkdir(parents=True)
+        shutil.copy(folder / "0.jpg", tmp_path / "strange" / f"other{number}")
+    (tmp_path / "one" / "class0").mkdir(parents=True)
+    shutil.copy(folder / "0.jpg", tmp_path / "one" / "class0")
     listed = tmp_path / "images.txt"
     listed.write_text("".join(f"images/{row}.jpg\n" for row in range(16)))
     places = {"ENCODER": str(encoder), "UNLABELLED": str(listed)}
+    places |= {"STRANGE": str(tmp_path / "strange"), "ONE": str(tmp_path / "one")}
     own = {key: places.get(value, value) if isinstance(value, str) else value for key, value in own.items()}
     with pytest.raises(RankError, match=message):
         run_ranks(1, train, "finetune", "finetune_demo", settings(tmp_path / "run", "1 steps", **own))

@@ -66,14 +66,18 @@ def begin_with_encoder(model: Classifier, weights: Weights) -> str:
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    origin = weights.origin
-    about = [origin.kind, *([] if origin.step is None else [f"step {origin.step}"])]
-    if digest := weights.digest():
-        about.append(f"SHA-256 {digest[:16]}")
-    return "; ".join([f"began with the encoder of {weights.path} ({', '.join(about)})", *notes])
+    digest = weights.digest()
+    about = f"{origin_of(weights)}, SHA-256 {digest[:16]}" if digest else origin_of(weights)
+    return "; ".join([f"began with the encoder of {weights.path} ({about})", *notes])
 
 
-def first_classifier(config: Config, classes: int, ranks: World, notes: list[str], *, resumed: bool) -> Classifier:
+def origin_of(weights: Weights) -> str:
+    """What weights are, whatever their seed: their kind, and how long they were trained where that is known."""
+    step = weights.origin.step
+    return weights.origin.kind if step is None else f"{weights.origin.kind}, step {step}"
+
+
+def first_classifier(config: Config, classes: int, ranks: World, notes: list[str], *, resumed: bool) -> tuple[Classifier, str]:
     """The classifier that a run begins with, on the host, the same on every process. All call it.
 
     Args:
@@ -83,6 +87,9 @@ def first_classifier(config: Config, classes: int, ranks: World, notes: list[str
         notes: what to tell of it is appended.
         resumed: a checkpoint is going to fill the model, so the weights of the beginning are not looked at.
 
+    Returns:
+        The classifier, and what it begins with in words, the same for every seed.
+
     Raises:
         UserError: the weights are not there, do not fit, or are not the same for all processes.
     """
@@ -90,8 +97,14 @@ def first_classifier(config: Config, classes: int, ranks: World, notes: list[str
     if config.run.task == "linprobe" and source is None:
         notes.append("model.init_from is empty: the probe is of random features")
     model = classifier_from_config(config, classes)
+    began = ["random weights"]
+
+    def begin(weights: Weights) -> str:
+        began[0] = origin_of(weights)
+        return begin_with_encoder(model, weights)
+
     if source and not resumed:
-        notes.append(begin_everywhere(source, ranks, notes, lambda weights: begin_with_encoder(model, weights)))
+        notes.append(begin_everywhere(source, ranks, notes, begin))
     try:
         if config.run.task == "linprobe":
             with torch.random.fork_rng(devices=[]):
@@ -101,4 +114,4 @@ def first_classifier(config: Config, classes: int, ranks: World, notes: list[str
             model.freeze(config.classify.train_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return model
+    return model, began[0]

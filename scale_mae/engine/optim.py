@@ -126,8 +126,11 @@ def make_schedule(config: Config, dataset_size: int) -> Schedule:
         UserError: a length of zero, or a warm-up longer than the run.
     """
     total = config.steps(config.train.duration, dataset_size)
-    for key, steps in (("train.duration", total), ("checkpoint.every", config.steps(config.checkpoint.every, dataset_size))):
-        if steps < 1:
+    lengths = {"checkpoint.every": config.checkpoint.every, "classify.every": config.classify.every}
+    if config.checkpoint.keep_every:
+        lengths["checkpoint.keep_every"] = config.checkpoint.keep_every
+    for key, length in {"train.duration": config.train.duration, **lengths}.items():
+        if config.steps(length, dataset_size) < 1:
             raise UserError(f"{key} is no step at all; give at least '1 steps'")
     warmup = config.steps(config.optim.warmup, dataset_size)
     if warmup > total:

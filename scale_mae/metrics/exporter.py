@@ -136,10 +136,10 @@ class Exporter(Collector):
         """Serve these from now on."""
         self._take(metrics)
 
-    def close(self) -> None:
-        """Serve no more, and say so."""
+    def close(self, *, failed: bool = False) -> None:
+        """Serve no more, and say so; of a run that failed the entry stays, so that Prometheus sees it missing."""
         with suppress(OSError):  # unless another job of this run has written its own
-            if self._content and self._entry.read_text() == self._content:
+            if self._content and not failed and self._entry.read_text() == self._content:
                 self._entry.unlink()
         self._server.shutdown()
         self._server.server_close()

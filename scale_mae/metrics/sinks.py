@@ -27,8 +27,8 @@ class Sink(Protocol):
     def metrics(self, metrics: Metrics) -> None:
         """The metrics of one log step."""
 
-    def close(self) -> None:
-        """No more will come."""
+    def close(self, *, failed: bool = False) -> None:
+        """No more will come; ``failed``: as an error ends the run."""
 
 
 class Log:
@@ -43,7 +43,7 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self.say(f"stopped: {error}")
-        self._each(lambda sink: sink.close())
+        self._each(lambda sink: sink.close(failed=error is not None))
 
     def say(self, message: str) -> None:
         """A message for people."""
@@ -138,7 +138,7 @@ class ConsoleSink:
         else:
             to_stderr(line)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Leave the bar as it is."""
         if self._bar:
             self._bar.stop()
@@ -158,7 +158,7 @@ class TextSink:
         """Write a line."""
         self.say(describe(metrics, self._total))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Close the file."""
         self._lines.close()
 
@@ -176,7 +176,7 @@ class JsonSink:
         """Write a line."""
         self._lines.append(json.dumps(metrics))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Close the file."""
         self._lines.close()
 

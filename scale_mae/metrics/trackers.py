@@ -80,7 +80,7 @@ class Tracker(Sink, ABC):
         self._check()
         self._lines.put_nowait(metrics)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Wait a while until all is there."""
         self._check()
         self._lines.put_nowait(None)

@@ -7,6 +7,7 @@ rounds parameters: it stays fp32, to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -91,7 +92,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         )
         self.size, self.drop_path = size, drop_path
         self.rates: tuple[float, ...] = (1.0,)
-        self._frozen_share = 0.0
+        self.frozen, self._frozen_share = False, 0.0  # whether any part is; share of the blocks that are, for counting
 
     def freeze(self, train_blocks: float) -> None:
         """Train the last blocks only, with the norm after them and the head; of half a block its MLP.
@@ -120,6 +121,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         for module in self.modules():  # of what autocast leaves to itself, which takes no input finer than its weights
             if isinstance(module, nn.LayerNorm) and any(True for _ in module.parameters()):
                 module.register_forward_pre_hook(lambda norm, given: given[0].to(norm.weight.dtype))
+        self.frozen = True
         # the MLP is two thirds of a block's products, near enough
         self._frozen_share = (depth - whole - half * 2 / 3) / depth
 
@@ -131,11 +133,6 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         """
         self.freeze(0)
         self.head, self.rates = Probes(self.embed_dim, self.num_classes, len(rates)), tuple(rates)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether part of the encoder is not trained."""
-        return bool(self._frozen_share)
 
     @property
     def recomputable(self) -> list[nn.Module]:
@@ -157,7 +154,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
     def flops(self) -> Flops:
         """Operations of one image."""
         heads = self.num_classes * len(self.rates)
-        patches, pixels = self.patch_embed.num_patches, self.patch_embed.proj.weight[0].numel()
+        patches, pixels = self.patch_embed.num_patches, 3 * math.prod(self.patch_embed.patch_size)
         return vit_flops(self.size, patches=patches, patch_pixels=pixels, classes=heads, frozen=self._frozen_share)
 
     def statistics(self) -> list[Tensor]:

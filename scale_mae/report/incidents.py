@@ -39,14 +39,15 @@ def _of_event(record: Record, event: dict[str, Any], number: int) -> Mark | None
             return None  # the first start is no incident
         words = f"restart {event.get('restarts', '')} on {event.get('world_size', '?')} processes, {at}"
         return Mark("restart", record.images_at(step), step, words)
-    if kind == "rollback":
-        step = _int(event.get("detected"))
-        skipped = event.get("skipped_steps") or ["?", "?"]
+    if kind in ("rollback", "gave_up"):
+        step, bad = _int(event.get("detected")), event.get("skipped_steps") or ["?", "?"]
         words = (
             f"rollback {event.get('number', '')}: {event.get('reason', '')}; back from step {step} to {event.get('to', '?')}, "
-            f"samples of steps {skipped[0]} to {skipped[-1]} left out, {at}"
+            f"samples of steps {bad[0]} to {bad[-1]} left out, {at}"
         )
-        return Mark("rollback", record.images_at(step), step, words)
+        if kind == "gave_up":
+            words = f"gave up: {event.get('reason', '')}; samples of steps {bad[0]} to {bad[-1]} led there, {at}"
+        return Mark(kind.replace("_", " "), record.images_at(step), step, words)
     if kind == "stop":
         return Mark("stop", record.images_at(step), step, f"stop: {event.get('reason', '')}, {at}")
     if kind == "checkpoint" and event.get("error"):

@@ -154,6 +154,8 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
             if event.get("samples"):
                 listed = ", ".join(map(str, event["samples"]))
                 parts.append(disclosure(f"Samples left out by rollback {event.get('number', '')}", tag("p", listed)))
+        for event in record.events("gave_up"):
+            parts.append(disclosure("Samples that led to giving up", tag("p", ", ".join(map(str, event.get("samples", []))))))
     else:
         parts.append(note("No restart, no rollback and no skipped step is recorded."))
     return section("incidents", "Incidents", *parts, note(left) if left else "")
@@ -199,10 +201,13 @@ def files(record: Record) -> Markup:
     for path in checkpoints(record.dir):
         step = step_of(path)
         event = saved.get(step, {})
-        size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        try:
+            size, written_at = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), path.stat().st_mtime
+        except FileNotFoundError:  # it made room for a newer one just now
+            continue
         seconds = event.get("seconds")
         took = f"{seconds:.1f} s" if isinstance(seconds, (int, float)) else "-"
-        rows.append([path.name, f"{step:,}", when(path.stat().st_mtime), f"{size / 2**20:,.1f} MiB", took])
+        rows.append([path.name, f"{step:,}", when(written_at), f"{size / 2**20:,.1f} MiB", took])
     parts: list[object] = [
         table("Checkpoints kept", ["name", "step", "written (UTC)", "size", "took"], rows)
         if rows

@@ -20,6 +20,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
 from scale_mae.metrics.hardware import REASONS, Gpu
 from scale_mae.metrics.node import Node
+from scale_mae.metrics.sinks import Log
 from scale_mae.metrics.stopwatch import Stopwatch
 from scale_mae.slurm.runs import standing
 
@@ -102,7 +103,7 @@ def two(tmp_path_factory):
 def test_a_scrape_has_the_values_of_the_log_line(two):
     series, line, _, _ = two
     for name, (key, _) in GAUGES.items():
-        if line[key] is None:
+        if line.get(key) is None:
             assert (f"scale_mae_{name}", ()) not in series
         else:
             assert value(series, name) == line[key], name
@@ -360,3 +361,13 @@ def test_the_last_step_is_told_though_it_is_not_logged(tmp_path):
         assert not (tmp_path / "run/log.jsonl").read_text()
     finally:
         stop(*running)
+
+
+def test_of_a_run_that_fails_the_target_stays_for_the_alert(make_exporter, tmp_path):
+    entry = tmp_path / "sd" / "r-1-node0.json"
+    with pytest.raises(RuntimeError), Log([make_exporter()]):
+        raise RuntimeError("disk full")
+    assert entry.exists()
+    with Log([make_exporter()]):
+        pass
+    assert not entry.exists()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 
@@ -18,7 +19,8 @@ from scale_mae.report.command import REPORT_COMMANDS, add_report_commands
 from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
 
 EPILOG = """\
-A RECIPE is a shipped name ({recipes}) or the path of a YAML file.
+A RECIPE is a shipped name or the path of a YAML file. Shipped are
+{recipes}.
 A CHECKPOINT is a run directory (its newest good checkpoint) or one checkpoint in it.
 WEIGHTS are a CHECKPOINT, an export, or a file or folder of the reference repository, timm or Hugging Face.
 A SOURCE of images is an index, class folders (root/class/image), a folder or {{00..99}} list of tar shards, a .txt or .csv
@@ -40,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scale-mae",
         description="Pre-train masked autoencoders at scale and use what they learn.",
-        epilog=EPILOG.format(recipes=", ".join(recipes())),
+        epilog=EPILOG.format(recipes=textwrap.fill(", ".join(recipes()), 120)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -61,7 +61,7 @@ def test_help_says_what_a_word_stands_for(words, capsys):
         main([*words, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "RECIPE is a shipped name (debug, demo, vit_base, vit_huge, vit_large)" in text
+    assert "A RECIPE is a shipped name or the path of a YAML file" in text
 
 
 def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):

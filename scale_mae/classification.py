@@ -26,6 +26,14 @@ from scale_mae.evaluate.sets import Part, parts_of
 from scale_mae.evaluate.views import central_view, reference_crop
 from scale_mae.metrics.meter import Metrics
 
+# sections that a result file names, without what changes no score but by chance, or is told apart
+UNLIKE = {
+    "classify": {"val", "every"},
+    "data": {"source", "decoder", "threads", "prefetch", "max_failures"},
+    "optim": set[str](),
+    "train": {"micro_batch", "recompute", "recompute_every"},
+}
+
 
 class Classification:
     """A classifier; see :class:`scale_mae.task.Task`.
@@ -40,13 +48,7 @@ class Classification:
     def __init__(self, config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> None:
         self._config, self._ranks = config, ranks
         self._labels = index.entries["label"]
-        if missing := int((self._labels == NO_LABEL).sum()):
-            raise UserError(f"data.source={config.data.source}: {missing} of {len(index)} images have no label")
-        self.classes = list(index.classes) or [str(number) for number in range(int(self._labels.max()) + 1)]
-        if len(self.classes) < 2:
-            raise UserError(
-                f"data.source={config.data.source}: all images are of one class; is it a folder too high or too low?"
-            )
+        self.classes = ranks.on_main(lambda: _classes(config.data.source, index))
         self._train_digest = index.digest
         self._val = ranks.on_main(lambda: _validation(config, self.classes))
         self.model, self._began = first_classifier(config, len(self.classes), ranks, notes, resumed=resumed)
@@ -126,16 +128,8 @@ class Classification:
         """The result file of the newest evaluation; what there is to tell of it."""
         config = self._config
         c, side = config.classify, config.model.image_size[0]
-        trained = config.model_dump(mode="json", include={"classify", "optim", "train"}) | {
-            "data": config.model_dump(mode="json")["data"],
-            "trained_on": self._train_digest,
-            "began_with": self._began,
-        }
-        for key in ("source", "decoder", "threads", "prefetch", "max_failures"):
-            trained["data"].pop(key)
-        for section, free in (("classify", ("val", "every")), ("train", ("micro_batch", "recompute", "recompute_every"))):
-            for key in free:
-                trained[section].pop(key)
+        whole = config.model_dump(mode="json", include=set(UNLIKE), exclude=UNLIKE)
+        trained = whole | {"trained_on": self._train_digest, "began_with": self._began}
         named = {f"{kind}{key}": value for kind, each in told.items() for key, value in _plain(each).items()}
         result = Result(
             {"name": config.run.task, "set": c.val, "size": side, "crop_pct": c.crop_pct or reference_crop(side), **trained},
@@ -167,6 +161,17 @@ def _written(result: Result, path: Path) -> list[str]:
 
 def _plain(each: Score) -> dict[str, float]:
     return {"top1": each.top1, "top5": each.top5, "loss": each.loss}
+
+
+def _classes(source: str, index: Index) -> list[str]:
+    """Names of the classes of the images, or their numbers as texts. One process looks through the labels for all."""
+    labels = index.entries["label"]
+    if missing := int((labels == NO_LABEL).sum()):
+        raise UserError(f"data.source={source}: {missing} of {len(index)} images have no label")
+    classes = list(index.classes) or [str(number) for number in range(int(labels.max()) + 1)]
+    if len(classes) < 2:
+        raise UserError(f"data.source={source}: all images are of one class; is it a folder too high or too low?")
+    return classes
 
 
 def _validation(config: Config, classes: list[str]) -> Part | None:

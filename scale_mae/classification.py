@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scale_mae.checkpoint.facts import weights_digest
 from scale_mae.checkpoint.first_classifier import first_classifier
+from scale_mae.checkpoint.store import read_manifest, step_of
 from scale_mae.config import Config, UserError
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
@@ -54,6 +58,7 @@ class Classification:
         self.model, self._began = first_classifier(config, len(self.classes), ranks, notes, resumed=resumed)
         self._mixing = Mixing(config.classify, len(self.classes))
         self._best = 0  # of the probes
+        self._results = Path(config.run.dir) / "results" / f"{config.run.task}.json"
         self.what = f"{config.model.size} that tells {len(self.classes)} classes apart"
         self._every = config.steps(config.classify.every, len(index))
 
@@ -92,6 +97,14 @@ class Classification:
             each_rate = ", ".join(f"x {rate:g}: {score.top1:.2%}" for rate, score in zip(rates, found, strict=True))
             lines.append(f"top-1 by learning rate, best x {rates[self._best]:g}: {each_rate}")
         return metrics, [*lines, *self._write(found, told, step, time.monotonic() - began)]
+
+    def saved(self, checkpoint: Path) -> None:
+        """The result file tells the digest of the weights, once they are in a checkpoint."""
+        with suppress(UserError):
+            result = Result.read(self._results)
+            if result.model["step"] == step_of(checkpoint):
+                digest = weights_digest(read_manifest(checkpoint))
+                replace(result, model=result.model | {"sha256": digest}).write(self._results)
 
     def state(self) -> dict[str, Any]:
         """Names of the classes, which probe was the best, and what the run began with."""
@@ -138,7 +151,8 @@ class Classification:
                 "kind": f"scale-mae run, step {step}",
                 "architecture": f"ViT-{config.model.size}/{config.model.patch[0]}, {side} px",
                 "classes": len(self.classes),
-                "sha256": "",
+                "sha256": "",  # not known before they are saved
+                "step": step,
                 "seed": config.run.seed,
                 "began_with": config.model.init_from,
             },
@@ -147,7 +161,7 @@ class Classification:
             {f"lr x {rate:g}": _plain(each) for rate, each in zip(c.sweep, found, strict=True)},
             made_by(self._ranks.size, self._ranks.device.type, seconds),
         )
-        return self._ranks.on_main(lambda: _written(result, Path(config.run.dir) / "results" / f"{config.run.task}.json"))
+        return self._ranks.on_main(lambda: _written(result, self._results))
 
 
 def _written(result: Result, path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -47,6 +48,9 @@ class Task(Protocol):
             beat: called now and then, so that nobody thinks the run hangs.
         """
 
+    def saved(self, checkpoint: Path) -> None:
+        """The weights that were judged last may be in a checkpoint now. The first process calls it."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to tell of the model besides."""
 
@@ -73,6 +77,9 @@ class Pretraining:
     def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
         """Nothing to say."""
         return {}, []
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nothing to tell of them."""
 
     def state(self) -> dict[str, Any]:
         """Nothing."""

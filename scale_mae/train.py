@@ -151,6 +151,8 @@ class Run:
                 self.log.say(stopped)
             if self.saver.error:
                 raise self.saver.error
+            if self.ranks.is_main and (saved := store.checkpoints(self.dir)):
+                self.task.saved(saved[-1])
         return Result(self.dir, self.step, self.step >= total, stopped)
 
     def _train(self) -> Vote:

@@ -165,6 +165,8 @@ def test_a_loss_that_is_not_finite_lies_outside(tmp_path):
         ({"high": [1, None]}, "equally long"),
         ({"name": ...}, "not a reference curve"),
         ({"setting": {"data": "x"}}, "must be a list"),
+        ({"setting": {"model.sizes": "base"}}, "setting.model.sizes is no section.key"),
+        ({"setting": {"modle.size": "base"}}, "setting.modle.size is no section.key"),
     ],
 )
 def test_a_file_that_is_no_reference_curve_is_refused(tmp_path, change, message):

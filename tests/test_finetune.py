@@ -13,6 +13,7 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
+from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import ConfigError, UserError, load_config
@@ -287,6 +288,8 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     assert results[0]["protocol"] == results[1]["protocol"]
     assert results[0]["protocol"]["began_with"] == "scale-mae checkpoint, step 4"  # also after resuming, which reads no weights
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
+    for run, result in ((whole, results[0]), (parts, results[1])):
+        assert result["model"]["sha256"] == read_weights(run / "checkpoints" / "step-00000006").digest()
     history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
     assert [(e["step"], e["val_images"]) for e in history if e["event"] == "evaluated"] == [(3, 50), (6, 50)]
     line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])

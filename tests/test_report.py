@@ -483,6 +483,10 @@ def test_other_images_can_be_reconstructed_or_none(run, tmp_path, capsys):
     assert "data:image/webp" not in out.read_text()
     assert main(["report", str(run), "--out", str(out), "--images", str(tmp_path / "none.jpg")]) == 2
     assert "none.jpg: cannot be read" in capsys.readouterr().err
+    (tmp_path / "text.jpg").write_text("no image")
+    assert main(["report", str(run), "--out", str(tmp_path / "none.html"), "--images", str(tmp_path / "text.jpg")]) == 2
+    assert "text.jpg: cannot be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "none.html").exists()
 
 
 def test_pictures_that_cannot_be_drawn_do_not_stop_the_report(run, tmp_path, capsys):

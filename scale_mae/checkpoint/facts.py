@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
 from scale_mae import __version__
+from scale_mae.checkpoint.store import Manifest
 from scale_mae.config import Config
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
@@ -38,6 +40,12 @@ TIMM_NAMES = {
 def is_classifier(config: Config) -> bool:
     """Whether a run trains a classifier, fine-tuned or a linear probe; else a MAE."""
     return config.run.task != "pretrain"
+
+
+def weights_digest(manifest: Manifest) -> str:
+    """Of a checkpoint: SHA-256 of the checksums of its files, in hexadecimal."""
+    sums = "".join(str(facts["sha256"]) for _, facts in sorted(manifest.files.items()))
+    return hashlib.sha256(sums.encode()).hexdigest()
 
 
 def describe(

@@ -6,7 +6,6 @@ there is one encoder, classification heads are left out and listed, and everythi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scale_mae.checkpoint.facts import describe, is_classifier
+from scale_mae.checkpoint.facts import describe, is_classifier, weights_digest
 from scale_mae.checkpoint.huggingface import from_huggingface
 from scale_mae.checkpoint.origin import Origin, of_ours, origin_of
 from scale_mae.checkpoint.own_classifier import plain, read_head
@@ -135,8 +134,7 @@ def _own_checkpoint(checkpoint: Path) -> Weights:
         head = read_head(config, reader)
         tensors, classes = Reading(plain({name: reader.lazy(name) for name in reader}, head)), head.classes
     origin = of_ours(describe(config, manifest.step, classes=classes), "scale-mae checkpoint")
-    sums = "".join(str(facts["sha256"]) for _, facts in sorted(manifest.files.items()))
-    return Weights(checkpoint, *_our_names(tensors, checkpoint), origin, lambda: hashlib.sha256(sums.encode()).hexdigest())
+    return Weights(checkpoint, *_our_names(tensors, checkpoint), origin, lambda: weights_digest(manifest))
 
 
 def _is_tensor(name: str, anchor: str) -> bool:

@@ -48,9 +48,12 @@ def folder_of(run: Path, images: Sequence[str]) -> Path:
     digest = hashlib.sha256()
     for image in images:
         try:
-            digest.update(Path(image).read_bytes())
-        except OSError as error:
-            raise UserError(f"{image}: cannot be read ({error.strerror})") from None
+            content = Path(image).read_bytes()
+            with Image.open(io.BytesIO(content)) as opened:
+                opened.load()
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{image}: cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
+        digest.update(content)
     return run / FOLDER / f"of-{digest.hexdigest()[:12]}"
 
 
@@ -84,7 +87,7 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
         All pictures of the images, oldest step first.
 
     Raises:
-        UserError: a file of ``images`` cannot be read.
+        UserError: a file of ``images`` cannot be read, or is no image.
     """
     folder = folder_of(run, images)
     if config is None or config.run.task != "pretrain":

@@ -179,7 +179,15 @@ def read_reference(path: Path) -> Reference:
         raise ReferenceError(f"{path}: images must rise, and low lie under high")
     if not isinstance(setting.get("data", []), list):
         raise ReferenceError(f"{path}: setting.data must be a list of names and digests of the same images")
+    if strange := [key for key in setting if key != "data" and not _is_known(key)]:
+        raise ReferenceError(f"{path}: setting.{strange[0]} is no section.key of a config (scale-mae schema lists them)")
     return Reference(name, setting, images, low, high)
+
+
+def _is_known(key: str) -> bool:
+    section, _, name = key.partition(".")
+    kind = Config.model_fields[section].annotation if section in Config.model_fields else None
+    return key == "model.patch_size" or name in getattr(kind, "model_fields", {})
 
 
 def shipped() -> list[Reference]:

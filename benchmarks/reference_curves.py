@@ -3,6 +3,8 @@
 nice -n 15 python benchmarks/reference_curves.py demo --runs DIR --out scale_mae/reference_curves/demo.json \\
     --wrong optim.base_lr=0.0001 optim.base_lr=0.01 model.target=pixel --result benchmarks/results/reference_curves_demo.json
 
+--name, --set and --data are for recipes with overrides and for images of one's own, whose path says nothing elsewhere.
+
 Trains the recipe with each seed, one process, one after the other; a run that is in DIR already is not repeated, and an
 interrupted one goes on. The schedule is cut into stretches of equal length, and each run's logged losses are averaged within
 each (scale_mae.report.reference). The band is the seeds' mean plus and minus what `band` there documents.
@@ -64,6 +66,9 @@ def means(record: Record, ends: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
+    parser.add_argument("--name", help="of the curve (default: the recipe's)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="of all runs")
+    parser.add_argument("--data", help="what the images are called (default: data.source)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--stretches", type=int, default=12)
     parser.add_argument("--runs", type=Path, required=True)
@@ -73,16 +78,17 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     args = parser.parse_args()
 
-    records = [train(args.recipe, args.runs / f"seed-{seed}", [f"run.seed={seed}"]) for seed in args.seeds]
+    records = [train(args.recipe, args.runs / f"seed-{seed}", [f"run.seed={seed}", *args.set]) for seed in args.seeds]
     config = records[0].config
     assert isinstance(config, Config)
     index = Index.open(index_of(config.data.source) or records[0].dir / NAME)
     total = config.steps(config.train.duration, len(index)) * config.train.global_batch
     ends = np.round(np.arange(1, args.stretches + 1) * total / args.stretches)
     losses = np.stack([means(record, ends) for record in records])
-    setting = {key: setting_value(config, key) for key in KEYS} | {"data": [config.data.source, index.digest]}
+    setting = {key: setting_value(config, key) for key in KEYS} | {"data": [args.data or config.data.source, index.digest]}
     low, high = band(losses)
-    reference = Reference(args.recipe, setting, ends, low, high)
+    name = args.name or args.recipe
+    reference = Reference(name, setting, ends, low, high)
 
     alone = {}
     for number, seed in enumerate(args.seeds):
@@ -90,14 +96,15 @@ def main() -> None:
         alone[str(seed)] = str(judge(records[number], replace(reference, **edges)))
     wrong = {}
     for override in args.wrong:
-        record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", override], args.wrong_share)
+        record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", *args.set, override], args.wrong_share)
         losses_of = [None if np.isnan(mean) else round(mean, 5) for mean in means(record, ends).tolist()]
         wrong[override] = {"verdict": str(judge(record, reference)), "loss": losses_of}
 
+    kept = [override for override in args.set if not override.startswith("data.source=")]
     content = {
         "format": FORMAT,
-        "name": args.recipe,
-        "about": f"{args.recipe} recipe, one process, seeds {args.seeds}; made by benchmarks/reference_curves.py",
+        "name": name,
+        "about": f"{' '.join([args.recipe, *kept])}, one process, seeds {args.seeds}; made by benchmarks/reference_curves.py",
         "made_with": {"scale_mae": scale_mae.__version__} | versions(),
         "setting": setting,
         "images": ends.tolist(),
@@ -108,7 +115,7 @@ def main() -> None:
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     table = [{"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in alone.items()]
     table += [{"run": name, "judged by": "all seeds", "verdict": found["verdict"]} for name, found in wrong.items()]
-    title = f"Reference curve of {args.recipe}: seeds left out in turn, and wrong values"
+    title = f"Reference curve {name}: seeds left out in turn, and wrong values"
     save(args.result, device=torch.device("cpu"), title=title, table=table, images=ends.tolist(), wrong=wrong)
 
 

@@ -168,6 +168,24 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed,
 
 @service
 @pytest.mark.long
+def test_a_fine_tuning_is_submitted_and_preempted_like_a_pre_training(cluster, here, capsys):
+    encoder, run = here / "encoder", here / "run"
+    own = ["train.duration=2 steps", "train.global_batch=16", "train.micro_batch=8", "log.port=null"]
+    command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", f"run.dir={encoder}", *own]
+    subprocess.run(command, env=cluster.env | {"PYTHONPATH": str(ROOT)}, check=True)
+    own = [f"run.dir={run}", f"model.init_from={encoder}", "train.duration=200 steps", "train.global_batch=32"]
+    own += ["train.micro_batch=8", "checkpoint.every=200 steps", "classify.every=100 steps", "optim.warmup=10 steps"]
+    assert main(["submit", "finetune_demo", *own, "--nodes=2"]) == 0
+    job = capsys.readouterr().out.split()[1].rstrip(":")
+    disturb(cluster, run, "SIGTERM", lambda: cluster.run("scancel", "--signal=TERM", job))
+    assert max(finish(cluster, run)) == 200
+    assert "stopped by SIGTERM after" in said(run)
+    result = json.loads((run / "results" / "finetune.json").read_text())
+    assert (result["model"]["step"], result["data"]["images"], result["made"]["processes"]) == (200, 2000, 2)
+
+
+@service
+@pytest.mark.long
 def test_preempted_it_waits_and_goes_on_to_the_same_losses(cluster, undisturbed, here, capsys):
     run, urgent = here / "run", here / "urgent.txt"
     (job,) = submit(capsys, run)

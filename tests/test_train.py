@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -253,6 +255,24 @@ def train_twice(one, two):
 def test_a_process_can_train_twice(tmp_path):
     one, two = make_config(tmp_path / "1"), make_config(tmp_path / "2")
     assert run_ranks(1, train_twice, one, two, timeout=60)[0][:2] == (10, 10)
+    assert log(tmp_path / "1", "loss") == log(tmp_path / "2", "loss")
+
+
+TWICE = """
+import sys
+import scale_mae
+for folder in sys.argv[1:]:
+    scale_mae.pretrain("debug", run={"dir": folder}, data={"source": "demo:val"}, train={"duration": "3 steps"})
+"""
+
+
+def test_processes_of_one_torchrun_can_train_twice(tmp_path):
+    (tmp_path / "twice.py").write_text(TWICE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, str(tmp_path / "twice.py"), str(tmp_path / "1"), str(tmp_path / "2")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
     assert log(tmp_path / "1", "loss") == log(tmp_path / "2", "loss")
 
 

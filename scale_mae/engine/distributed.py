@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -157,8 +158,8 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if store is None and size == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's list of exports
+    if store is None:  # HashStore and the like are public, but not in torch's list of exports
+        store = _meeting(timeout) if size > 1 or "MASTER_ADDR" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=timeout))
@@ -168,6 +169,19 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
         (comm if comm and comm.is_initialized() else dist).destroy_process_group()
         for name in left:
             os.environ.pop(name, None)
+
+
+_places: list[Any] = []  # of this process: the store where the launcher's processes meet
+_meetings = itertools.count()
+
+
+def _meeting(timeout: timedelta) -> Any:
+    """Where to meet this time: under a name of its own, since what the processes left there last time would mislead them."""
+    if not _places:
+        place, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        _places.append(place)
+    _places[0].set_timeout(timeout)
+    return dist.PrefixStore(f"scale_mae/{next(_meetings)}", _places[0])  # type: ignore[attr-defined]
 
 
 def own_device() -> torch.device:

@@ -16,9 +16,11 @@ import scale_mae
 from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
+from scale_mae.cli import main
 from scale_mae.config import ConfigError, UserError, load_config
 from scale_mae.data.build import open_source
 from scale_mae.engine import TAG
+from scale_mae.evaluate.classifier import load_classifier
 from scale_mae.model.classifier import Classifier, Probes
 from scale_mae.model.sizes import SIZES, Size
 
@@ -270,6 +272,7 @@ EVERYTHING = {
     "data.randaugment": "rand-m9-mstd0.5-inc1",
     "optim.ema": 0.9,
     "classify.every": "3 steps",
+    "classify.crop_pct": 0.7,
 }
 
 
@@ -295,6 +298,19 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
     assert line["val_top1"] == scores[0]["top1"]
     assert line["val_step"] == 6
+
+
+def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
+    run, out = tmp_path / "run", tmp_path / "out.json"
+    own = {"model.init_from": str(encoder), "classify.crop_pct": 0.7, "optim.base_lr": 0.1}
+    run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))
+    assert main(["evaluate", str(run), "--on", "folder", "--root", str(FOLDER / "val"), "--out", str(out)]) == 0
+    trained, evaluated = (json.loads(path.read_text()) for path in (run / "results" / "finetune.json", out))
+    assert evaluated["scores"] == pytest.approx({name: trained["scores"][name] for name in evaluated["scores"]}, abs=1e-6)
+    assert evaluated["protocol"]["crop_pct"] == trained["protocol"]["crop_pct"] == 0.7
+    for facts in (("model", "sha256"), ("data", "digest"), ("data", "images")):
+        assert evaluated[facts[0]][facts[1]] == trained[facts[0]][facts[1]]
+    assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
 
 
 def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):

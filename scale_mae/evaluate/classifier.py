@@ -39,7 +39,7 @@ class Subject:
         std: channel deviations.
         names: of its classes, where the weights tell them.
         family: its architecture in one word.
-        crop_pct: share of the scaled short side that its own config cuts out; None: the reference's.
+        crop_pct: share of the scaled short side that its own config cuts out; None: the reference's for its size.
     """
 
     model: Encoder
@@ -124,8 +124,10 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     model = build_encoder(facts | {"timm_kwargs": arguments | {"img_size": new}, "image_size": new})
     model.load_state_dict(tensors, strict=True)
     origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
-    names = tuple(class_names(origin.ours)) if head and origin.ours else ()
-    return Subject(model, str(path), origin.kind, weights.digest(), origin.seed, new[0], tuple(mean), tuple(std), names)
+    ours = origin.ours if head and origin.ours else {}
+    names, crop_pct = tuple(class_names(ours)), ours.get("crop_pct") if new == list(old) else None
+    where = (str(path), origin.kind, weights.digest(), origin.seed)
+    return Subject(model, *where, new[0], tuple(mean), tuple(std), names, crop_pct=crop_pct)
 
 
 def _beit(path: str | Path, place: Path, head: bool, size: int | None, warn: Callable[[str], None]) -> Subject:

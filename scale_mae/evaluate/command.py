@@ -32,7 +32,7 @@ def add_evaluation_commands(add: Callable[[str, str], argparse.ArgumentParser]) 
     sub.add_argument("--on", required=True, choices=SET_NAMES, help="the set; folder: any labelled SOURCE")
     sub.add_argument("--root", required=True, metavar="DIR", help="folder of the set")
     sub.add_argument("--size", type=_number, metavar="N", help="side of the images in pixels (default: that of the weights)")
-    sub.add_argument("--crop-pct", type=float, metavar="R", help="share looked at (default: BEiT's own, or the reference's)")
+    sub.add_argument("--crop-pct", type=float, metavar="R", help="share looked at (default: its own, or the reference's)")
     sub.add_argument("--classes", metavar="FILE", help="name of each output, one a line; or the index it was trained on")
     _common(sub)
 

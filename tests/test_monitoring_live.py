@@ -150,7 +150,7 @@ def test_rates_are_those_of_the_log(watched):
         found["metric"]["phase"]: float(found["value"][1])
         for found in watched.server.query("run_phase:scale_mae_step_seconds:share10m")
     }
-    assert set(shares) == {"data_wait", "forward_backward", "optimizer", "checkpoint"}
+    assert set(shares) == {"data_wait", "forward_backward", "optimizer", "evaluation", "checkpoint"}
     assert 0.3 < sum(shares.values()) <= 1.05
     p50, p95 = (watched.server.value(f"run:scale_mae_step_seconds:p{q}_10m") for q in (50, 95))
     assert 0 < p50 <= p95

@@ -170,7 +170,7 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed,
 @pytest.mark.long
 def test_a_fine_tuning_is_submitted_and_preempted_like_a_pre_training(cluster, here, capsys):
     encoder, run = here / "encoder", here / "run"
-    own = ["train.duration=2 steps", "train.global_batch=16", "train.micro_batch=8", "log.port=null"]
+    own = ["train.duration=2 steps", "train.global_batch=16", "train.micro_batch=8", "log.port=null", "optim.warmup=1 steps"]
     command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", f"run.dir={encoder}", *own]
     subprocess.run(command, env=cluster.env | {"PYTHONPATH": str(ROOT)}, check=True)
     own = [f"run.dir={run}", f"model.init_from={encoder}", "train.duration=200 steps", "train.global_batch=32"]

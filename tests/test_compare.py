@@ -191,7 +191,7 @@ def test_a_folder_of_ones_own_comes_before_the_shipped(demo, tmp_path):
     (other / "config.yaml").unlink()
     (verdict,) = compare([other], own).verdicts
     assert str(verdict) == "no reference curve for its setting; the config of other is not known"
-    assert "demo" in {one.name for one in shipped()}
+    assert [one.name for one in shipped()] == ["demo", "demo_pixel", "fashion_mnist"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReferenceError, match="holds no"):
         compare([run], tmp_path / "empty")

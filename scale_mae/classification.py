@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.facts import weights_digest
 from scale_mae.checkpoint.first_classifier import first_classifier
-from scale_mae.checkpoint.store import read_manifest, step_of
+from scale_mae.checkpoint.foreign import read_weights
+from scale_mae.checkpoint.store import step_of
 from scale_mae.config import Config, UserError
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
@@ -103,8 +103,7 @@ class Classification:
         with suppress(UserError):
             result = Result.read(self._results)
             if result.model["step"] == step_of(checkpoint):
-                digest = weights_digest(read_manifest(checkpoint))
-                replace(result, model=result.model | {"sha256": digest}).write(self._results)
+                replace(result, model=result.model | {"sha256": read_weights(checkpoint).digest()}).write(self._results)
 
     def state(self) -> dict[str, Any]:
         """Names of the classes, which probe was the best, and what the run began with."""

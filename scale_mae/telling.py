@@ -152,6 +152,11 @@ class Teller:
             self.log.say(line)
         self.record("evaluated", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
 
+    def not_judged(self, step: int, why: str) -> None:
+        """An evaluation failed."""
+        self.log.say(f"step {step}: not evaluated, training goes on: {why}")
+        self.record("not_evaluated", step=step, why=why)
+
     def record(self, event: str, **facts: Any) -> None:
         """Add to the run's history; see :mod:`scale_mae.history`."""
         if self._ranks.is_main:

@@ -211,12 +211,11 @@ class Run:
         self.watch.lap("other")
         try:
             metrics, lines = self.task.judge(self.engine, self.step, self.watchdog.beat)
-        except UserError:  # of the images to evaluate on: what was learnt until now is sound
-            if not self.recovery.judge():
-                self._save()
-            raise
+        except UserError as error:  # of the images to evaluate on, which end no run
+            self.teller.not_judged(self.step, str(error))
+        else:
+            self.teller.judged(self.step, metrics, lines)
         self.watch.lap("evaluation")
-        self.teller.judged(self.step, metrics, lines)
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.

@@ -13,6 +13,7 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
+from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -23,6 +24,8 @@ from scale_mae.engine import TAG
 from scale_mae.evaluate.classifier import load_classifier
 from scale_mae.model.classifier import Classifier, Probes
 from scale_mae.model.sizes import SIZES, Size
+from scale_mae.report.record import read_record
+from scale_mae.report.sections import evaluations
 
 TINY = Size(width=32, depth=3, heads=4, patch=8)
 
@@ -289,7 +292,9 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     scores = [result["scores"] for result in results]
     assert scores[0] == scores[1]
     assert results[0]["protocol"] == results[1]["protocol"]
-    assert results[0]["protocol"]["began_with"] == "scale-mae checkpoint, step 4"  # also after resuming, which reads no weights
+    training = read_weights(checkpoints(encoder)[-1]).origin.training
+    # also after resuming, which reads no weights
+    assert results[0]["protocol"]["began_with"] == f"scale-mae checkpoint, step 4, trained as {training}"
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
     for run, result in ((whole, results[0]), (parts, results[1])):
         assert result["model"]["sha256"] == read_weights(run / "checkpoints" / "step-00000006").digest()
@@ -311,6 +316,36 @@ def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
     for facts in (("model", "sha256"), ("data", "digest"), ("data", "images")):
         assert evaluated[facts[0]][facts[1]] == trained[facts[0]][facts[1]]
     assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
+
+
+def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
+    val, run = shutil.copytree(FOLDER / "val", tmp_path / "val"), tmp_path / "run"
+    damaged = sorted(val.glob("*/*.jpg"))[7]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    own = {"model.init_from": str(encoder), "classify.val": str(val), "engine.deepspeed": "zero3", "classify.every": "2 steps"}
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))[0] == (4, True)
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in history if event["event"] == "not_evaluated"] == [2, 4]
+    assert f"step 4: not evaluated, training goes on: {damaged}" in (run / "log.txt").read_text()
+    assert "not evaluated" not in (run / "outcome").read_text()
+    assert str(damaged) in evaluations(read_record(run))
+
+
+def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path, encoder):
+    own = {"model.init_from": str(encoder)}
+    one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other"
+    run_ranks(2, train, "finetune", "finetune_demo", settings(one, "4 steps", **own))
+    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **own), 2)
+    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **own))
+    run_ranks(2, train, "finetune", "finetune_demo", settings(other, "4 steps", **own, **{"run.seed": 1}))
+    subjects = [load_classifier(run) for run in (one, two, other)]
+    assert subjects[0].digest == subjects[1].digest != subjects[2].digest
+    assert len({subject.training for subject in subjects}) == 1
+    exported = load_classifier(convert(one, "timm", tmp_path / "timm"))
+    assert exported.training == subjects[0].training
+    longer = settings(tmp_path / "longer", "5 steps", **own)
+    run_ranks(1, train, "finetune", "finetune_demo", longer)
+    assert load_classifier(tmp_path / "longer").training != subjects[0].training
 
 
 def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):

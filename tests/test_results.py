@@ -1,6 +1,7 @@
 """Result files, their tables, and published figures beside ours."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from scale_mae.evaluate.tables import Table
 def result(top1, seed, weights=None, **more):
     model = {"path": f"/x/{seed}.pth", "architecture": "ViT-base/16, 224 px", "sha256": weights or f"w{seed}", "seed": seed}
     protocol = {"name": "evaluate", "set": "imagenet1k", "size": 224, "crop_pct": 0.875} | more
-    made = made_by(1, "cpu", 1.0) | {"time": f"2026-01-0{1 + seed % 9}T00:00:00Z"}
+    made = made_by(1, "cpu", 1.0) | {"time": f"2026-01-0{1 + (seed or 0) % 9}T00:00:00Z"}
     data = {"images": 50_000, "digest": "d"}
     return Result(protocol, model, data, {"top1": top1, "loss": 0.7}, {}, made)
 
@@ -44,6 +45,27 @@ def test_other_protocols_are_other_rows_and_the_later_measurement_of_the_same_we
     table = tabulate([result(0.9, 2, "same"), result(0.8, 1, "same"), result(0.7, 1, crop_pct=1.0)])
     assert sorted(row[5] for row in table.rows) == ["70.00", "90.00"]
     assert not table.note
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (result(0.9, 0, "a"), result(0.8, 0, "b")),  # the same seed twice
+        (result(0.9, None, "a"), result(0.8, None, "b")),
+        (result(0.9, 0), replace(result(0.8, 1), model=result(0.8, 1).model | {"training": "other"})),
+        (result(0.9, 0), replace(result(0.8, 1), model=result(0.8, 1).model | {"kind": "timm folder"})),
+    ],
+)
+def test_only_other_seeds_of_one_training_are_averaged(others):
+    table = tabulate(others)
+    assert sorted(row[5] for row in table.rows) == ["80.00", "90.00"]
+    assert not table.note
+    assert {row[4] for row in table.rows} <= {"0", "1", "?"}
+
+
+def test_losses_are_in_nats_and_shares_in_per_cent():
+    given = replace(result(0.5, 1), scores={"top1": 0.5, "ema_top1": 0.25, "ema_loss": 2.0076, "loss_15": 11.4477})
+    assert tabulate([given]).rows[0][5:] == ["50.00", "25.00", "2.0076", "11.4477"]
 
 
 def test_results_through_the_command_line(tmp_path, capsys):

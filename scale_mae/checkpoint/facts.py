@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from scale_mae import __version__
-from scale_mae.checkpoint.store import Manifest
 from scale_mae.config import Config
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
+
+if TYPE_CHECKING:
+    from scale_mae.checkpoint.own_classifier import Head
 
 METADATA_KEY = "scale_mae"
 FACTS_FILE = "scale_mae.json"  # the same in a folder
@@ -42,18 +43,12 @@ def is_classifier(config: Config) -> bool:
     return config.run.task != "pretrain"
 
 
-def weights_digest(manifest: Manifest) -> str:
-    """Of a checkpoint: SHA-256 of the checksums of its files, in hexadecimal."""
-    sums = "".join(str(facts["sha256"]) for _, facts in sorted(manifest.files.items()))
-    return hashlib.sha256(sums.encode()).hexdigest()
-
-
 def describe(
     config: Config,
     step: int,
     image_size: tuple[int, int] | None = None,
     pool: Pool | None = None,
-    classes: Sequence[str] = (),
+    head: Head | None = None,
 ) -> dict[str, Any]:
     """The facts about a run's weights at a step.
 
@@ -62,14 +57,14 @@ def describe(
         step: optimizer steps done.
         image_size: (height, width) that the position tables were interpolated to; None: as in training.
         pool: how an encoder makes one vector of an image (default: ``token``); a classifier does as it was trained.
-        classes: names of a classifier's outputs.
+        head: of a classifier.
     """
     m, size = config.model, SIZES[config.model.size]
     height, width = image_size or m.image_size
     resized = (height, width) != m.image_size
     if is_classifier(config):
         pool = "avg" if config.classify.pool == "mean" else "token"
-        own = _classifier_facts(config, pool, max(height, width), classes)
+        own = _classifier_facts(config, pool, max(height, width), head)
     else:
         pool = pool or "token"
         own = {"crop_pct": CROP_PCT, "pooling": POOLING[pool], "norm_pixel": m.target == "norm_pixel"}
@@ -83,7 +78,7 @@ def describe(
             "depth": size.depth,
             "num_heads": size.heads,
             "mlp_ratio": size.mlp_ratio,
-            "num_classes": len(classes),
+            "num_classes": len(head.classes) if head else 0,
             "global_pool": pool,
         },
         "image_size": [height, width],
@@ -100,16 +95,18 @@ def describe(
     }
 
 
-def _classifier_facts(config: Config, pool: Pool, side: int, classes: Sequence[str]) -> dict[str, Any]:
+def _classifier_facts(config: Config, pool: Pool, side: int, head: Head | None) -> dict[str, Any]:
     """What the facts of a classifier say in place of masking and target."""
     from scale_mae.evaluate.views import reference_crop  # imports much that the facts of an encoder do without
 
     return {
         "task": config.run.task,
-        "num_classes": len(classes),
-        "label_names": list(classes),
+        "num_classes": len(head.classes) if head else 0,
+        "label_names": list(head.classes) if head else [],
+        "began_with": head.began_with if head else "",
         "crop_pct": config.classify.crop_pct or reference_crop(side),
         "pooling": CLASSIFIER_POOLING[pool],
+        **({"probe": head.probe} if head and head.probe is not None else {}),
     }
 
 

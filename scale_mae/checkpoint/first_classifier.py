@@ -72,9 +72,10 @@ def begin_with_encoder(model: Classifier, weights: Weights) -> str:
 
 
 def origin_of(weights: Weights) -> str:
-    """What weights are, whatever their seed: their kind, and how long they were trained where that is known."""
-    step = weights.origin.step
-    return weights.origin.kind if step is None else f"{weights.origin.kind}, step {step}"
+    """What weights are, whatever their seed: their kind, and where known how long and as what they were trained."""
+    origin = weights.origin
+    told = [origin.kind, *([] if origin.step is None else [f"step {origin.step}"])]
+    return ", ".join([*told, *([f"trained as {origin.training}"] if origin.training else [])])
 
 
 def first_classifier(config: Config, classes: int, ranks: World, notes: list[str], *, resumed: bool) -> tuple[Classifier, str]:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scale_mae.checkpoint.facts import describe, is_classifier, weights_digest
+from scale_mae.checkpoint.facts import describe, is_classifier
 from scale_mae.checkpoint.huggingface import from_huggingface
 from scale_mae.checkpoint.origin import Origin, of_ours, origin_of
 from scale_mae.checkpoint.own_classifier import plain, read_head
 from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest
-from scale_mae.checkpoint.tensor_file import Reading
+from scale_mae.checkpoint.tensor_file import Reading, digest_of
 from scale_mae.checkpoint.weights_file import Opened, open_weights
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -43,8 +43,8 @@ class Weights:
         left_out: names in the source of the tensors that were left out.
         heads: those of them that a classifier needs, under timm's names (``head.*``, ``fc_norm.*``).
         origin: what is known of them.
-        digest: gives the SHA-256 of the file (of several: of their checksums) in hexadecimal; empty for a folder that plain
-            DeepSpeed code wrote.
+        digest: gives the SHA-256 of the file (of several: of their checksums; of our checkpoints: of the tensors, whatever the
+            processes that wrote them) in hexadecimal; empty for a folder that plain DeepSpeed code wrote.
     """
 
     path: Path
@@ -129,12 +129,11 @@ def _pooled(opened: Opened) -> Mapping[str, Tensor]:
 def _own_checkpoint(checkpoint: Path) -> Weights:
     manifest, config, reader = read_manifest(checkpoint), read_config(checkpoint), ZeroReader(checkpoint / TAG)
     tensors: Mapping[str, Tensor] = reader
-    classes: tuple[str, ...] = ()
-    if is_classifier(config):
-        head = read_head(config, reader)
-        tensors, classes = Reading(plain({name: reader.lazy(name) for name in reader}, head)), head.classes
-    origin = of_ours(describe(config, manifest.step, classes=classes), "scale-mae checkpoint")
-    return Weights(checkpoint, *_our_names(tensors, checkpoint), origin, lambda: weights_digest(manifest))
+    head = read_head(config, reader) if is_classifier(config) else None
+    if head:
+        tensors = Reading(plain({name: reader.lazy(name) for name in reader}, head))
+    origin = of_ours(describe(config, manifest.step, head=head), "scale-mae checkpoint")
+    return Weights(checkpoint, *_our_names(tensors, checkpoint), origin, lambda: digest_of(tensors))
 
 
 def _is_tensor(name: str, anchor: str) -> bool:

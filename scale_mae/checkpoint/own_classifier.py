@@ -26,10 +26,12 @@ class Head:
     Attributes:
         classes: names of its outputs; numbers, as texts, where the images it was trained on have no names of classes.
         probe: number of a linear probe; None of what was fine-tuned.
+        began_with: what the run began with, in words.
     """
 
     classes: tuple[str, ...]
     probe: int | None
+    began_with: str
 
     @property
     def layer(self) -> str:
@@ -52,13 +54,14 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> H
     try:
         told = reader.state["classifier"]
         classes, best = tuple(str(name) for name in told["classes"]), int(told["best_probe"])
+        began_with = str(told["began_with"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{reader.folder}: damaged (it does not say what its classes are)") from None
     probes = len(config.classify.sweep) if config.run.task == "linprobe" else 0
     if probe is not None and not 0 <= probe < probes:
         there = f"the run has probes 0 to {probes - 1}" if probes else f"run.task={config.run.task} has none"
         raise UserError(f"--probe {probe}: {there}")
-    head = Head(classes, (best if probe is None else probe) if probes else None)
+    head = Head(classes, (best if probe is None else probe) if probes else None, began_with)
     needed = [f"{head.layer}.weight", f"{head.layer}.bias", *((MEAN, VARIANCE) if probes else ())]
     if missing := [name for name in needed if name not in reader]:
         raise CheckpointError(f"{reader.folder}: {missing[0]} is missing")

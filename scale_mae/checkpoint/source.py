@@ -89,10 +89,9 @@ def open_ours(checkpoint: Path, wish: Wish) -> Source:
     weights = _lazily(reader, "ema" if wish.ema else "fp32")
     if head:
         weights = chosen(weights, head)
-    facts = describe(config, read_manifest(checkpoint).step, wish.image_size, wish.pool, head.classes if head else ())
+    facts = describe(config, read_manifest(checkpoint).step, wish.image_size, wish.pool, head)
     facts |= {"format": wish.to, "dtype": wish.dtype}
     facts |= {"ema": config.optim.ema} if wish.ema else {}
-    facts |= {"probe": head.probe} if head and head.probe is not None else {}
     if wish.image_size and wish.image_size != config.model.image_size:
         config, weights = _resized(config, weights, wish.image_size)
     whole = wish.to == "state_dict" and not head  # buffers stay as they are

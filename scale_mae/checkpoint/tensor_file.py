@@ -6,6 +6,7 @@ and the values one after the other. A folder of several such files has an index 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -63,6 +64,16 @@ class Lazy:
     def nbytes(self) -> int:
         """Bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Reading(Mapping[str, Tensor]):

@@ -34,6 +34,7 @@ class Subject:
         kind: where they come from, in words.
         digest: their SHA-256 in hexadecimal, or empty.
         seed: of their training, where something says.
+        training: what they were trained as, whatever the seed; empty where nothing says.
         size: side of the images in pixels.
         mean: channel means that images in [0, 1] are normalised with.
         std: channel deviations.
@@ -47,6 +48,7 @@ class Subject:
     kind: str
     digest: str
     seed: int | None
+    training: str
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -126,7 +128,7 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
     ours = origin.ours if head and origin.ours else {}
     names, crop_pct = tuple(class_names(ours)), ours.get("crop_pct") if new == list(old) else None
-    where = (str(path), origin.kind, weights.digest(), origin.seed)
+    where = (str(path), origin.kind, weights.digest(), origin.seed, origin.training)
     return Subject(model, *where, new[0], tuple(mean), tuple(std), names, crop_pct=crop_pct)
 
 
@@ -142,6 +144,7 @@ def _beit(path: str | Path, place: Path, head: bool, size: int | None, warn: Cal
         f"timm {found.name}",
         found.digest,
         seed=None,
+        training="",
         size=height,
         mean=found.mean,
         std=found.std,

@@ -29,7 +29,7 @@ class Result:
 
     Attributes:
         protocol: its name under ``name``, its set under ``set``, and every setting that may change the scores.
-        model: path, kind, architecture, SHA-256 and seed of the weights.
+        model: path, kind, architecture, SHA-256 and seed of the weights, and what they were trained as, whatever the seed.
         data: sources or root, number of images, and a digest of their bytes and labels.
         scores: shares in [0, 1], or losses in nats, by name.
         parts: the same of each part, where a set has several.
@@ -85,6 +85,7 @@ def model_facts(subject: Subject, seed: int | None) -> dict[str, Any]:
         "classes": subject.classes,
         "sha256": subject.digest,
         "seed": seed if seed is not None else subject.seed,
+        "training": subject.training,
     }
 
 
@@ -121,34 +122,48 @@ def find_results(places: Sequence[str]) -> list[Result]:
 
 
 def tabulate(results: Sequence[Result]) -> Table:
-    """One row for each protocol, set of images and architecture. Several seeds give mean ± standard deviation (of a sample,
-    n - 1); of the same weights measured twice the later counts."""
-    groups: dict[str, dict[str, Result]] = {}
+    """One row for each protocol, set of images, architecture, kind and training of the weights.
+
+    Several seeds of one training give mean ± standard deviation (of a sample, n - 1); weights whose seeds are not known, or are
+    the same, stay apart. Of the same weights measured twice the later counts.
+    """
+    alike: dict[str, dict[str, Result]] = {}
     for result in sorted(results, key=lambda r: str(r.made.get("time"))):
-        what = [result.protocol, result.data.get("digest"), result.model.get("architecture")]
-        weights = result.model.get("sha256") or result.model.get("path")
-        groups.setdefault(json.dumps(what, sort_keys=True), {})[str(weights)] = result
-    listed = [list(group.values()) for group in groups.values()]
-    names = list(dict.fromkeys(name for group in listed for result in group for name in result.scores))
+        model = result.model
+        what = [result.protocol, result.data.get("digest"), *(model.get(key) for key in ("architecture", "kind", "training"))]
+        weights = model.get("sha256") or model.get("path")
+        alike.setdefault(json.dumps(what, sort_keys=True), {})[str(weights)] = result
+    groups = [group for found in alike.values() for group in _of_seeds(list(found.values()))]
+    names = list(dict.fromkeys(name for group in groups for result in group for name in result.scores))
     header = ["protocol", "set", "model", "images", "seeds", *names]
     rows = []
-    for group in sorted(listed, key=lambda g: (g[0].protocol["name"], str(g[0].protocol.get("set")), _label(g))):
+    for group in sorted(groups, key=lambda g: (g[0].protocol["name"], str(g[0].protocol.get("set")), _label(g))):
         first = group[0]
         scores = [_spread(name, [r.scores[name] for r in group if name in r.scores]) for name in names]
-        seeds = ", ".join(str(r.model.get("seed", "?")) for r in group)
+        seeds = ", ".join("?" if r.model.get("seed") is None else str(r.model["seed"]) for r in group)
         images = str(first.data.get("images", ""))
         rows.append([first.protocol["name"], str(first.protocol.get("set", "")), _label(group), images, seeds, *scores])
-    return Table(header, rows, "mean ± standard deviation over seeds" if any(len(group) > 1 for group in listed) else "")
+    return Table(header, rows, "mean ± standard deviation over seeds" if any(len(group) > 1 for group in groups) else "")
+
+
+def _of_seeds(results: list[Result]) -> list[list[Result]]:
+    """All together where each has a seed of its own, else each alone."""
+    seeds = {result.model.get("seed") for result in results}
+    return [results] if len(seeds) == len(results) and None not in seeds else [[result] for result in results]
+
+
+def score_text(name: str, value: float) -> str:
+    """A share in per cent, without its sign; a loss in nats."""
+    return f"{value:.4f}" if "loss" in name else f"{100 * value:.2f}"
 
 
 def _label(group: Sequence[Result]) -> str:
     model = group[0].model
-    return str(model.get("architecture", "")) + ("" if len(group) > 1 else f" ({Path(str(model.get('path', ''))).name})")
+    return str(model.get("architecture", "")) + ("" if len(group) > 1 else f" ({model.get('path', '')})")
 
 
 def _spread(name: str, values: Sequence[float]) -> str:
     if not values:
         return ""
-    factor, digits = (1, 4) if name == "loss" else (100, 2)
-    mean = f"{factor * fmean(values):.{digits}f}"
-    return f"{mean} ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = score_text(name, fmean(values))
+    return f"{mean} ± {score_text(name, stdev(values))}" if len(values) > 1 else mean

@@ -190,7 +190,9 @@ def evaluations(record: Record) -> Markup:
         told = ["-" if v is None else f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in zip(shown, values, strict=True)]
         rows.append([number(event.get("step", 0)), number(event.get("val_images", 0)), *told])
     header = ["step", "images", *(names[key] for key in shown)]
-    return section("evaluations", "Evaluations", table("On classify.val", header, rows) if rows else note("None so far."))
+    failed = [note(f"Step {event.get('step', 0):,}: {event.get('why', '')}") for event in record.events("not_evaluated")]
+    shown_rows = table("On classify.val", header, rows) if rows else note("None so far.")
+    return section("evaluations", "Evaluations", shown_rows, *failed)
 
 
 def files(record: Record) -> Markup:

@@ -1,6 +1,7 @@
 """Nearest neighbours and reconstruction pictures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from scale_mae import UserError, load_config
+from scale_mae import UserError, load_config, progress
 from scale_mae.checkpoint.export import encoder_weights, model_from_config
 from scale_mae.checkpoint.facts import METADATA_KEY, describe
 from scale_mae.data.build import list_source
@@ -112,6 +113,18 @@ def test_a_linear_classifier_of_features(encoder):
     result = measured(logistic_accuracy, encoder[0], "demo:val", "demo:val")
     assert result.scores["top1"] > 0.6
     assert result.data["images"] == 2000
+
+
+def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
+    now = iter([0.0, 0.5, 100.0, 104.0, 104.0, 106.0, 1000.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "EVERY", -1)
+    with progress.Bar("images") as bar:
+        for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
+            bar.move(done, total)
+    told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
+    told += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):

@@ -111,13 +111,13 @@ class Config(Section):
         Raises:
             ConfigError: the batch does not divide.
         """
-        at_once = self.train.micro_batch * world_size
-        if self.train.global_batch % at_once:
-            raise ConfigError(
-                f"train.global_batch={self.train.global_batch} is not divisible by train.micro_batch="
-                f"{self.train.micro_batch} x {world_size} processes = {at_once}"
-            )
-        return self.train.global_batch // at_once
+        batch, micro = self.train.global_batch, self.train.micro_batch
+        if batch % (total := micro * world_size):
+            step = 2 if self.classify.mixup or self.classify.cutmix else 1
+            fits = next((m for m in range(micro, 0, -step) if batch % (m * world_size) == 0), None)
+            why = f"train.global_batch={batch} is not divisible by train.micro_batch={micro} x {world_size} processes = {total}"
+            raise ConfigError(f"{why}; set train.micro_batch={fits}" if fits else f"{why}, nor by any other micro_batch")
+        return batch // total
 
     def deepspeed_json(self) -> dict[str, Any]:
         """The DeepSpeed file that ``engine.deepspeed`` names, without the keys this Config owns.

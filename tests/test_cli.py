@@ -102,7 +102,7 @@ BAD = [
     (["pretrain", "debug", "train.globl_batch=3"], "unknown key 'train.globl_batch' (did you mean global_batch?)"),
     (["pretrain", "debug", "trian.seed=3"], "unknown section 'trian' (did you mean train?)"),
     (["pretrain", "debug", "train.micro_batch=many"], "train.micro_batch='many': input should be a valid integer"),
-    (["pretrain", "debug", "train.micro_batch=7"], "train.global_batch=16 is not divisible by train.micro_batch=7"),
+    (["pretrain", "debug", "train.micro_batch=7"], "by train.micro_batch=7 x 1 processes = 7; set train.micro_batch=4"),
     (["pretrain", "debug", "train.micro_batch=7", "--dry-run"], "train.global_batch=16 is not divisible"),
     (["pretrain", "debug", "model.image_size=33"], "model.image_size=[33, 33] is not divisible by model.patch_size=[8, 8]"),
     (["pretrain", "debug", "model.mask_ratio=0.99"], "model.mask_ratio=0.99 keeps all or none of the 16 patches"),
@@ -235,6 +235,22 @@ def test_config_round_trips_and_its_digest_follows_every_field(tmp_path):
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "c.yaml") == config
     assert load_config("demo").digest() != config.digest()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "advice"),
+    [
+        ({}, 16, "= 2048; set train.micro_batch=64"),
+        ({"train.global_batch": 1000}, 10, "= 1280; set train.micro_batch=100"),
+        ({"train.global_batch": 48}, 16, "= 2048, nor by any other micro_batch"),  # mixup mixes pairs
+        ({"train.global_batch": 48, "classify.mixup": 0, "classify.cutmix": 0}, 16, "= 2048; set train.micro_batch=3"),
+    ],
+)
+def test_a_batch_that_does_not_divide_says_which_does(overrides, processes, advice):
+    config = load_config("finetune_base", overrides)
+    with pytest.raises(ConfigError) as error:
+        config.accumulation(processes)
+    assert str(error.value).endswith(advice)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from classifiers import class_folders, vit, write_timm
 from ranks import run_ranks
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from scale_mae.cli import main
 from scale_mae.config import UserError
@@ -62,7 +63,30 @@ def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
         torch.testing.assert_close(file.get_tensor("features"), tokens[:, 0], atol=1e-5, rtol=1e-4)
         assert file.get_tensor("labels").tolist() == [c for c in range(10) for _ in range(3)]
-        assert json.loads(file.metadata()["paths"])[3] == index.where(3)
+        assert json.loads(file.metadata()["scale_mae_embed"])["pool"] == "token"
+    assert paths_in(tmp_path / "t.safetensors") == [index.where(row) for row in range(30)]
+
+
+def paths_in(file):
+    """As docs/evaluation.md reads them."""
+    tensors = load_file(file)
+    text, ends = tensors["paths"].tobytes(), tensors["path_ends"].tolist()
+    return [text[begin:end].decode() for begin, end in zip([0, *ends], ends)]  # noqa: B905
+
+
+def test_as_many_paths_as_imagenet_has_fit_into_a_safetensors_file(tmp_path):
+    names = [f"{number:0100d}é" for number in range(1_281_167)]
+    values, labels = np.zeros((len(names), 1), np.float32), np.zeros(len(names), np.int32)
+    module._write_safetensors(tmp_path / "f.safetensors", values, labels, names, {})
+    assert paths_in(tmp_path / "f.safetensors") == names
+
+
+def test_a_safetensors_file_is_the_same_to_the_bit_each_time(model, data, tmp_path):
+    contents = set()
+    for _ in range(8):
+        write(model, data, tmp_path / "f.safetensors")
+        contents.add((tmp_path / "f.safetensors").read_bytes())
+    assert len(contents) == 1
 
 
 def test_an_interrupted_run_goes_on_and_the_file_is_the_same_to_the_bit(model, data, tmp_path):

@@ -1,6 +1,8 @@
 """Nearest neighbours and reconstruction pictures."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from scale_mae import UserError, load_config
+from scale_mae import UserError, load_config, progress
 from scale_mae.checkpoint.export import encoder_weights, model_from_config
 from scale_mae.checkpoint.facts import METADATA_KEY, describe
+from scale_mae.cli import main
 from scale_mae.data.build import list_source
 from scale_mae.data.storage import DataError
 from scale_mae.engine.distributed import world
@@ -112,6 +115,40 @@ def test_a_linear_classifier_of_features(encoder):
     result = measured(logistic_accuracy, encoder[0], "demo:val", "demo:val")
     assert result.scores["top1"] > 0.6
     assert result.data["images"] == 2000
+
+
+def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
+    now = iter([0.0, 0.5, 100.0, 104.0, 104.0, 106.0, 1000.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "EVERY", -1)
+    with progress.Bar("images") as bar:
+        for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
+            bar.move(done, total)
+    told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
+    told += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+def measuring(command, encoder, out):
+    """Words of a command that would measure, if its sources were there."""
+    sources = {
+        "evaluate": ["--on", "folder", "--root", "absent"],
+        "embed": ["absent"],
+    }
+    return [command, str(encoder), *sources.get(command, ["--train", "absent", "--val", "absent"]), "--out", str(out)]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "knn", "logistic", "embed"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(command, encoder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "f.npy").mkdir()
+    refused = {"file/r.npy": "Not a directory|File exists", "f.npy": "Is a directory", "n" * 250: "File name too long"}
+    for out, reason in refused.items():
+        assert main(measuring(command, encoder[0], tmp_path / out)) == 2
+        assert re.fullmatch(rf"scale-mae: error: {tmp_path / out}: cannot be written \(({reason})\)\n", capsys.readouterr().err)
+    assert main(measuring(command, encoder[0], tmp_path / "new" / "r.npy")) == 2
+    assert "cannot be written" not in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):

@@ -1,5 +1,6 @@
 """Every format, loaded as its users load it, computes what the checkpoint computes."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import timm
 import torch
 
 from scale_mae import UserError
+from scale_mae.checkpoint import convert as module
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.export import load_mae
 from scale_mae.checkpoint.formats import FORMATS
@@ -125,3 +127,17 @@ def test_what_cannot_be_meant_is_refused(live, tmp_path):
         with pytest.raises(UserError, match=text):
             convert(live[0], to, tmp_path / out, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+
+def test_no_import_goes_on_after_an_error(live, tmp_path, monkeypatch):
+    """An interpreter that ends meanwhile would say so with a traceback."""
+    ended = []
+
+    def slow(name):
+        time.sleep(0.5)
+        ended.append(name)
+
+    monkeypatch.setattr(module, "import_module", slow)
+    with pytest.raises(UserError, match="--probe 7: .* is no linear probe"):
+        convert(live[0], "timm", tmp_path / "x", probe=7)
+    assert ended == ["scale_mae.checkpoint.parity"]

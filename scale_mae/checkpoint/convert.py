@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -72,9 +72,11 @@ def convert(
     if path.is_dir() and not is_ours(path):
         export(open_foreign(path, wish, warn), sound=lambda: None)
         return out
-    if FORMATS[to].outputs:
-        threading.Thread(target=import_module, args=("scale_mae.checkpoint.parity",), daemon=True).start()  # seconds
-    found = _export_sound(path, wish, export, begun or begin(path), warn)
+    begun = begun or begin(path)
+    with ThreadPoolExecutor(1, "import") as ahead:  # waited for after an error too: no import may go on while Python ends
+        if FORMATS[to].outputs:
+            ahead.submit(import_module, "scale_mae.checkpoint.parity")  # seconds
+        found = _export_sound(path, wish, export, begun, warn)
     _tell_history(found.resolve(), to, out, warn)
     return out
 

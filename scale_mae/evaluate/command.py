@@ -4,11 +4,15 @@ torch."""
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scale_mae.checkpoint.command import warn
+from scale_mae.config import UserError
 from scale_mae.launcher import rank_and_size
 
 if TYPE_CHECKING:
@@ -79,14 +83,35 @@ def _number(text: str) -> int:
 
 
 @contextmanager
-def _together(what: str) -> Iterator[tuple[World, Bar, Callable[[str], None]]]:
-    """The processes, a bar that the first of them shows, and how it tells things."""
+def _together(what: str, out: str | None) -> Iterator[tuple[World, Bar, Callable[[str], None]]]:
+    """The processes, a bar that the first of them shows, and how it tells things; ``out`` is what they will write."""
     from scale_mae.engine.distributed import world
     from scale_mae.progress import Bar
 
     main = rank_and_size()[0] == 0
     with world() as ranks, Bar(what, shown=main) as bar:
+        ranks.on_main(lambda: _check_writable(out))
         yield ranks, bar, lambda text: print(text, flush=True) if main else None
+
+
+def _check_writable(out: str | None) -> None:
+    """Make the folder of a file and try whether one can be made there, now and not after hours of measuring.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not out:
+        return
+    path = Path(out)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # as what is written will be called at first
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _frozen(args: argparse.Namespace, ranks: World) -> tuple[Subject, Source, Source]:
@@ -110,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from scale_mae.evaluate.evaluate import evaluate
     from scale_mae.evaluate.published import beside
 
-    with _together("images") as (ranks, bar, tell):
+    with _together("images", args.out) as (ranks, bar, tell):
         subject = ranks.together(lambda: load_classifier(args.model, warn, args.size))
         options = {"crop_pct": args.crop_pct, "batch": args.batch_size, "classes": args.classes, "seed": args.seed}
         result, unlike = evaluate(subject, args.on, args.root, ranks, **options, progress=bar.move, tell=tell)
@@ -129,7 +154,7 @@ def knn(args: argparse.Namespace) -> int:
     from scale_mae.checkpoint.export import untrained_encoder
     from scale_mae.evaluate.knn import knn_accuracy
 
-    with _together("images") as (ranks, bar, tell):
+    with _together("images", args.out) as (ranks, bar, tell):
         subject, train, val = _frozen(args, ranks)
         begun = ranks.together(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
         result = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
@@ -147,7 +172,7 @@ def logistic(args: argparse.Namespace) -> int:
     """``scale-mae logistic``."""
     from scale_mae.evaluate.logistic import logistic_accuracy
 
-    with _together("images") as (ranks, bar, tell):
+    with _together("images", args.out) as (ranks, bar, tell):
         subject, train, val = _frozen(args, ranks)
         result = logistic_accuracy(subject, train, val, ranks, args.batch_size, args.seed, bar.move)
         chosen = result.parts["chosen"]["l2"]
@@ -161,7 +186,7 @@ def embed(args: argparse.Namespace) -> int:
     from scale_mae.evaluate.classifier import load_subject
     from scale_mae.evaluate.embed import embed
 
-    with _together("images") as (ranks, bar, tell):
+    with _together("images", args.out) as (ranks, bar, tell):
         subject = ranks.together(lambda: load_subject(args.encoder, warn, args.size))
         told = embed(subject, args.source, args.out, ranks, pool=args.pool, batch=args.batch_size, progress=bar.move)
         tell(told)

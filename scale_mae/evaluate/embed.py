@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
+from scale_mae.checkpoint.tensor_file import Lazy, write_tensors
 from scale_mae.config import UserError
 from scale_mae.data.build import list_source
 from scale_mae.data.index import Index
@@ -51,7 +52,7 @@ def embed(
         subject: the encoder.
         source: class folders, tar shards, a list, an index, ...; labels are kept where there are any.
         out: ``.npy`` (``[N, D]`` fp32; names and labels beside it in ``.tsv``), ``.safetensors`` (``features``, ``labels``,
-            names in the metadata) or ``.parquet`` (a row an image).
+            and the names in ``paths`` and ``path_ends``) or ``.parquet`` (a row an image).
         ranks: the processes.
         pool: how tokens become one vector.
         batch: images at a time, a process.
@@ -183,7 +184,21 @@ def _write_npy(
 def _write_safetensors(
     path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
 ) -> None:
-    save_file({"features": values, "labels": labels}, path, facts | {"paths": json.dumps(list(names))})
+    """Names are tensors, as in an index: all UTF-8 texts in one, and where each ends. A header may not have so many bytes."""
+
+    def lazily(array: NDArray[Any]) -> Lazy:
+        tensor = torch.from_numpy(array)
+        return Lazy(array.shape, tensor.dtype, lambda: [tensor.reshape(-1)])
+
+    texts = [name.encode() for name in names]
+    arrays: dict[str, NDArray[Any]] = {
+        "features": values,
+        "labels": labels,
+        "paths": np.frombuffer(bytearray(b"".join(texts)), np.uint8),
+        "path_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+    }
+    # the library would copy all values to memory, and write the keys of the metadata in another order each time
+    write_tensors(path, {name: lazily(array) for name, array in arrays.items()}, facts)
 
 
 def _write_parquet(

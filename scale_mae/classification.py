@@ -195,7 +195,7 @@ def _validation(config: Config, classes: list[str]) -> Part | None:
     if size[0] != size[1]:
         raise UserError(f"model.image_size={list(size)}: evaluation takes squares; leave classify.val out")
     try:
-        part = next(parts_of("folder", source, classes, len(classes)))
+        (part,) = parts_of("folder", source, classes, len(classes))
     except UserError as error:
         raise UserError(f"classify.val={error}") from None
     if strange := [name for name in part.index.classes if name not in classes and not all(map(str.isdigit, classes))]:

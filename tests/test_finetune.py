@@ -466,7 +466,7 @@ def part_of(count):
 
     few = Few()
     few.entries["label"] = np.arange(count) % 2
-    return Part("few", few, None, False)
+    return Part("few", few, None, None)
 
 
 def score_some():

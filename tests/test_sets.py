@@ -1,7 +1,9 @@
 """Each set in its own folders, made of Fashion-MNIST: what is missing, who is counted, and which number comes out."""
 
+import functools
 import io
 import json
+from importlib import resources
 from statistics import fmean
 
 import numpy as np
@@ -17,7 +19,9 @@ from classifiers import (
     corrupted_folders,
     fashion,
     fitted_classifier,
+    vit,
     write_image,
+    write_timm,
 )
 from PIL import Image
 from ranks import run_ranks
@@ -29,22 +33,23 @@ from scale_mae.data.storage import DataError, ImageError
 from scale_mae.engine.distributed import world
 from scale_mae.evaluate.accuracy import place_of
 from scale_mae.evaluate.classifier import load_classifier
+from scale_mae.evaluate.deviations import deviations
 from scale_mae.evaluate.evaluate import evaluate
 from scale_mae.evaluate.results import Result
 from scale_mae.evaluate.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalised_error
-from scale_mae.evaluate.sets import SETS, read_classes
+from scale_mae.evaluate.sets import SETS, parts_of, read_classes, synsets
 from scale_mae.evaluate.views import reference_crop
 
 
-def measure(name, root, **options):
+def measure(name, root, model=None, tell=lambda _: None, **options):
     """By one process; the lines told are left out."""
     with world() as ranks:
-        return evaluate(load_classifier(fitted_classifier()), name, str(root), ranks, tell=lambda _: None, **options)
+        return evaluate(load_classifier(model or fitted_classifier()), name, str(root), ranks, tell=tell, **options)
 
 
-def outputs(paths, transform):
+def outputs(paths, transform, model=None):
     """An evaluation loop of its own, with torchvision's transforms."""
-    model = load_classifier(fitted_classifier()).model
+    model = load_classifier(model or fitted_classifier()).model
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     with torch.inference_mode():
         return model(images)
@@ -286,6 +291,89 @@ def test_unlabelled_unknown_and_unusable_images(tmp_path):
         measure("folder", tmp_path / "d.index")
 
 
+@pytest.mark.parametrize("where", ["list", "index"])
+def test_files_that_are_told_of_and_absent_are_found_before_anything_is_scored(tmp_path, where):
+    places, told = tmp_path / "places", []
+    for i, (_, image) in enumerate(fashion(1)):
+        write_image(places / "val_256" / f"{i}.jpg", image)
+    (places / "places365_val.txt").write_text("".join(f"{i}.jpg {i}\n" for i in range(10)))
+    name, root = "places365", places
+    if where == "index":
+        assert main(["index", f"places365:val:{places}", "--out", str(tmp_path / "p.index")]) == 0
+        name, root = "folder", tmp_path / "p.index"
+    for i in (3, 7):
+        (places / "val_256" / f"{i}.jpg").unlink()
+    with pytest.raises(DataError, match=r"val_256/3.jpg is missing .2 of 10 files that it tells of") as caught:
+        measure(name, root, progress=lambda *done: told.append(done))
+    assert str(root) in str(caught.value)
+    assert not told
+
+
+# ---------------------------------------------------------------- ImageNet's classes
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """A folder with a classifier of ImageNet's 1,000 classes that prefers them in their order."""
+    model = vit(num_classes=1000)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.linspace(1000, 0, 1000))
+    return write_timm(tmp_path_factory.mktemp("thousand"), model)
+
+
+def real_folders(root, wnids):
+    """``root/n01498041/I.JPEG``, an image each."""
+    for i, wnid in enumerate(wnids):
+        write_image(root / wnid / f"{i}.JPEG", fashion(1)[i % 10][1])
+    return root
+
+
+@functools.cache
+def lines(name):
+    return resources.files("timm.data").joinpath(f"_info/{name}.txt").read_text().split()
+
+
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_the_published_classes_compete_also_where_a_folder_is_missing(tmp_path, thousand, name):
+    competing = [int(number) for number in lines(f"{name}_indices")]
+    wnids, told = [lines("imagenet_synsets")[number] for number in competing], []
+    assert wnids == list(synsets(name))
+    root = real_folders(tmp_path / name.replace("_", "-"), wnids[1:])
+    logits = outputs(sorted(root.glob("*/*")), standard(), thousand)[:, competing]
+    result, unlike = measure(name, tmp_path, thousand, told.append)
+    assert result.data["images"] == 199
+    labels = torch.arange(1, 200)
+    assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item() == 4 / 199
+    assert unlike[-2:] == ["199 images are not the published set", f"199 of 200 classes: {wnids[0]} missing"]
+    assert told == [f"{name}: 199 of 200 classes: {wnids[0]} missing"]
+    write_image(root / "n01440764" / "0.JPEG", fashion(1)[0][1])  # a class of ImageNet that both leave out, or one has
+    (root / wnids[5]).rename(root / "moved")
+    (root / "moved").rename(root / wnids[0])
+    (root / wnids[2] / "1.JPEG").unlink()
+    extra = "" if "n01440764" in wnids else ", n01440764 extra"
+    assert measure(name, tmp_path, thousand)[1][-1] == f"198 of 200 classes: {wnids[5]} missing, {wnids[2]} empty{extra}"
+
+
+def test_a_whole_set_has_nothing_to_tell(tmp_path, thousand):
+    real_folders(tmp_path, synsets("imagenet_a"))
+    _, unlike = measure("imagenet_a", tmp_path, thousand)
+    assert not [reason for reason in unlike if "classes:" in reason]
+
+
+def test_an_empty_class_folder_is_named(tmp_path, thousand):
+    names = synsets("imagenet")
+    for root, wnids, phrase in (
+        ("theirs", names[:2], f"1 of 1000 classes: {names[2]} and 997 more missing, {names[1]} empty"),
+        ("own", WNIDS[:2], f"1 of 2 classes: {WNIDS[1]} empty"),
+    ):
+        real_folders(tmp_path / root / "val", wnids)
+        (tmp_path / root / "val" / wnids[1] / "1.JPEG").unlink()
+        model, classes = (thousand, None) if root == "theirs" else (None, classes_file(tmp_path / "classes.txt"))
+        _, unlike = measure("imagenet1k", tmp_path / root, model, classes=classes)
+        assert unlike[1:] == ["1 images are not the published set", *unlike[2:-1], phrase]
+
+
 # ---------------------------------------------------------------- ImageNet-C
 
 
@@ -369,6 +457,54 @@ def test_what_is_missing_of_imagenet_c(corrupted, tmp_path):
     with pytest.raises(Exception, match="central crops already"):
         measure("imagenet_c", root, crop_pct=0.875)
     assert Result(**vars(result)).scores["mce"] > 0
+
+
+def test_an_empty_part_ends_it_before_anything_is_scored(corrupted, tmp_path):
+    root, told = copy_folder(corrupted, tmp_path / "c"), []
+    for image in (root / "jpeg_compression" / "5").glob("*/*"):
+        image.unlink()
+    with pytest.raises(DataError, match="jpeg_compression/5: no images found") as caught:
+        measure("imagenet_c", root, tell=told.append)
+    assert "\n" not in str(caught.value)
+    assert not told
+
+
+def test_a_part_that_is_unlike_the_others_is_named(corrupted, tmp_path):
+    root, told = copy_folder(corrupted, tmp_path / "c"), []
+    classes = classes_file(tmp_path / "classes.txt")
+    (root / "fog" / "3" / WNIDS[4] / "4.JPEG").unlink()
+    (root / "fog" / "3" / WNIDS[4]).rmdir()
+    result, unlike = measure("imagenet_c", root, tell=told.append, classes=classes)
+    assert unlike[-1] == f"fog/3: 9 images, others 10; {WNIDS[4]} missing"
+    assert told[0] == f"imagenet_c: {unlike[-1]}"
+    assert told[1].startswith("gaussian_noise/1: top-1")
+    assert result.parts["fog/3"]["images"] == 9
+    (root / "snow" / "1" / WNIDS[2] / "2.JPEG").rename(root / "snow" / "1" / WNIDS[4] / "2.JPEG")
+    (root / "pixelate" / "5" / WNIDS[2] / "2.JPEG").rename(root / "pixelate" / "5" / WNIDS[2] / "2.txt")
+    found = deviations(parts_of("imagenet_c", str(root), WNIDS, 10), SETS["imagenet_c"])
+    assert found == [f"snow/1: {WNIDS[2]} empty (the first of 3 such parts)"]
+
+
+def test_two_processes_are_told_the_same_of_what_deviates(tmp_path):
+    root = class_folders(tmp_path / "data" / "imagenet-r", per_class=2)
+    for image in (root / WNIDS[3]).iterdir():
+        image.unlink()
+    found = run_ranks(2, deviating_in_rank, str(fitted_classifier()), str(root), classes_file(tmp_path / "classes.txt"))
+    assert found[0] == found[1]
+    assert found[0][:2] == (18, [f"imagenet_r: 9 of 10 classes: {WNIDS[3]} empty"])
+    for image in root.glob("*/*"):
+        image.unlink()
+    assert "no images found" in run_ranks(2, deviating_in_rank, str(fitted_classifier()), str(root), None)[1]
+
+
+def deviating_in_rank(model, root, classes):
+    told = []
+    with world() as ranks:
+        try:
+            result, unlike = evaluate(load_classifier(model), "imagenet_r", root, ranks, classes=classes, tell=told.append)
+        except DataError as error:
+            return str(error)
+    return result.data["images"], told, unlike, result.scores
 
 
 def test_through_the_command_line(tmp_path, capsys):

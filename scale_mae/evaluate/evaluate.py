@@ -11,6 +11,7 @@ from scale_mae.config import UserError
 from scale_mae.engine.distributed import World
 from scale_mae.evaluate.accuracy import Score, score
 from scale_mae.evaluate.classifier import Subject
+from scale_mae.evaluate.deviations import deviations
 from scale_mae.evaluate.published import differences
 from scale_mae.evaluate.results import Result, content_digest, made_by, model_facts
 from scale_mae.evaluate.robustness import CORRUPTIONS, corruption_errors, mean_corruption_error, unnormalised_error
@@ -47,7 +48,7 @@ def evaluate(
         classes: names of the model's outputs, see :func:`scale_mae.evaluate.sets.read_classes`.
         seed: of the training, if the weights do not say.
         progress: called with (images of a part done by this process, all of them).
-        tell: of each part of a set that has several.
+        tell: what deviates from the published set, before anything is scored; and of each part of a set that has several.
 
     Returns:
         The result, and why it may not be compared with the published figures (empty: it may).
@@ -57,8 +58,9 @@ def evaluate(
     """
     began, (view, how) = time.monotonic(), _view(name, subject, crop_pct)
     subject.model.to(ranks.device)
-    names = ranks.on_main(lambda: read_classes(classes, subject.classes, subject.names))
-    parts = parts_of(name, root, names, subject.classes)
+    parts, deviating = _listed(name, root, subject, classes, ranks)
+    for text in deviating:
+        tell(f"{name}: {text}")
     found: dict[str, Score] = {}
     for part in _from_main(parts, ranks):
         found[part.name] = score(subject, part, view, ranks, batch, progress)
@@ -77,7 +79,19 @@ def evaluate(
         _parts(name, found),
         made_by(ranks.size, str(ranks.device.type), time.monotonic() - began),
     )
-    return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop(subject.size)))
+    return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop(subject.size))) + deviating
+
+
+def _listed(name: str, root: str, subject: Subject, classes: str | None, ranks: World) -> tuple[list[Part], list[str]]:
+    """The parts, for now on rank 0 alone (those of ImageNet-C take 400 MB), and how they deviate from the published set."""
+    parts: list[Part] = []
+
+    def look() -> list[str]:
+        names = read_classes(classes, subject.classes, subject.names)
+        parts.extend(parts_of(name, root, names, subject.classes))
+        return deviations(parts, SETS[name])
+
+    return parts, ranks.on_main(look)
 
 
 def _unlike(name: str, subject: Subject, found: dict[str, Score], cropped: bool) -> list[str]:
@@ -105,9 +119,9 @@ def _view(name: str, subject: Subject, crop_pct: float | None) -> tuple[View, di
     return central_view(size, share), {"size": size, "crop_pct": share, "resize": resized, "crop": "centre"}
 
 
-def _from_main(parts: Iterator[Part], ranks: World) -> Iterator[Part]:
-    """Rank 0 lists, the others are told."""
-    while (part := ranks.on_main(lambda: next(parts, None))) is not None:
+def _from_main(parts: list[Part], ranks: World) -> Iterator[Part]:
+    """Rank 0 has them and hands out one at a time."""
+    while (part := ranks.on_main(lambda: parts.pop(0) if parts else None)) is not None:
         yield part
 
 

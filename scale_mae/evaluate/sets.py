@@ -6,23 +6,27 @@ Robustness sets: ImageNet-C (Hendrycks & Dietterich 2019), -A (Hendrycks et al. 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from timm.data import ImageNetInfo
 
 from scale_mae.data.build import list_source
-from scale_mae.data.index import SUFFIX, Index
+from scale_mae.data.find import find
+from scale_mae.data.index import SUFFIX, Index, index_of
 from scale_mae.data.sources import NO_LABEL
-from scale_mae.data.storage import DataError
+from scale_mae.data.storage import DataError, printable
 from scale_mae.evaluate.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
 ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # folders that ImageNet-C's archives may have been unpacked to
+THREADS = 16  # that ask storage whether files are there
 _is_synset = re.compile(r"n\d{8}").fullmatch
 
 
@@ -32,23 +36,32 @@ class EvaluationSet:
 
     Attributes:
         images: how many the published set has (of ImageNet-C each severity of each corruption), in any of its editions.
-        present: only classes that the set has are told apart: argmax over these.
+        synsets: whose WordNet ids the published classes are, see :func:`synsets`; empty: they are not known.
+        own: only the set's own classes are told apart: argmax over these.
         folders: below the root, where class folders named by WordNet id may lie; empty: a source is read instead.
         layout: the source, with ``{root}``.
     """
 
     images: Sequence[int] = ()
-    present: bool = False
+    synsets: str = ""
+    own: bool = False
     folders: Sequence[str] = ()
     layout: str = ""
 
+    def published(self, names: Collection[str]) -> Sequence[str]:
+        """The published classes; none if they are not known, or if the set's ``names`` of classes are all of another kind."""
+        known = synsets(self.synsets) if self.synsets else ()
+        return () if set(names).isdisjoint(known) else known
+
 
 SETS: dict[str, EvaluationSet] = {
-    "imagenet1k": EvaluationSet([50_000], layout="imagenet1k:val:{root}"),
-    "imagenet_c": EvaluationSet([50_000]),
-    "imagenet_a": EvaluationSet([7_500], present=True, folders=("", "imagenet-a")),
-    "imagenet_r": EvaluationSet([30_000], present=True, folders=("", "imagenet-r")),
-    "imagenet_sketch": EvaluationSet([50_000, 50_889], folders=("", "sketch", "imagenet-sketch", "ImageNet-Sketch")),
+    "imagenet1k": EvaluationSet([50_000], "imagenet", layout="imagenet1k:val:{root}"),
+    "imagenet_c": EvaluationSet([50_000], "imagenet"),
+    "imagenet_a": EvaluationSet([7_500], "imagenet_a", own=True, folders=("", "imagenet-a")),
+    "imagenet_r": EvaluationSet([30_000], "imagenet_r", own=True, folders=("", "imagenet-r")),
+    "imagenet_sketch": EvaluationSet(
+        [50_000, 50_889], "imagenet", folders=("", "sketch", "imagenet-sketch", "ImageNet-Sketch")
+    ),
     "inat2017": EvaluationSet([95_986], layout="inat2017:val:{root}"),
     "inat2018": EvaluationSet([24_426], layout="inat2018:val:{root}"),
     "inat2019": EvaluationSet([3_030], layout="inat2019:val:{root}"),
@@ -66,23 +79,28 @@ class Part:
         name: of a part of ImageNet-C ``corruption/severity``, else of the set.
         index: its images.
         outputs: output of the model for each class number of the index; None: they are the same.
-        present: only outputs of classes that are there compete.
+        competing: the outputs that compete, ascending; None: all.
+        empty: class folders without images.
     """
 
     name: str
     index: Index
     outputs: Sequence[int] | None
-    present: bool
+    competing: Sequence[int] | None
+    empty: Sequence[str] = ()
 
     def targets(self) -> tuple[NDArray[np.int64], list[int] | None]:
         """The right output of each image ``[N]``, as a position among the competing outputs, and these (None: all)."""
-        labels = self.index.entries["label"].astype(np.int64)
-        if self.outputs is not None:
-            labels = np.asarray(self.outputs, np.int64)[labels]
-        if not self.present:
+        labels = _output_of_each(self.index, self.outputs)
+        if self.competing is None:
             return labels, None
-        competing = np.unique(labels)
-        return np.searchsorted(competing, labels), competing.tolist()
+        return np.searchsorted(self.competing, labels), list(self.competing)
+
+
+@functools.cache
+def synsets(name: str) -> tuple[str, ...]:
+    """WordNet ids in alphabetical order, from timm's lists: 1,000 of ``imagenet``, 200 of ``imagenet_a`` and ``imagenet_r``."""
+    return tuple(resources.files("timm.data").joinpath(f"_info/{name}_synsets.txt").read_text("utf-8").split())
 
 
 def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) -> list[str] | None:
@@ -100,7 +118,7 @@ def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) ->
     if source is None and known:
         return list(known)
     if source is None:
-        return list(ImageNetInfo("imagenet-1k").label_names()) if outputs == 1000 else None
+        return list(synsets("imagenet")) if outputs == 1000 else None
     try:
         text = "" if source.endswith(SUFFIX) else Path(source).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -112,8 +130,8 @@ def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) ->
     return names
 
 
-def parts_of(name: str, root: str, classes: Sequence[str] | None, outputs: int) -> Iterator[Part]:
-    """The parts of a set, each listed when it is its turn.
+def parts_of(name: str, root: str, classes: Sequence[str] | None, outputs: int) -> list[Part]:
+    """The parts of a set, all of them listed.
 
     Args:
         name: of :data:`SETS`.
@@ -122,19 +140,16 @@ def parts_of(name: str, root: str, classes: Sequence[str] | None, outputs: int) 
         outputs: of the model.
 
     Raises:
-        DataError: something is missing, has no label, or a class that the model does not know; before anything is scored
-            where it can be seen without listing.
+        DataError: something is missing or empty, has no label, or a class that the model does not know.
     """
     chosen = SETS[name]
     if name == "imagenet_c":
-        for part, folder in corruption_folders(root).items():
-            yield _part(part, list_source(folder), folder, chosen, classes, outputs)
+        sources = corruption_folders(root)
     elif chosen.folders:
-        folder = class_folders(root, name, chosen.folders)
-        yield _part(name, list_source(folder), folder, chosen, classes, outputs)
+        sources = {name: class_folders(root, name, chosen.folders)}
     else:
-        source = chosen.layout.format(root=root)
-        yield _part(name, list_source(source), source, chosen, classes, outputs)
+        sources = {name: chosen.layout.format(root=root)}
+    return [_part(part, source, chosen, classes, outputs) for part, source in sources.items()]
 
 
 def class_folders(root: str, name: str, places: Sequence[str]) -> str:
@@ -176,7 +191,8 @@ def corruption_folders(root: str) -> dict[str, str]:
     return found
 
 
-def _part(name: str, index: Index, source: str, chosen: EvaluationSet, classes: Sequence[str] | None, outputs: int) -> Part:
+def _part(name: str, source: str, chosen: EvaluationSet, classes: Sequence[str] | None, outputs: int) -> Part:
+    index, place = list_source(source), find(source).path
     if index.problems:
         raise DataError(f"{source}: {index.problems[0]}")
     if len(index.quarantined):
@@ -188,7 +204,40 @@ def _part(name: str, index: Index, source: str, chosen: EvaluationSet, classes: 
     numbers = _outputs(index, source, classes, outputs)
     if numbers is None and int(labels.max()) >= outputs:
         raise DataError(f"{source}: has class {int(labels.max())}, but the model tells only 0 to {outputs - 1} apart")
-    return Part(name, index, numbers, chosen.present)
+    if not os.path.isdir(place) or index_of(source):  # else the files were seen a moment ago
+        _check_files(index, source)
+    competing = _competing(index, numbers, chosen, classes) if chosen.own else None
+    return Part(name, index, numbers, competing, _empty_folders(place, index) if chosen.synsets else ())
+
+
+def _check_files(index: Index, source: str) -> None:
+    """Lists and indexes may name files that are not there."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        there = threads.map(os.path.exists, index.shards)
+        missing = [number for number, exists in enumerate(there) if not exists]
+    if missing:
+        first = printable(index.shards[missing[0]])
+        raise DataError(f"{source}: {first} is missing ({len(missing)} of {len(index.shards)} files that it tells of)")
+
+
+def _empty_folders(place: str, index: Index) -> list[str]:
+    if not os.path.isdir(place):
+        return []
+    with os.scandir(place) as entries:
+        return sorted({entry.name for entry in entries if _is_synset(entry.name) and entry.is_dir()} - set(index.classes))
+
+
+def _output_of_each(index: Index, numbers: Sequence[int] | None) -> NDArray[np.int64]:
+    """The right output of each image, ``[N]``; ``numbers`` as :attr:`Part.outputs`."""
+    labels = index.entries["label"].astype(np.int64)
+    return labels if numbers is None else np.asarray(numbers, np.int64)[labels]
+
+
+def _competing(index: Index, numbers: Sequence[int] | None, chosen: EvaluationSet, classes: Sequence[str] | None) -> list[int]:
+    """Outputs of the classes that are there, and of all published ones, if the model knows these."""
+    published, known = chosen.published(index.classes), {name: number for number, name in enumerate(classes or ())}
+    others = [known[name] for name in published] if known.keys() >= set(published) else []
+    return sorted({*np.unique(_output_of_each(index, numbers)).tolist(), *others})
 
 
 def _outputs(index: Index, source: str, classes: Sequence[str] | None, outputs: int) -> list[int] | None:

@@ -177,7 +177,7 @@ class Recovery:
         checkpoint = None
         try:
             checkpoint = store.newest_good(self._dir, notes.append, set_aside=True, last=last)
-            if checkpoint and store.step_of(checkpoint) in {event["to"] for event in self._past}:
+            if checkpoint and self._past and store.step_of(checkpoint) == self._past[-1]["to"]:  # later ones were set aside
                 older = store.newest_good(self._dir, notes.append, set_aside=True, last=store.step_of(checkpoint) - 1)
                 checkpoint = older or checkpoint
         except store.CheckpointError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class Teller:
             for note in saved.notes:
                 self.log.say(note)
             self._saved(saved)
+            self._persist()  # what a kill must not take back
 
     def step(
         self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
@@ -165,6 +166,7 @@ class Teller:
     def end(self, step: int, reason: str) -> None:
         """The run stops here, whatever ended it."""
         self.saves()  # of the save that was under way
+        self._observe(self._instruments.watch.rest(), STILL)  # what followed the last step
         self._persist()
         self.record("stop", step=step, reason=reason)
 
@@ -188,10 +190,14 @@ class Teller:
         counters.add("steps", len(laps))
         counters.add("images", len(laps) * self._global_batch)
         for step_laps in laps:
-            for phase, seconds in phases(step_laps).items():
-                if seconds > 0 or phase not in STILL:
-                    counters.observe(f"step_seconds/{phase}", seconds)
+            self._observe(step_laps, phases(step_laps))
         return laps
+
+    def _observe(self, laps: Laps, wanted: Iterable[str]) -> None:
+        found = phases(laps)
+        for phase in wanted:
+            if found[phase] > 0 or phase not in STILL:
+                self._instruments.counters.observe(f"step_seconds/{phase}", found[phase])
 
     def _vitals(self, laps: Sequence[Laps]) -> Vitals:
         before, self._energy = self._energy, self._instruments.nvml.energy(self._instruments.gpu)

@@ -210,12 +210,17 @@ class Run:
         """How good the model is by now."""
         self.watch.lap("other")
         try:
-            metrics, lines = self.task.judge(self.engine, self.step, self.watchdog.beat)
+            metrics, lines = self.task.judge(self.engine, self.step, self._beat)
         except UserError as error:  # of the images to evaluate on, which end no run
             self.teller.not_judged(self.step, str(error))
         else:
             self.teller.judged(self.step, metrics, lines)
         self.watch.lap("evaluation")
+
+    def _beat(self) -> None:
+        """Whoever looks for progress, here and from outside, is to see some."""
+        self.watchdog.beat()
+        self.watch.beat()
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.

@@ -86,6 +86,14 @@ def test_a_reference_is_found_by_size_target_mask_ratio_and_data(demo, tmp_path)
             assert any(key.startswith(told.split(":")[0]) for told in forced.differences)
 
 
+def test_the_loss_of_a_classifier_is_no_loss_of_a_pre_training(demo, tmp_path):
+    seed = next(iter(demo["seeds"].values()))
+    run = demo_run(tmp_path / "run", demo["images"], seed)
+    (run / "config.yaml").write_text(load_config("finetune_demo", {"train.duration": "4 epochs"}).to_yaml())
+    (verdict,) = compare([run]).verdicts
+    assert (verdict.reference, list(verdict.differences)) == (None, ["run.task: finetune, not pretrain"])
+
+
 def test_exit_codes_and_what_is_printed(demo, tmp_path, capsys):
     seed = np.array(next(iter(demo["seeds"].values())))
     good = demo_run(tmp_path / "good", demo["images"], seed)
@@ -166,6 +174,10 @@ def test_a_loss_that_is_not_finite_lies_outside(tmp_path):
         ({"high": [1, None]}, "equally long"),
         ({"name": ...}, "not a reference curve"),
         ({"setting": {"data": "x"}}, "must be a list"),
+        ({"setting": {"data": []}}, "must be a list"),
+        ({"setting": {"data": [["x"]]}}, "must be a list"),
+        ({"setting": [["model.size", "base"]]}, "setting an object"),
+        ({"name": None}, "name must be a text"),
         ({"setting": {"model.sizes": "base"}}, "setting.model.sizes is no section.key"),
         ({"setting": {"modle.size": "base"}}, "setting.modle.size is no section.key"),
     ],

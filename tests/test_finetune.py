@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
+from scale_mae import classification
 from scale_mae.checkpoint.convert import convert
 from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import checkpoints
@@ -22,10 +24,11 @@ from scale_mae.config import ConfigError, UserError, load_config
 from scale_mae.data.build import open_source
 from scale_mae.engine import TAG
 from scale_mae.evaluate.classifier import load_classifier
+from scale_mae.metrics.counters import Counters
 from scale_mae.model.classifier import Classifier, Probes
 from scale_mae.model.sizes import SIZES, Size
 from scale_mae.report.record import read_record
-from scale_mae.report.sections import evaluations
+from scale_mae.report.sections import evaluations, what_ran
 
 TINY = Size(width=32, depth=3, heads=4, patch=8)
 
@@ -316,6 +319,33 @@ def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
     for facts in (("model", "sha256"), ("data", "digest"), ("data", "images")):
         assert evaluated[facts[0]][facts[1]] == trained[facts[0]][facts[1]]
     assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
+
+
+def train_slow_to_judge(recipe, overrides):
+    original = classification.normalise
+
+    def slow(*args):
+        time.sleep(0.4)  # a batch of evaluation
+        return original(*args)
+
+    classification.normalise = slow
+    return train("finetune", recipe, overrides)
+
+
+def test_the_time_of_an_evaluation_is_no_time_of_a_step(tmp_path, encoder):
+    run = tmp_path / "run"
+    own = {"model.init_from": str(encoder), "classify.every": "3 steps", "train.micro_batch": 16}
+    run_ranks(1, train_slow_to_judge, "finetune_demo", settings(run, "6 steps", **own))
+    lines = {line["step"]: line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
+    assert lines[4]["evaluation_s"] > 1.5  # four batches
+    assert all(line["step_time_s"] < 1 and line["forward_backward_s"] < 1 for step, line in lines.items() if step > 1)
+    counters = json.loads((run / "counters.json").read_text())
+    counts, total = Counters(counters).histogram("step_seconds/evaluation")
+    assert counts[-1] == ("+Inf", 2)  # the last one too, which no step follows
+    assert total > 3
+    page = str(what_ran(read_record(run)))
+    assert "drop path 0.1" in page
+    assert "patches hidden" not in page
 
 
 def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):

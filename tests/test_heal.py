@@ -19,10 +19,23 @@ from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
 from test_train import log, train, train_until
 from test_train import make_config as make_run
 
-from scale_mae import history
+from scale_mae import history, rollback
 from scale_mae.config import ConfigError, UserError
 from scale_mae.health import Health, Verdict
 from scale_mae.sections import HealConfig
+
+
+def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further(tmp_path, monkeypatch):
+    def newest_good(run_dir, warn, *, set_aside, last):
+        return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= last), None)
+
+    monkeypatch.setattr(rollback.store, "newest_good", newest_good)
+    recovery = object.__new__(rollback.Recovery)
+    recovery._dir = tmp_path
+    for past, chosen in (([], 30), ([30], 15), ([30, 15], 30), ([30, 15, 30], 15)):  # after 15, step 30 was saved anew
+        recovery._past = [{"to": to} for to in past]
+        assert recovery._choose(40, []).name == f"step-{chosen:08d}", past
+
 
 # ---------------------------------------------------------------- steps with gradients that are not finite
 

@@ -220,7 +220,11 @@ class Exporter(Collector):
         info.add_metric([], {"run": self._run.id, **self._run.facts})
         yield info
         yield _gauge("start_timestamp_seconds", "When this process group began.", value=self._started)
-        yield _gauge("last_step_timestamp_seconds", "When the host was through with a step.", value=self._watch.stepped_at)
+        yield _gauge(
+            "last_step_timestamp_seconds",
+            "When the host was through with a step, or a part of an evaluation.",
+            value=self._watch.stepped_at,
+        )
         for name, (key, text) in GAUGES.items():
             value = metrics.get(key)
             yield _gauge(name, text, value=math.nan if name == "loss" and metrics and value is None else value)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 PHASES: Mapping[str, tuple[str, ...]] = {
     "data_wait": ("data", "vote"),
@@ -51,7 +52,8 @@ class Stopwatch:
         device: whose time is taken.
 
     Attributes:
-        stepped_at: when the host was last through with a step, in seconds since 1970; None before the first one.
+        stepped_at: when the host was last through with a step, or with a part of an evaluation, in seconds since 1970; None
+            before the first one.
     """
 
     stepped_at: float | None = None
@@ -68,14 +70,19 @@ class Stopwatch:
         """The time since the last lap was that of ``name``."""
         self._pending.append((name, self._mark(), False))
 
-    def after_forward(self, *_: Any) -> None:
-        """A forward hook of the model, where the loop has no place for a lap."""
-        self.lap("forward")
+    def after_forward(self, module: Module, *_: Any) -> None:
+        """A forward hook of the model, where the loop has no place for a lap. The passes of an evaluation are none."""
+        if module.training:
+            self.lap("forward")
+
+    def beat(self) -> None:
+        """The host gets on, though not with a step."""
+        self.stepped_at = time.time()
 
     def stepped(self) -> None:
         """A step has ended; what was left of it was ``other``."""
         self._pending.append(("other", self._mark(), True))
-        self.stepped_at = time.time()
+        self.beat()
         if len(self._pending) > PENDING:
             self._settle(wait=False)
 
@@ -84,6 +91,12 @@ class Stopwatch:
         self._settle(wait=True)
         steps, self._steps = self._steps, []
         return steps
+
+    def rest(self) -> Laps:
+        """Seconds by name since the last step, when no other is to come. This waits for the device."""
+        self._settle(wait=True)
+        rest, self._laps = dict(self._laps), defaultdict(float)
+        return rest
 
     def _mark(self) -> Any:
         if not self._on_device:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from scale_mae.checkpoint.store import checkpoints, step_of
 from scale_mae.config import Config, UserError
@@ -51,6 +51,8 @@ def folder_of(run: Path, images: Sequence[str]) -> Path:
             content = Path(image).read_bytes()
             with Image.open(io.BytesIO(content)) as opened:
                 opened.load()
+        except UnidentifiedImageError:
+            raise UserError(f"{image}: cannot be read as an image (of no known kind)") from None
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{image}: cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
         digest.update(content)

@@ -30,7 +30,8 @@ class Reference:
 
     Attributes:
         name: of it.
-        setting: ``section.key`` to value of what a run must share; ``data`` lists names or digests of the same images.
+        setting: ``section.key`` to value of what a run must share, ``run.task`` pretrain where it is not named; ``data`` lists
+            names or digests of the same images.
         images: ends of the stretches, rising, ``[P]``.
         low: least mean loss of the log lines of each stretch, ``[P]``.
         high: largest, ``[P]``.
@@ -47,7 +48,7 @@ class Reference:
         if record.config is None:
             return [f"the config of {record.name} is not known"]
         found = []
-        for key, wanted in self.setting.items():
+        for key, wanted in ({"run.task": "pretrain"} | self.setting).items():
             if key == "data":
                 if not {record.config.data.source, _digest(record)} & set(wanted):
                     found.append(f"data: {record.config.data.source}, not {wanted[0]}")
@@ -167,17 +168,20 @@ def read_reference(path: Path) -> Reference:
         if content["format"] != FORMAT:
             raise ReferenceError(f"{path}: format {content['format']} of a reference curve is not known; {FORMAT} is")
         images, low, high = (np.array(content[key], np.float64) for key in ("images", "low", "high"))
-        name, setting = str(content["name"]), dict(content["setting"])
+        name, setting = content["name"], content["setting"]
     except OSError as error:
         raise ReferenceError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ReferenceError(f"{path}: not a reference curve ({type(error).__name__}: {error}); see docs/report.md") from None
+    if not (isinstance(name, str) and name and isinstance(setting, dict)):
+        raise ReferenceError(f"{path}: name must be a text, and setting an object of section.key and value")
     finite = all(np.isfinite(part).all() for part in (images, low, high))
     if not (images.ndim == 1 and len(images) and images.shape == low.shape == high.shape and finite):
         raise ReferenceError(f"{path}: images, low and high must be equally long lists of numbers")
     if (np.diff(images, prepend=0.0) <= 0).any() or (low > high).any():
         raise ReferenceError(f"{path}: images must rise, and low lie under high")
-    if not isinstance(setting.get("data", []), list):
+    data = setting.get("data", ["any"])
+    if not (isinstance(data, list) and data and all(isinstance(name, str) for name in data)):
         raise ReferenceError(f"{path}: setting.data must be a list of names and digests of the same images")
     if strange := [key for key in setting if key != "data" and not _is_known(key)]:
         raise ReferenceError(f"{path}: setting.{strange[0]} is no section.key of a config (scale-mae schema lists them)")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scale_mae.checkpoint.store import checkpoints, step_of
+from scale_mae.config import Config
 from scale_mae.report.charts import Chart, Mark, number
 from scale_mae.report.curves import Curves, failure_causes, phase_times
 from scale_mae.report.incidents import logged_seconds, shown, stretches, when
@@ -58,9 +59,9 @@ def what_ran(record: Record) -> Markup:
     if config:
         model, train = config.model, config.train
         pairs: dict[str, object] = {
+            "task": config.run.task,
             "encoder": f"{model.size}, patches of {_sides(model.patch)}, images of {_sides(model.image_size)} pixels",
-            "target": f"{model.target}, {model.mask_ratio:.0%} of the patches hidden",
-            "decoder": f"width {model.decoder_width}, depth {model.decoder_depth}, {model.decoder_heads} heads",
+            **(_pretraining(config) if config.run.task == "pretrain" else _classifier(config)),
             "images": config.data.source,
             "schedule": f"{train.duration}, warm-up {config.optim.warmup}, peak learning rate {config.peak_lr:.4g}",
             "batch": f"{train.global_batch:,} images, {train.micro_batch} at once on a process",
@@ -86,6 +87,30 @@ def what_ran(record: Record) -> Markup:
     else:
         parts.append(note("Hardware, versions and command are not known: history.jsonl tells of no start."))
     return section("what-ran", "What ran", *parts)
+
+
+def _pretraining(config: Config) -> dict[str, object]:
+    model = config.model
+    return {
+        "target": f"{model.target}, {model.mask_ratio:.0%} of the patches hidden",
+        "decoder": f"width {model.decoder_width}, depth {model.decoder_depth}, {model.decoder_heads} heads",
+    }
+
+
+def _classifier(config: Config) -> dict[str, object]:
+    c, blocks = config.classify, config.classify.train_blocks
+    found: dict[str, object] = {
+        "begins with": config.model.init_from or "random weights",
+        "evaluated on": f"{c.val}, every {c.every}" if c.val else "nothing",
+    }
+    if config.run.task == "linprobe":
+        return found | {"learning rates": ", ".join(f"x {rate:g}" for rate in c.sweep)}
+    return found | {
+        "trained": "all blocks" if blocks is None else f"the last {blocks:g} blocks",
+        "layer decay": config.optim.layer_decay,
+        "regularisation": f"drop path {c.drop_path}, smoothing {c.smoothing}, mixup {c.mixup}, CutMix {c.cutmix}, "
+        f"erasing {c.erasing}, RandAugment {config.data.randaugment or 'none'}",
+    }
 
 
 def _command(command: object) -> str:

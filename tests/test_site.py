@@ -278,6 +278,19 @@ def test_without_slurm_the_commands_say_so(folder, monkeypatch, capsys):
     assert "nothing of this run is running" in capsys.readouterr().err
 
 
+def test_of_several_runs_a_long_error_is_cut(tmp_path, capsys):
+    error = "failed: " + "gradients went bad in steps and samples " * 20
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(load_config("debug", {}).to_yaml())
+        (tmp_path / name / "outcome").write_text(error + "\n")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "failed: gradients went bad in steps and samples gradients went" in (out := capsys.readouterr().out)
+    assert len(out) < len(error)
+    assert main(["status", str(tmp_path / "one")]) == 0
+    assert error.strip() in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["submit", "debug", "--dry-run"], ["submit", "debug", "bad.key=1"], ["status", "/absent"]])
 def test_a_login_node_needs_no_torch(folder, words):
     program = (

@@ -174,7 +174,7 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
     kept, left = shown(marks)
     if kept:
         rows = [[mark.kind, f"{mark.steps:,.0f}", mark.text] for mark in kept]
-        parts.append(table("What happened", ["kind", "step", "what"], rows))
+        parts.append(table("What happened, by step", ["kind", "step", "what"], rows))
         for event in record.events("rollback"):
             if event.get("samples"):
                 listed = ", ".join(map(str, event["samples"]))

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from scale_mae.lock import holder
 from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
 
 METRICS, LOCK = "log.jsonl", "run.lock"
+STATE_WIDTH = 80  # of several runs
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def show(found: list[Standing]) -> None:
     for key in rows[0]:
         table.add_column(key, overflow="fold", justify="left" if key in ("run", "state", "checkpoint") else "right")
     for row in rows:
+        row["state"] = shorten(row["state"], STATE_WIDTH, placeholder=" ...")  # alone, a run tells all of its error
         table.add_row(*(Text(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

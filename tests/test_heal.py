@@ -338,20 +338,21 @@ def command(run_dir, value, span, *words):
 
 
 def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
-    """From one position on everything is bad, so that it goes back again, then further, and then no more."""
+    """From one position on everything is bad, so that it goes back again, then further, then to what it saved since, and then no more."""
     code, lines = run_ranks(1, command, tmp_path / "run", math.nan, (POISON[0], 10**9))[0]
     assert code == 2
     assert len(lines) == 1
-    assert "gradients were not finite in steps 24 to 26; 64 images from position 352 on lead there (" in lines[0]
+    assert "gradients were not finite in steps 25 to 27; 64 images from position 368 on lead there (" in lines[0]
     assert "the run went back 3 times before, as often as heal.rollbacks allows" in lines[0]
     assert "history.jsonl" in lines[0]
-    assert (tmp_path / "run/outcome").read_text().startswith("failed: gradients were not finite in steps 24 to 26")
+    assert (tmp_path / "run/outcome").read_text().startswith("failed: gradients were not finite in steps 25 to 27")
     events = [(e["number"], e["to"], e["skipped_steps"]) for e in rollbacks(tmp_path / "run")]
-    assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 20, [24, 27])]
+    assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 24, [25, 27])]
     (last,) = [e for e in history.read(tmp_path / "run") if e["event"] == "gave_up"]
-    assert (last["positions"], len(last["samples"])) == ([352, 608], 20)  # what was left out before lies between
+    assert (last["positions"], len(last["samples"])) == ([368, 608], 20)  # what was left out before lies between
     assert last["reason"] == "gradients were not finite"
-    assert not (tmp_path / "run/checkpoints/step-00000024").exists()  # it was no better
+    aside = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("damaged-*"))
+    assert [name[:21] for name in aside] == ["damaged-step-00000024"]  # the first one, which was no better
     assert log(tmp_path / "run", "checkpoint_step")[22] == (20,)  # not the one that was turned away from
 
 

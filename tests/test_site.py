@@ -286,7 +286,7 @@ def test_of_several_runs_a_long_error_is_cut(tmp_path, capsys):
         (tmp_path / name / "outcome").write_text(error + "\n")
     assert main(["status", str(tmp_path)]) == 0
     assert "failed: gradients went bad in steps and samples gradients went" in (out := capsys.readouterr().out)
-    assert len(out) < len(error)
+    assert out.count("samples") <= 4
     assert main(["status", str(tmp_path / "one")]) == 0
     assert error.strip() in capsys.readouterr().out
 

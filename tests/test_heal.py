@@ -338,7 +338,7 @@ def command(run_dir, value, span, *words):
 
 
 def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
-    """From one position on everything is bad, so that it goes back again, then further, then to what it saved since, and then no more."""
+    """From one position on everything is bad: it goes back again, then further, then to what it saved since, then no more."""
     code, lines = run_ranks(1, command, tmp_path / "run", math.nan, (POISON[0], 10**9))[0]
     assert code == 2
     assert len(lines) == 1

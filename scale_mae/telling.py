@@ -163,10 +163,13 @@ class Teller:
         if self._ranks.is_main:
             self._write(history.FILE, lambda: history.append(self._instruments.run.dir, event, **facts))
 
+    def rest(self) -> None:
+        """Count what followed the last step. Of a run that ends in order: this waits for the device, which may have failed."""
+        self._observe(self._instruments.watch.rest(), STILL)
+
     def end(self, step: int, reason: str) -> None:
         """The run stops here, whatever ended it."""
         self.saves()  # of the save that was under way
-        self._observe(self._instruments.watch.rest(), STILL)  # what followed the last step
         self._persist()
         self.record("stop", step=step, reason=reason)
 

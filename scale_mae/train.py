@@ -146,6 +146,7 @@ class Run:
             self.watchdog.beat()
             self.saver.drain()
             self.teller.saves()
+            self.teller.rest()
             if self.stop.received or vote is Vote.STOP:
                 stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
                 self.log.say(stopped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -171,17 +172,20 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
             os.environ.pop(name, None)
 
 
-_places: list[Any] = []  # of this process: the store where the launcher's processes meet
 _meetings = itertools.count()
+
+
+@functools.cache
+def _place(address: str | None, port: str | None) -> Any:
+    """The store where the launcher's processes meet, which the environment names."""
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]  # type: ignore[attr-defined]
 
 
 def _meeting(timeout: timedelta) -> Any:
     """Where to meet this time: under a name of its own, since what the processes left there last time would mislead them."""
-    if not _places:
-        place, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-        _places.append(place)
-    _places[0].set_timeout(timeout)
-    return dist.PrefixStore(f"scale_mae/{next(_meetings)}", _places[0])  # type: ignore[attr-defined]
+    place = _place(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")))
+    place.set_timeout(timeout)
+    return dist.PrefixStore(f"scale_mae/{next(_meetings)}", place)  # type: ignore[attr-defined]
 
 
 def own_device() -> torch.device:

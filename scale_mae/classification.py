@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scale_mae.checkpoint.facts import recipe_of
 from scale_mae.checkpoint.first_classifier import first_classifier
 from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import step_of
@@ -29,14 +30,6 @@ from scale_mae.evaluate.results import Result, content_digest, made_by
 from scale_mae.evaluate.sets import Part, parts_of
 from scale_mae.evaluate.views import central_view, reference_crop
 from scale_mae.metrics.meter import Metrics
-
-# sections that a result file names, without what changes no score but by chance, or is told apart
-UNLIKE = {
-    "classify": {"val", "every"},
-    "data": {"source", "decoder", "threads", "prefetch", "max_failures"},
-    "optim": set[str](),
-    "train": {"micro_batch", "recompute", "recompute_every"},
-}
 
 
 class Classification:
@@ -140,8 +133,9 @@ class Classification:
         """The result file of the newest evaluation; what there is to tell of it."""
         config = self._config
         c, side = config.classify, config.model.image_size[0]
-        whole = config.model_dump(mode="json", include=set(UNLIKE), exclude=UNLIKE)
-        trained = whole | {"trained_on": self._train_digest, "began_with": self._began}
+        trained: dict[str, Any] = recipe_of(config.model_dump(mode="json"))
+        del trained["data"]["source"]  # a path; its images have a digest
+        trained |= {"trained_on": self._train_digest, "began_with": self._began}
         named = {f"{kind}{key}": value for kind, each in told.items() for key, value in _plain(each).items()}
         result = Result(
             {"name": config.run.task, "set": c.val, "size": side, "crop_pct": c.crop_pct or reference_crop(side), **trained},

@@ -30,6 +30,7 @@ from scale_mae.sections import (
     RunConfig,
     Section,
     TrainConfig,
+    is_free,
 )
 
 PACKAGE = Path(__file__).parent
@@ -174,8 +175,7 @@ class Config(Section):
         for section in type(self).model_fields:
             mine, theirs = getattr(self, section), getattr(other, section)
             for key, field in type(mine).model_fields.items():
-                free = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free")
-                if getattr(mine, key) != getattr(theirs, key) and not free and (section, key) != ("run", "dir"):
+                if getattr(mine, key) != getattr(theirs, key) and not is_free(field) and (section, key) != ("run", "dir"):
                     found.append(f"{section}.{key}: {getattr(mine, key)} -> {getattr(theirs, key)}")
         return found
 

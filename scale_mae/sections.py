@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 
 def _pair(value: Any) -> Any:
@@ -35,6 +36,11 @@ class Section(BaseModel):
     """Base of all sections: immutable, and no key that is not declared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def is_free(field: FieldInfo) -> bool:
+    """Whether a field is marked free."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("free"))
 
 
 class RunConfig(Section):

@@ -16,7 +16,9 @@ from torch import nn
 import scale_mae
 from scale_mae import classification
 from scale_mae.checkpoint.convert import convert
+from scale_mae.checkpoint.facts import describe
 from scale_mae.checkpoint.foreign import read_weights
+from scale_mae.checkpoint.origin import of_ours
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
@@ -376,6 +378,23 @@ def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path,
     longer = settings(tmp_path / "longer", "5 steps", **own)
     run_ranks(1, train, "finetune", "finetune_demo", longer)
     assert load_classifier(tmp_path / "longer").training != subjects[0].training
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ({"run.seed": 7, "train.micro_batch": 32, "data.threads": 3, "classify.val": "x", "model.init_from": "y"}, True),
+        ({"classify.drop_path": 0.3}, False),
+        ({"train.duration": "7 epochs"}, False),
+        ({"data.source": "z"}, False),
+        ({"model.init_from": None}, False),
+    ],
+)
+def test_a_training_is_what_makes_the_weights_but_for_the_seed(override, same):
+    def training(own):
+        return of_ours(describe(load_config("finetune_base", own), 5), "").training
+
+    assert (training({"model.init_from": "x"}) == training({"model.init_from": "x"} | override)) == same
 
 
 def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scale_mae import __version__
 from scale_mae.config import Config
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
+from scale_mae.sections import is_free
 
 if TYPE_CHECKING:
     from scale_mae.checkpoint.own_classifier import Head
@@ -41,6 +42,16 @@ TIMM_NAMES = {
 def is_classifier(config: Config) -> bool:
     """Whether a run trains a classifier, fine-tuned or a linear probe; else a MAE."""
     return config.run.task != "pretrain"
+
+
+def recipe_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a config, as JSON, makes weights what they are but for the seed: no field that is free, no path of weights."""
+    found = {}
+    for section in ("model", "classify", "data", "optim", "train"):
+        fields = getattr(Config.model_fields[section].annotation, "model_fields", {})
+        left_out = {name for name, field in fields.items() if is_free(field)} | {"init_from", "val"}
+        found[section] = {name: value for name, value in config[section].items() if name not in left_out}
+    return found
 
 
 def describe(

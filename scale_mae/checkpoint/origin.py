@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 
+from scale_mae.checkpoint.facts import recipe_of
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.weights_file import Opened
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
 MOCO_HEADS = {"vit_small": 12, "vit_base": 12}  # of MoCo v3, whose small ViT has twice the usual; it writes ``arch`` alone
 Channels = tuple[float, float, float]
-# of a config: what changes the weights by chance only, and a path that differs from seed to seed
-CHANCE = {"init_from", "val", "every", "decoder", "threads", "prefetch", "max_failures", "micro_batch", "recompute"}
-CHANCE |= {"recompute_every"}
 HUGGINGFACE_EPS = 1e-12  # of transformers' ViT and ViTMAE where the config does not say
 
 
@@ -64,9 +62,8 @@ class Origin:
         if self.ours is None:
             return ""
         config, told = self.ours["config"], {key: self.ours.get(key) for key in ("step", "ema", "probe", "began_with")}
-        kept = {key: section for key, section in config.items() if key in ("model", "classify", "data", "optim", "train")}
-        alike: dict[str, Any] = {key: {k: v for k, v in section.items() if k not in CHANCE} for key, section in kept.items()}
-        alike |= told | {"task": config["run"]["task"], "from_weights": config["model"]["init_from"] is not None}
+        told |= {"task": config["run"]["task"], "from_weights": config["model"]["init_from"] is not None}
+        alike = recipe_of(config) | told
         return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -314,19 +314,26 @@ def wandb_records(path):
             data = b""
 
 
+def wandb_rows(path):
+    rows = []
+    for record in wandb_records(path):
+        if record.HasField("run"):
+            assert record.run.run_id == "a-run"
+        if record.HasField("history"):
+            row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+            rows.append((row["step"], row["loss"]))
+    return rows
+
+
 def test_wandb_goes_on_with_the_same_run_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     found = []
     for first, steps in ((0, range(1, 4)), (2, range(3, 6))):
         track("wandb", tmp_path, first, steps)
         (folder,) = set((tmp_path / "wandb").glob("offline-run-*")) - {f for f, _ in found}
-        rows = []
-        for record in wandb_records(next(folder.glob("*.wandb"))):
-            if record.HasField("run"):
-                assert record.run.run_id == "a-run"
-            if record.HasField("history"):
-                row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
-                rows.append((row["step"], row["loss"]))
+        deadline = time.monotonic() + 20  # wandb's own process writes, and may be late on a busy machine
+        while len(rows := wandb_rows(next(folder.glob("*.wandb")))) < len(steps) and time.monotonic() < deadline:
+            time.sleep(0.1)
         found.append((folder, rows))
         time.sleep(1.1)  # wandb names its folders by the second
     assert [rows for _, rows in found] == [[(s, 1 / s) for s in range(1, 4)], [(s, 1 / s) for s in range(3, 6)]]

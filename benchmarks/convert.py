@@ -30,7 +30,7 @@ STAGES = ("zero2", "zero3")
 OURS, THEIRS = "scale-mae convert", "zero_to_fp32"
 
 
-IMPORTS = {OURS: "scale_mae.checkpoint.convert", THEIRS: "deepspeed.utils.zero_to_fp32"}
+IMPORTS = {OURS: "scale_mae.weights.convert", THEIRS: "deepspeed.utils.zero_to_fp32"}
 
 
 def imported(modules: str) -> int:

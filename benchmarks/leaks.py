@@ -19,12 +19,12 @@ import psutil
 import torch
 from report import save
 
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Loader, Share
 from scale_mae.data.pack import pack
-from scale_mae.data.plan import SamplePlan
-from scale_mae.sections import DataConfig
+from scale_mae.data.sample_plan import SamplePlan
 
 SIZE, BATCH = (32, 32), 32
 

@@ -27,14 +27,14 @@ from report import save
 from torch import Tensor
 from torchvision import datasets, transforms
 
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders
-from scale_mae.data.build import build
 from scale_mae.data.index import Index
+from scale_mae.data.index_builder import build
 from scale_mae.data.loader import Loader, Share
 from scale_mae.data.pack import pack
-from scale_mae.data.pixels import normalise
-from scale_mae.data.plan import SamplePlan
-from scale_mae.sections import DataConfig
+from scale_mae.data.sample_plan import SamplePlan
+from scale_mae.data.transforms import normalise
 
 SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -34,16 +34,16 @@ from report import save
 from torch import Tensor
 from train_step import paired_ratio
 
-from scale_mae.checkpoint.commit import Saver
-from scale_mae.config import load_config
-from scale_mae.data.failures import Tally
+from scale_mae.checkpoint.saver import Saver
+from scale_mae.config.loading import load_config
+from scale_mae.data.failure_counter import Tally
+from scale_mae.distributed.world import World, world
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.distributed import World, world
-from scale_mae.instruments import make_instruments
-from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.metrics.step_timer import Stopwatch
 from scale_mae.model.mae import build_mae
-from scale_mae.pace import Pace
-from scale_mae.telling import Teller
+from scale_mae.training.metrics_logger import Teller
+from scale_mae.training.monitoring import make_instruments
+from scale_mae.training.time_limit import Pace
 
 LOG_EVERY = 20
 IMAGE, DECODER_DEPTH = 112, 2  # a quick step, of which metrics are a large share

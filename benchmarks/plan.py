@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from report import save
 
-from scale_mae.config import load_config
-from scale_mae.data.plan import SamplePlan
+from scale_mae.config.loading import load_config
+from scale_mae.config.schema import DataConfig
+from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.model.mae import MAE
-from scale_mae.sections import DataConfig
 
 GLOBAL_BATCH, PATCHES, IMAGE_SIZE = 4096, 196, (224, 224)
 H100_FLOPS = 0.4 * 989e12
@@ -62,7 +62,7 @@ def peak_memory(size: int, ranks: int) -> int:
 
 def step_seconds_per_image(batch: int, steps: int) -> tuple[float, int]:
     config = load_config("vit_base")
-    from scale_mae.checkpoint.export import model_from_config
+    from scale_mae.weights.models import model_from_config
 
     model: MAE = model_from_config(config)
     images, noise = torch.randn(batch, 3, *IMAGE_SIZE), torch.rand(batch, PATCHES)

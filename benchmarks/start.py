@@ -28,13 +28,13 @@ from PIL import Image
 from report import save
 from torchvision import datasets
 
-from scale_mae.data.build import build
+from scale_mae.config.schema import DataConfig
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.index import ENTRY, Index, Paths, write_file
+from scale_mae.data.index_builder import build
 from scale_mae.data.loader import Loader, Share
-from scale_mae.data.pixels import normalise
-from scale_mae.data.plan import SamplePlan
-from scale_mae.sections import DataConfig
+from scale_mae.data.sample_plan import SamplePlan
+from scale_mae.data.transforms import normalise
 
 CLASSES, BATCH, SIZE = 1000, 64, (64, 64)
 OPEN = """

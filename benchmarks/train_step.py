@@ -33,11 +33,11 @@ import report
 import torch
 from torch import Tensor, nn
 
-from scale_mae.config import Config
+from scale_mae.config.loading import Config
+from scale_mae.config.schema import OptimConfig
 from scale_mae.metrics.hardware import peak_flops
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES
-from scale_mae.sections import OptimConfig
 
 IMAGE = 224
 LR = 1.5e-4
@@ -51,7 +51,7 @@ def main() -> None:
     options = _options()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     with world() as ranks:
         if ranks.device.type != options.device:
@@ -109,7 +109,7 @@ def paired_ratio(values: list[dict[str, float]], ours: list[dict[str, float]], k
 
 def plain(model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Step:
     """A PyTorch training loop's step, with our weight-decay groups and fused AdamW."""
-    from scale_mae.engine.optim import build_optimizer
+    from scale_mae.engine.optimizer import build_optimizer
 
     optimizer = build_optimizer(model.train(), OptimConfig())
     for group in optimizer.param_groups:

@@ -6,14 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from scale_mae.config import Config, UserError, load_config
-from scale_mae.engine.distributed import StopRequest, world
-from scale_mae.engine.watchdog import Watchdog
-from scale_mae.launcher import rank_and_size
-from scale_mae.lock import alone
+from scale_mae.config.loading import Config, UserError, load_config
+from scale_mae.distributed.launcher import rank_and_size
+from scale_mae.distributed.world import StopRequest, world
 from scale_mae.metrics.trackers import check_packages
-from scale_mae.outcome import Outcome
-from scale_mae.train import Result, Run
+from scale_mae.runs.exit_status import Outcome
+from scale_mae.system.lock import alone
+from scale_mae.training.trainer import Result, Run
+from scale_mae.training.watchdog import Watchdog
 
 
 def pretrain(recipe: str | Path | Config, **overrides: Any) -> Result:

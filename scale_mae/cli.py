@@ -10,13 +10,13 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from scale_mae.checkpoint.command import WEIGHT_COMMANDS, add_weight_commands, warn
-from scale_mae.config import UserError, json_schema, load_config, recipes
-from scale_mae.evaluate.command import EVALUATION_COMMANDS, add_evaluation_commands
+from scale_mae.config.loading import UserError, json_schema, load_config, recipes
+from scale_mae.evaluation.command import EVALUATION_COMMANDS, add_evaluation_commands
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight
 from scale_mae.report.command import REPORT_COMMANDS, add_report_commands
 from scale_mae.slurm.command import JOB_COMMANDS, add_job_commands
+from scale_mae.weights.command import WEIGHT_COMMANDS, add_weight_commands, warn
 
 EPILOG = """\
 A RECIPE is a shipped name or the path of a YAML file. Shipped are
@@ -123,7 +123,7 @@ def _count(text: str) -> int:
 
 def _complain(error: UserError) -> None:
     """One line, from one process: the others of a job fail with the same error."""
-    from scale_mae.launcher import rank_and_size
+    from scale_mae.distributed.launcher import rank_and_size
 
     try:
         rank, _ = rank_and_size()
@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> int:
     if config.run.task != args.command:
         raise UserError(f"{args.recipe}: a recipe for scale-mae {config.run.task} (its run.task), not for {args.command}")
     if args.dry_run:
-        from scale_mae.launcher import rank_and_size
+        from scale_mae.distributed.launcher import rank_and_size
 
         _, processes = rank_and_size()
         accumulation = config.accumulation(processes)
@@ -157,9 +157,9 @@ def train(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """``scale-mae index``."""
-    from scale_mae.data.build import build
     from scale_mae.data.index import SUFFIX
-    from scale_mae.progress import Bar
+    from scale_mae.data.index_builder import build
+    from scale_mae.system.progress import Bar
 
     if not args.out.endswith(SUFFIX):
         raise UserError(f"--out {args.out}: the name of an index ends in {SUFFIX}")
@@ -177,7 +177,7 @@ def index(args: argparse.Namespace) -> int:
 def pack(args: argparse.Namespace) -> int:
     """``scale-mae pack``."""
     from scale_mae.data.pack import pack
-    from scale_mae.progress import Bar
+    from scale_mae.system.progress import Bar
 
     options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
     with Bar("images") as bar:
@@ -190,9 +190,9 @@ def pack(args: argparse.Namespace) -> int:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
-    from scale_mae.checkpoint.export import load_mae
     from scale_mae.checkpoint.store import locate, read_config, read_manifest
-    from scale_mae.evaluate.reconstruct import draw
+    from scale_mae.evaluation.reconstruct import draw
+    from scale_mae.weights.models import load_mae
 
     checkpoint = locate(args.checkpoint, warn)
     step = read_manifest(checkpoint).step

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from scale_mae.config import UserError, load_config
-from scale_mae.data.build import open_source
+from scale_mae.config.loading import UserError, load_config
+from scale_mae.data.index_builder import open_source
 
 PROCESSES = 2
 PICTURES = (1, 5, 23, 42)  # of the validation images

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from scale_mae.resources import available_cores
+from scale_mae.system.resources import available_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "nvidia-dali-cuda130", "safetensors", "prometheus-client")
 DEEPSPEED_FLOOR = (0, 19, 8)  # older ones are not tested, and some take a gradient norm that is none for one

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scale_mae.data.build import list_source
-from scale_mae.evaluate.features import Source, features
-from scale_mae.evaluate.logistic import fit
-from scale_mae.evaluate.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from scale_mae.data.index_builder import list_source
+from scale_mae.evaluation.features import Source, features
+from scale_mae.evaluation.logistic_regression import fit
+from scale_mae.evaluation.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
 ARCHITECTURE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 WNIDS = [f"n0000000{c}" for c in range(10)]
@@ -56,7 +56,7 @@ def write_timm(folder, model, pool="avg", config=True, name="model.safetensors")
 @functools.cache
 def fitted_classifier():
     """A folder with a classifier of Fashion-MNIST, better than chance: a random ViT, its head by logistic regression."""
-    from scale_mae.evaluate.classifier import load_subject
+    from scale_mae.evaluation.classifier import load_subject
 
     folder = tempfile.TemporaryDirectory()
     weakref.finalize(fitted_classifier, folder.cleanup)

@@ -37,7 +37,7 @@ def make_tar(path, samples):
 @functools.cache
 def demo_index():
     """One index of ``demo:train`` for all runs of a test session, which would else build one each."""
-    from scale_mae.data.build import build
+    from scale_mae.data.index_builder import build
 
     folder = tempfile.TemporaryDirectory()
     weakref.finalize(demo_index, folder.cleanup)

@@ -7,10 +7,10 @@ from classifiers import class_folders
 from ranks import run_ranks
 
 from scale_mae import load_config
-from scale_mae.checkpoint.first_classifier import classifier_from_config
 from scale_mae.checkpoint.store import locate
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.engine import TAG
+from scale_mae.weights.classifier_initialization import classifier_from_config
 
 SIDE, STEP, SWEEP = 32, 3, (1e-4, 1.0, 3.0)
 CLASSES = [f"n0000000{c}" for c in range(10)]
@@ -53,9 +53,9 @@ def images(count):
 
 
 def _train_all(several):
-    from scale_mae.engine.distributed import StopRequest, world
-    from scale_mae.engine.watchdog import Watchdog
-    from scale_mae.train import Run
+    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.training.trainer import Run
+    from scale_mae.training.watchdog import Watchdog
 
     with world() as ranks, StopRequest() as stop:
         for config in several:

@@ -14,7 +14,7 @@ _context = multiprocessing.get_context("forkserver")
 # the server imports the heavy packages once; every rank is then a quick fork of it (the last is what DeepSpeed imports when it
 # makes its first ZeRO optimizer, torch's compiler with it)
 _context.set_forkserver_preload(
-    ["scale_mae.train", "scale_mae.evaluate.evaluate", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    ["scale_mae.training.trainer", "scale_mae.evaluation.evaluate", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

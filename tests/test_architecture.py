@@ -33,7 +33,7 @@ def importers(prefix):
 
 
 def test_config_imports_only_its_sections():
-    assert {m for m in imports(PACKAGE / "config.py") if m.startswith("scale_mae")} == {"scale_mae.sections"}
+    assert {m for m in imports(PACKAGE / "config.py") if m.startswith("scale_mae")} == {"scale_mae.config.schema"}
     assert not [m for m in imports(PACKAGE / "sections.py") if m.startswith("scale_mae")]
 
 
@@ -41,7 +41,9 @@ def test_config_imports_only_its_sections():
 def test_model_and_data_know_nothing_of_engine_metrics_or_checkpoints(part):
     for path in (PACKAGE / part).glob("*.py"):
         for module in imports(path):
-            assert not module.startswith(("scale_mae.engine", "scale_mae.metrics", "scale_mae.checkpoint", "scale_mae.train"))
+            assert not module.startswith(
+                ("scale_mae.engine", "scale_mae.metrics", "scale_mae.checkpoint", "scale_mae.training.trainer")
+            )
 
 
 def test_only_engine_and_checkpoint_import_deepspeed():
@@ -53,7 +55,7 @@ def test_only_data_dali_imports_dali():
 
 
 def test_only_the_top_imports_train_and_cli():
-    assert importers("scale_mae.train") <= {"scale_mae.api"}
+    assert importers("scale_mae.training.trainer") <= {"scale_mae.api"}
     assert importers("scale_mae.api") <= {"scale_mae", "scale_mae.cli"}
     assert importers("scale_mae.cli") <= {"scale_mae.__main__"}
 

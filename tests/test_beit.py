@@ -10,14 +10,14 @@ from classifiers import WNIDS, class_folders, classes_file, vit, write_timm
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from scale_mae.checkpoint.foreign import read_weights
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.cli import main
-from scale_mae.evaluate.classifier import load_classifier, load_subject
-from scale_mae.evaluate.evaluate import _view
-from scale_mae.evaluate.features import pooled
-from scale_mae.evaluate.results import Result
+from scale_mae.evaluation.classifier import load_classifier, load_subject
+from scale_mae.evaluation.evaluate import _view
+from scale_mae.evaluation.features import pooled
+from scale_mae.evaluation.results import Result
 from scale_mae.model.positions import sincos_table
+from scale_mae.weights.importing import read_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -19,14 +19,14 @@ from test_train import make_config, train
 
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.export import load_mae, read_export
-from scale_mae.checkpoint.facts import describe
-from scale_mae.checkpoint.foreign import locate_weights, read_weights
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config import load_config
+from scale_mae.config.loading import load_config
 from scale_mae.model.mae import build_mae
+from scale_mae.weights.convert import convert
+from scale_mae.weights.importing import locate_weights, read_weights
+from scale_mae.weights.metadata import describe
+from scale_mae.weights.models import load_mae, read_export
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -93,7 +93,7 @@ def test_other_sizes_load_by_name_and_arguments(size):
 
 
 def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path, monkeypatch):
-    from scale_mae.checkpoint import parity
+    from scale_mae.weights import parity
 
     real = parity.timm_outputs
     monkeypatch.setattr(parity, "timm_outputs", lambda *args: {name: t * 1.01 for name, t in real(*args).items()})

@@ -9,11 +9,11 @@ from classifiers import vit, write_timm
 from safetensors.torch import save_file
 
 from scale_mae import load_config
-from scale_mae.checkpoint.export import encoder_weights, load_encoder, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, describe
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.evaluate.classifier import load_classifier, load_subject
+from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.model.positions import resize_table
+from scale_mae.weights.metadata import METADATA_KEY, describe
+from scale_mae.weights.models import encoder_weights, load_encoder, model_from_config
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

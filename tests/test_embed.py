@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from scale_mae.cli import main
-from scale_mae.config import UserError
-from scale_mae.data.build import list_source
-from scale_mae.engine.distributed import world
-from scale_mae.evaluate import embed as module
-from scale_mae.evaluate.classifier import load_subject
-from scale_mae.evaluate.embed import embed
-from scale_mae.evaluate.views import views, whole_view
+from scale_mae.config.loading import UserError
+from scale_mae.data.index_builder import list_source
+from scale_mae.distributed.world import world
+from scale_mae.evaluation import embed as module
+from scale_mae.evaluation.classifier import load_subject
+from scale_mae.evaluation.embed import embed
+from scale_mae.evaluation.image_loader import views, whole_view
 
 
 @pytest.fixture(scope="module")

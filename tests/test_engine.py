@@ -8,10 +8,10 @@ import torch
 from ranks import RankError, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scale_mae.config import Config, ConfigError, load_config
-from scale_mae.engine.optim import Schedule, build_optimizer, parameter_groups
+from scale_mae.config.loading import Config, ConfigError, load_config
+from scale_mae.config.schema import OptimConfig
+from scale_mae.engine.optimizer import Schedule, build_optimizer, parameter_groups
 from scale_mae.model.mae import build_mae
-from scale_mae.sections import OptimConfig
 
 STEPS, BATCH = 10, 8
 SCHEDULE = Schedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEPS)
@@ -73,8 +73,8 @@ def engine_trace(engine, ranks, config, steps=STEPS):
 
 def traces(settings):
     """A rank of the tests below: one engine after another."""
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         configs = [make_config(**s) for s in settings]
@@ -113,8 +113,8 @@ def fp16_run(stage):
     """fp16 on a CPU: slow and refused by DeepSpeed, but PyTorch computes it, which is enough to see the loss scale work."""
     from deepspeed.accelerator import get_accelerator
 
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     get_accelerator().is_fp16_supported = lambda: True
     with world() as ranks:
@@ -149,8 +149,8 @@ def refused_fp16():
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: False  # whatever this processor can do
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         Engine(small_mae(), make_config(precision="fp16"), ranks)
@@ -176,8 +176,8 @@ class Waits(TorchDispatchMode):
 
 def count_waits(setting):
     """Reads by the host in a step that is not logged, and in one that is."""
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         config = make_config(**setting)
@@ -225,8 +225,8 @@ def test_deepspeed_keys_that_config_owns_are_refused(tmp_path):
 
 
 def bad_json(path):
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         Engine(small_mae(), make_config(stage=path), ranks)

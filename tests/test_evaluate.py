@@ -14,20 +14,21 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from scale_mae import UserError, load_config, progress
-from scale_mae.checkpoint.export import encoder_weights, model_from_config
-from scale_mae.checkpoint.facts import METADATA_KEY, describe
+from scale_mae import UserError, load_config
 from scale_mae.cli import main
-from scale_mae.data.build import list_source
+from scale_mae.data.index_builder import list_source
 from scale_mae.data.storage import DataError
-from scale_mae.engine.distributed import world
-from scale_mae.evaluate import knn
-from scale_mae.evaluate.classifier import load_subject
-from scale_mae.evaluate.features import Source, features
-from scale_mae.evaluate.knn import decide, knn_accuracy, nearest
-from scale_mae.evaluate.logistic import choose_penalty, fit, logistic_accuracy, logits
-from scale_mae.evaluate.reconstruct import draw, reconstruct
+from scale_mae.distributed.world import world
+from scale_mae.evaluation import knn
+from scale_mae.evaluation.classifier import load_subject
+from scale_mae.evaluation.features import Source, features
+from scale_mae.evaluation.knn import decide, knn_accuracy, nearest
+from scale_mae.evaluation.logistic_regression import choose_penalty, fit, logistic_accuracy, logits
+from scale_mae.evaluation.reconstruct import draw, reconstruct
 from scale_mae.model.targets import make_target, unpatchify
+from scale_mae.system import progress
+from scale_mae.weights.metadata import METADATA_KEY, describe
+from scale_mae.weights.models import encoder_weights, model_from_config
 
 
 def test_votes_follow_an_independent_implementation(monkeypatch):

@@ -9,12 +9,12 @@ import timm
 import torch
 
 from scale_mae import UserError
-from scale_mae.checkpoint import convert as module
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.export import load_mae
-from scale_mae.checkpoint.formats import FORMATS
+from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import locate
-from scale_mae.checkpoint.tensor_file import TensorFiles
+from scale_mae.weights import convert as module
+from scale_mae.weights.convert import convert
+from scale_mae.weights.export_formats import FORMATS
+from scale_mae.weights.models import load_mae
 
 
 @pytest.fixture(scope="module")
@@ -140,4 +140,4 @@ def test_no_import_goes_on_after_an_error(live, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "import_module", slow)
     with pytest.raises(UserError, match="--probe 7: .* is no linear probe"):
         convert(live[0], "timm", tmp_path / "x", probe=7)
-    assert ended == ["scale_mae.checkpoint.parity"]
+    assert ended == ["scale_mae.weights.parity"]

@@ -15,14 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from ranks import collect, run_ranks, start_ranks
 from test_train import log, make_config, train, train_until
 
-from scale_mae import history
 from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
 from scale_mae.metrics.hardware import REASONS, Gpu
 from scale_mae.metrics.node import Node
 from scale_mae.metrics.sinks import Log
-from scale_mae.metrics.stopwatch import Stopwatch
-from scale_mae.slurm.runs import standing
+from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.runs import history
+from scale_mae.slurm.status import standing
 
 LONG = {"train.duration": "100000 steps", "checkpoint.every": "100000 steps"}
 

@@ -22,7 +22,7 @@ from test_train import log, make_config, train, weights
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import checkpoint_name
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config import load_config
+from scale_mae.config.loading import load_config
 
 STEPS = 60
 
@@ -78,7 +78,7 @@ class Bomb:
 
 def train_with_a_bomb(config, rank, at):
     """Train; this process's ``at``-th moment is its last if it is ``rank``. The names of the moments of its first save."""
-    from scale_mae.checkpoint.commit import Saver
+    from scale_mae.checkpoint.saver import Saver
 
     bomb, real = Bomb(at if os.environ["RANK"] == str(rank) else 0), Saver.save
 
@@ -215,9 +215,9 @@ VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config
 
 def train_all(configs):
     """Several runs in one set of ranks."""
-    from scale_mae.engine.distributed import StopRequest, world
-    from scale_mae.engine.watchdog import Watchdog
-    from scale_mae.train import Run
+    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.training.trainer import Run
+    from scale_mae.training.watchdog import Watchdog
 
     with world() as ranks, StopRequest() as stop:
         return [Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
@@ -300,9 +300,9 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
 
 def train_with_a_failing_publication(config, step, bad_image):
     """The publication of ``step`` fails, after a while; ``bad_image`` ends the run at that step."""
-    from scale_mae.checkpoint.commit import Saver
+    from scale_mae.checkpoint.saver import Saver
     from scale_mae.data.storage import DataError
-    from scale_mae.train import Run
+    from scale_mae.training.trainer import Run
 
     commit, one_step = Saver._commit, Run._one_step
 
@@ -338,16 +338,16 @@ def test_a_run_that_ends_with_an_error_tells_what_became_of_its_last_save(tmp_pa
 
 def train_with_a_flip(config):
     """A bit of the second checkpoint flips on its way to the disk of the run directory."""
-    from scale_mae.checkpoint import commit
+    from scale_mae.checkpoint import saver
 
-    real = commit.flush
+    real = saver.flush
 
     def flush(path):
         if path.name.endswith("optim_states.pt") and checkpoint_name(8) in str(path):
             flip(path)
         real(path)
 
-    commit.flush = flush
+    saver.flush = flush
     return train(config)
 
 
@@ -418,7 +418,7 @@ def test_what_lies_in_the_place_of_the_pointer_is_replaced(tmp_path, name):
 
 def train_with_a_blocked_folder(config, rank):
     """Before the second save, a file lies where this rank's local folder was; after it, no longer."""
-    from scale_mae.checkpoint.commit import Saver
+    from scale_mae.checkpoint.saver import Saver
 
     real = Saver.save
 
@@ -513,7 +513,7 @@ def test_the_room_for_all_ranks_of_a_node_is_looked_at_before_a_local_save(expec
 
 def strike_lock(folder, _):
     """A lock is taken on a full disk; then the disk becomes read-only."""
-    from scale_mae.lock import alone
+    from scale_mae.system.lock import alone
 
     disk = folder / "disk"
     disk.mkdir()
@@ -579,8 +579,8 @@ def test_a_line_that_a_crash_cut_short_is_ended_before_the_next(tmp_path):
 def strike_disks(folder, index, nbytes):
     """Disks too small for two checkpoints, which is found out before or while writing; one that becomes read-only; each mended
     in the end. Tells what each start came to."""
-    from scale_mae.checkpoint import commit
-    from scale_mae.config import UserError
+    from scale_mae.checkpoint import saver
+    from scale_mae.config.loading import UserError
 
     def start(run_dir):
         try:
@@ -590,13 +590,13 @@ def strike_disks(folder, index, nbytes):
             told.append([str(run_dir.parent), str(error)])
 
     torch.set_num_threads(1)
-    told, real, save = [], commit.check_space, commit.Saver.save
+    told, real, save = [], saver.check_space, saver.Saver.save
     start(folder / "whole" / "run")
     for name in ("full", "overrun"):
         disk = folder / name
         disk.mkdir()
         mount("-t", "tmpfs", "-o", f"size={int(1.5 * nbytes)}", "tmpfs", disk)
-        commit.check_space = real if name == "full" else lambda *_: None
+        saver.check_space = real if name == "full" else lambda *_: None
         start(disk / "run")
         mount("-o", f"remount,size={5 * nbytes}", disk)
         start(disk / "run")
@@ -609,9 +609,9 @@ def strike_disks(folder, index, nbytes):
             mount("-o", "remount,ro,bind", checkpoints)
         save(self, step, *args, **more)
 
-    commit.Saver.save = save_with_accident
+    saver.Saver.save = save_with_accident
     start(checkpoints.parent)
-    commit.Saver.save = save
+    saver.Saver.save = save
     subprocess.run(["umount", checkpoints], check=True)
     mount("--bind", checkpoints.parent, checkpoints.parent)
     mount("-o", "remount,ro,bind", checkpoints.parent)

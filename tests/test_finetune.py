@@ -14,23 +14,23 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
-from scale_mae import classification
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.facts import describe
-from scale_mae.checkpoint.foreign import read_weights
-from scale_mae.checkpoint.origin import of_ours
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
-from scale_mae.config import ConfigError, UserError, load_config
-from scale_mae.data.build import open_source
+from scale_mae.config.loading import ConfigError, UserError, load_config
+from scale_mae.data.index_builder import open_source
 from scale_mae.engine import TAG
-from scale_mae.evaluate.classifier import load_classifier
+from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.metrics.counters import Counters
 from scale_mae.model.classifier import Classifier, Probes
 from scale_mae.model.sizes import SIZES, Size
 from scale_mae.report.record import read_record
 from scale_mae.report.sections import evaluations, what_ran
+from scale_mae.training import classification
+from scale_mae.weights.convert import convert
+from scale_mae.weights.importing import read_weights
+from scale_mae.weights.metadata import describe
+from scale_mae.weights.provenance import of_ours
 
 TINY = Size(width=32, depth=3, heads=4, patch=8)
 
@@ -245,7 +245,7 @@ def settings(run, duration, **more):
 
 
 def train(task, recipe, overrides, stop_after=None):
-    from scale_mae.train import Run
+    from scale_mae.training.trainer import Run
 
     torch.set_num_threads(1)
     if stop_after:
@@ -502,7 +502,7 @@ def test_scores_count_every_image_once_also_where_a_process_has_none(tmp_path):
 
 
 def part_of(count):
-    from scale_mae.evaluate.sets import Part
+    from scale_mae.evaluation.datasets import Part
 
     index = open_source("demo:val")
 
@@ -520,9 +520,9 @@ def part_of(count):
 
 def score_some():
     """Two classifiers on seven images of two classes: always 0, and always 1."""
-    from scale_mae.engine.distributed import world
-    from scale_mae.evaluate.accuracy import scores
-    from scale_mae.evaluate.views import central_view
+    from scale_mae.distributed.world import world
+    from scale_mae.evaluation.accuracy import scores
+    from scale_mae.evaluation.image_loader import central_view
 
     def logits(images):
         one = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
@@ -534,9 +534,9 @@ def score_some():
 
 
 def count_calls():
-    from scale_mae.engine.distributed import world
-    from scale_mae.evaluate.accuracy import scores
-    from scale_mae.evaluate.views import central_view
+    from scale_mae.distributed.world import world
+    from scale_mae.evaluation.accuracy import scores
+    from scale_mae.evaluation.image_loader import central_view
 
     calls = []
 

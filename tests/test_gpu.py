@@ -8,16 +8,16 @@ from test_engine import SCHEDULE, STEPS, batch, make_config, plain_trace, small_
 from test_train import log, train, train_until
 from test_train import make_config as make_run
 
-from scale_mae.engine.recompute import apply_recompute
-from scale_mae.metrics.stopwatch import Stopwatch
+from scale_mae.engine.activation_checkpointing import apply_recompute
+from scale_mae.metrics.step_timer import Stopwatch
 from scale_mae.model.mae import build_mae
 
 pytestmark = pytest.mark.gpu
 
 
 def gpu_losses(setting):
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         engine = Engine(small_mae(), make_config(**setting), ranks)
@@ -39,8 +39,8 @@ def test_losses_follow_plain_pytorch_on_the_host(stage, precision, tolerance):
 def step_without_waiting(stage):
     """A step that is not logged, with every wait for the GPU turned into an error."""
     from scale_mae.data.loader import normalise
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     with world() as ranks:
         engine = Engine(small_mae(), make_config(stage, "bf16"), ranks)

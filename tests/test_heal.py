@@ -19,10 +19,11 @@ from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
 from test_train import log, train, train_until
 from test_train import make_config as make_run
 
-from scale_mae import history, rollback
-from scale_mae.config import ConfigError, UserError
-from scale_mae.health import Health, Verdict
-from scale_mae.sections import HealConfig
+from scale_mae.config.loading import ConfigError, UserError
+from scale_mae.config.schema import HealConfig
+from scale_mae.runs import history
+from scale_mae.training import rollback
+from scale_mae.training.anomaly_detector import Health, Verdict
 
 
 def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further(tmp_path, monkeypatch):
@@ -87,8 +88,8 @@ def take_steps(engine, ranks, config, steps, bad=None):
 def leave_out(settings, value, micro, folder):
     """Of each setting: whether the bad step changed anything, the counts, whether what followed equals a run without it, at
     once and again after going back in place."""
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.engine.distributed import world
 
     told = []
     with world() as ranks:
@@ -239,10 +240,10 @@ LEFT_OUT = [25 * 16, 29 * 16]  # with the step before them
 
 def poison(value, first, stop):
     """Images at some positions are worth ``value`` times what others are."""
-    import scale_mae.train
+    import scale_mae.training.trainer
     from scale_mae.data.loader import Loader
 
-    assemble, normalise = Loader._assemble, scale_mae.train.normalise
+    assemble, normalise = Loader._assemble, scale_mae.training.trainer.normalise
 
     def poisoned(self, staged, *pools):
         positions, (batch, changes) = staged.result().positions, assemble(self, staged, *pools)
@@ -253,7 +254,7 @@ def poison(value, first, stop):
         marked = (images == MARK).flatten(1).all(1)
         return torch.where(marked[:, None, None, None], value, 1.0) * normalise(images, *args)
 
-    Loader._assemble, scale_mae.train.normalise = poisoned, spoilt
+    Loader._assemble, scale_mae.training.trainer.normalise = poisoned, spoilt
 
 
 def train_on_poison(config, value, span=POISON):
@@ -263,16 +264,16 @@ def train_on_poison(config, value, span=POISON):
 
 def train_without(config, left_out):
     """A run that never sees some positions, and has no poison."""
-    import scale_mae.train
-    from scale_mae.data.plan import SamplePlan
+    import scale_mae.training.trainer
+    from scale_mae.data.sample_plan import SamplePlan
 
-    scale_mae.train.SamplePlan = lambda *args: SamplePlan(*args).without(*left_out)
+    scale_mae.training.trainer.SamplePlan = lambda *args: SamplePlan(*args).without(*left_out)
     return train(config)
 
 
 def killed_as_it_goes_on(config, value):
     """The rollback is recorded and loaded; then all is over."""
-    from scale_mae.train import Run
+    from scale_mae.training.trainer import Run
 
     poison(value, *POISON)
     go_back = Run._go_back
@@ -400,7 +401,7 @@ def test_a_clean_run_gives_no_reason_for_suspicion(tmp_path):
 
 
 def test_a_run_begun_anew_has_no_past(tmp_path):
-    from scale_mae.rollback import _past
+    from scale_mae.training.rollback import _past
 
     history.append(tmp_path, "rollback", number=1, to=4, positions=[64, 96])
     assert len(_past(tmp_path)) == 1

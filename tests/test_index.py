@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from scale_mae.cli import main
-from scale_mae.config import UserError
-from scale_mae.data import build as building
+from scale_mae.config.loading import UserError
+from scale_mae.data import index_builder as building
 from scale_mae.data import storage
-from scale_mae.data.build import build, open_source
 from scale_mae.data.index import ENTRY, Index, Paths, write_file
+from scale_mae.data.index_builder import build, open_source
 from scale_mae.data.pack import pack
 from scale_mae.data.pillow import decode
 from scale_mae.data.storage import DataError, ImageError, Status

@@ -11,11 +11,11 @@ from layouts import copy_as
 from safetensors.torch import save_file
 from strangers import Stranger
 
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.inspect import inspect, render
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate
 from scale_mae.cli import main
 from scale_mae.model.mae import build_mae
+from scale_mae.weights.convert import convert
+from scale_mae.weights.inspect import inspect, render
 
 NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}

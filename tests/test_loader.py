@@ -19,17 +19,17 @@ from images import jpeg, make_folders
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as tvf
 
-from scale_mae import resources
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders, loader, storage
-from scale_mae.data.build import open_source
 from scale_mae.data.decoders import PillowDecoder
-from scale_mae.data.failures import WINDOW, Failure, Tally
+from scale_mae.data.failure_counter import WINDOW, Failure, Tally
+from scale_mae.data.index_builder import open_source
 from scale_mae.data.loader import Loader, Share, default_prefetch
 from scale_mae.data.pillow import Crop, central_square, decode, examine
-from scale_mae.data.pixels import colour_jitter, denormalise, normalise
-from scale_mae.data.plan import SamplePlan
+from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
-from scale_mae.sections import DataConfig
+from scale_mae.data.transforms import colour_jitter, denormalise, normalise
+from scale_mae.system import resources
 
 # ---------------------------------------------------------------- the reference decoder
 
@@ -392,7 +392,7 @@ def test_the_choice_of_a_decoder_says_why(monkeypatch):
 
 def test_dali_is_imported_only_when_used():
     program = (
-        "import sys, torch; from scale_mae.data import decoders; import scale_mae.train;"
+        "import sys, torch; from scale_mae.data import decoders; import scale_mae.training.trainer;"
         "decoders.make(decoders.choose('pillow', torch.device('cpu'))[0], (16, 16), 4, 1, torch.device('cpu'));"
         "assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
     )

@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_engine import batch, small_mae
 
-from scale_mae.config import UserError, load_config
-from scale_mae.engine.recompute import apply_recompute, recomputed_flops
+from scale_mae.config.loading import UserError, load_config
+from scale_mae.engine.activation_checkpointing import apply_recompute, recomputed_flops
 from scale_mae.metrics import counters, trackers
 from scale_mae.metrics.counters import Counters, restore
 from scale_mae.metrics.hardware import PEAKS, Gpu, Memory, Nvml, peak_flops
 from scale_mae.metrics.meter import SMOOTHING, Meter, Vitals, own_seconds
 from scale_mae.metrics.node import run_id
 from scale_mae.metrics.sinks import Log
-from scale_mae.metrics.stopwatch import Stopwatch, phases
+from scale_mae.metrics.step_timer import Stopwatch, phases
 from scale_mae.metrics.trackers import Tracker, check_packages, make_trackers
 
 CPU = torch.device("cpu")

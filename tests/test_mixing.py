@@ -10,10 +10,10 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from scale_mae.config import ConfigError, load_config
-from scale_mae.data.mixing import Mixing, seeds
-from scale_mae.data.pixels import normalise
-from scale_mae.sections import ClassifyConfig
+from scale_mae.config.loading import ConfigError, load_config
+from scale_mae.config.schema import ClassifyConfig
+from scale_mae.data.mixup import Mixing, seeds
+from scale_mae.data.transforms import normalise
 
 CLASSES = 10
 MIXES = [{"mixup": 0.8, "cutmix": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.3, "cutmix": 0.5, "mix_switch": 0.2}]

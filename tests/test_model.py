@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scale_mae.engine.optim import build_optimizer
+from scale_mae.config.schema import OptimConfig
+from scale_mae.engine.optimizer import build_optimizer
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.masking import kept_patches, random_masking
 from scale_mae.model.positions import sincos_table
 from scale_mae.model.sizes import SIZES, Size
 from scale_mae.model.targets import make_target, patchify, prediction_to_pixels, unpatchify
-from scale_mae.sections import OptimConfig
 
 TINY = Size(width=48, depth=3, heads=4, patch=4)
 

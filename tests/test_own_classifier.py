@@ -13,21 +13,21 @@ from test_export import slightly_wrong
 from torch import nn
 
 from scale_mae import UserError, load_config, load_encoder
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.export import load_mae, model_from_config
-from scale_mae.checkpoint.first_classifier import begin_with_encoder, classifier_from_config
-from scale_mae.checkpoint.foreign import locate_weights, read_weights
-from scale_mae.checkpoint.formats import FORMATS
-from scale_mae.checkpoint.initial import begin_with
-from scale_mae.checkpoint.inspect import inspect, render
-from scale_mae.checkpoint.own_classifier import fold
 from scale_mae.checkpoint.store import locate
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
-from scale_mae.config import saved_config
+from scale_mae.config.loading import saved_config
 from scale_mae.engine import TAG
-from scale_mae.evaluate.classifier import load_classifier, load_subject
+from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.report.reconstructions import draw_missing
+from scale_mae.weights.classifier_heads import fold
+from scale_mae.weights.classifier_initialization import begin_with_encoder, classifier_from_config
+from scale_mae.weights.convert import convert
+from scale_mae.weights.export_formats import FORMATS
+from scale_mae.weights.importing import locate_weights, read_weights
+from scale_mae.weights.initialization import begin_with
+from scale_mae.weights.inspect import inspect, render
+from scale_mae.weights.models import load_mae, model_from_config
 
 IMAGES = images(3)
 NAMES = ("mean", "token", "probe")

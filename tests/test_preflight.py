@@ -21,10 +21,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from slurm_cluster import SlurmCluster
 
-from scale_mae.preflight import command, judge, measure, roll_call, run
+from scale_mae.preflight import checks, command, diagnosis, measurements, rendezvous
 from scale_mae.preflight.command import Demands
-from scale_mae.preflight.measure import Gpu, Seen
-from scale_mae.preflight.roll_call import LostError, Outcome, RollCall, within
+from scale_mae.preflight.measurements import Gpu, Seen
+from scale_mae.preflight.rendezvous import LostError, Outcome, RollCall, within
 
 PREFLIGHT = [sys.executable, "-m", "scale_mae", "preflight", "--need-gb=0.1", "--min-mbps=1"]
 H100 = [Gpu(f"uuid-{n}", "H100", 80 * 2**30) for n in range(8)]
@@ -74,8 +74,8 @@ def slow_disk(demands):
 
 
 def slow_network(demands):
-    right = measure.send_and_receive
-    measure.send_and_receive = lambda *words: (time.sleep(1), right(*words))
+    right = measurements.send_and_receive
+    measurements.send_and_receive = lambda *words: (time.sleep(1), right(*words))
     return demands
 
 
@@ -83,7 +83,7 @@ def broken_network(demands):
     def fail(*words):
         raise RuntimeError("connection reset by peer")
 
-    measure.send_and_receive = fail
+    measurements.send_and_receive = fail
     return demands
 
 
@@ -92,7 +92,7 @@ def unreachable(demands):
 
     def late(ranks=None, **options):
         if ranks and int(os.environ["RANK"]) in ranks:
-            time.sleep(run.CHECK / 2 + 1)  # until the other one gives up
+            time.sleep(checks.CHECK / 2 + 1)  # until the other one gives up
         return right(ranks, **options)
 
     dist.new_group = late
@@ -141,17 +141,19 @@ def as_node(demands, faults, check, grace, absent, seen):
     if rank in absent:
         return None, ""
     os.environ |= {"SLURMD_NODENAME": f"node{rank}", "SLURM_STEP_NODELIST": ",".join(f"node{r}" for r in range(size))}
-    measure.FILE_BYTES = 4 * 10**6
-    run.CHECK, run.GRACE, roll_call.GRACE = check, grace, grace
+    measurements.FILE_BYTES = 4 * 10**6
+    checks.CHECK, checks.GRACE, rendezvous.GRACE = check, grace, grace
     # Ranks share this machine's cores, with others besides: one may read its clock seconds late, or be many times as slow.
-    judge.SKEW, judge.EQUAL_BANDWIDTH = 600.0, 0.1 if ["slow_network"] in faults.values() else 0.001
+    diagnosis.SKEW, diagnosis.EQUAL_BANDWIDTH = 600.0, 0.1 if ["slow_network"] in faults.values() else 0.001
     if seen:
-        measure.look = lambda device: seen[rank]
-        measure.multiply = lambda device: measure.Product((), 700.0)  # a GPU that is slower than others is one to be named
+        measurements.look = lambda device: seen[rank]
+        measurements.multiply = lambda device: measurements.Product(
+            (), 700.0
+        )  # a GPU that is slower than others is one to be named
     for fault in faults.get(rank, ()):
         demands = FAULTS[fault](demands)
     with redirect_stdout(io.StringIO()) as printed:
-        code = run.preflight(demands)
+        code = checks.preflight(demands)
     return code, printed.getvalue()
 
 
@@ -289,7 +291,7 @@ def test_without_rank_0_its_node_is_named(fly):
 @pytest.mark.parametrize("nodes", range(1, 12))
 def test_each_node_meets_two_others_and_is_in_one_pair_at_a_time(nodes):
     met = {node: set() for node in range(nodes)}
-    for pairs in measure.rounds(nodes):
+    for pairs in measurements.rounds(nodes):
         busy = [node for pair in pairs for node in pair]
         assert len(busy) == len(set(busy))
         for a, b in pairs:
@@ -310,31 +312,31 @@ def test_each_node_meets_two_others_and_is_in_one_pair_at_a_time(nodes):
     ],
 )
 def test_accelerators_that_differ(gpus, bad, problem):
-    report = judge.Report([f"n{n}" for n in range(len(gpus))])
-    judge.accelerators(report, [Outcome(Seen(tuple(of_node), ())) for of_node in gpus])
+    report = diagnosis.Report([f"n{n}" for n in range(len(gpus))])
+    diagnosis.accelerators(report, [Outcome(Seen(tuple(of_node), ())) for of_node in gpus])
     assert (report.bad, report.fit) == (bad, not problem)
 
 
 def test_each_process_may_see_its_own_gpu_only():
-    report = judge.Report(["a", "a", "b", "b"])
-    judge.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in H100[:4]])
+    report = diagnosis.Report(["a", "a", "b", "b"])
+    diagnosis.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in H100[:4]])
     assert report.findings == [("ok", "2 GPUs: H100 (80 GiB) on every node", "")]
 
 
 def test_more_processes_than_gpus_on_every_node_is_the_job_s_fault():
-    report = judge.Report(["a", "a", "b", "b"])
-    judge.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in (H100[0], H100[0], H100[1], H100[1])])
+    report = diagnosis.Report(["a", "a", "b", "b"])
+    diagnosis.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in (H100[0], H100[0], H100[1], H100[1])])
     assert report.bad == []
     assert "--ntasks-per-node" in report.findings[0].advice
 
 
 def test_a_gpu_slower_than_the_others_is_named():
-    report = judge.Report(["a", "b", "c"])
-    speeds = [Outcome(measure.Product((), teraflops)) for teraflops in (700.0, 680.0, 400.0)]
-    judge.arithmetic(report, speeds, on_gpu=True)
+    report = diagnosis.Report(["a", "b", "c"])
+    speeds = [Outcome(measurements.Product((), teraflops)) for teraflops in (700.0, 680.0, 400.0)]
+    diagnosis.arithmetic(report, speeds, on_gpu=True)
     assert report.bad == ["c"]
-    shared_machines = judge.Report(["a", "b", "c"])
-    judge.arithmetic(shared_machines, speeds, on_gpu=False)
+    shared_machines = diagnosis.Report(["a", "b", "c"])
+    diagnosis.arithmetic(shared_machines, speeds, on_gpu=False)
     assert shared_machines.fit
 
 
@@ -354,9 +356,11 @@ def test_a_gpu_slower_than_the_others_is_named():
     ],
 )
 def test_slow_storage_is_a_problem_where_a_speed_is_wanted_or_one_node_is_apart(speeds, min_mbps, bad, levels):
-    report = judge.Report([f"n{n}" for n in range(len(speeds))])
-    written = {node: Outcome(measure.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)}
-    judge.shared_directory(report, written, [], "runs", min_mbps)
+    report = diagnosis.Report([f"n{n}" for n in range(len(speeds))])
+    written = {
+        node: Outcome(measurements.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)
+    }
+    diagnosis.shared_directory(report, written, [], "runs", min_mbps)
     assert (report.bad, [finding.level for finding in report.findings]) == (bad, levels)
     assert report.figures["n0"] == {"write_mbps": speeds[0][0], "read_mbps": speeds[0][1]}
 
@@ -386,10 +390,10 @@ def test_what_the_driver_knows_against_a_gpu(monkeypatch):
         **errors,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    told = list(measure.nvml_troubles("1234"))
+    told = list(measurements.nvml_troubles("1234"))
     assert [word in line for word, line in zip(("3 uncorrected", "waits for a reset", "process 1", "25%"), told, strict=True)]
     nvml.nvmlDeviceGetRemappedRows = no_rows
-    assert len(list(measure.nvml_troubles("1234"))) == 3
+    assert len(list(measurements.nvml_troubles("1234"))) == 3
 
 
 class Evil:
@@ -424,10 +428,10 @@ def test_what_strangers_post_runs_no_code_and_is_no_answer(call, rank, tmp_path)
     assert not (tmp_path / "evil").exists()
 
 
-LOCAL = run.Local(
+LOCAL = checks.Local(
     Outcome(Seen(tuple(H100), ("used by process 1",))),
     Outcome(None, "no end in 20 s"),
-    Outcome(measure.Written("a.bin", b"\x00\xff", 100.0, 2.5)),
+    Outcome(measurements.Written("a.bin", b"\x00\xff", 100.0, 2.5)),
     None,
 )
 
@@ -435,8 +439,8 @@ LOCAL = run.Local(
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (LOCAL, run.Local),
-        (run.Local(Outcome(None), Outcome(measure.Product((), 1.0)), None, Outcome({"/tmp": 1})), run.Local),
+        (LOCAL, checks.Local),
+        (checks.Local(Outcome(None), Outcome(measurements.Product((), 1.0)), None, Outcome({"/tmp": 1})), checks.Local),
         (Outcome(None), Outcome[float | None]),
         (Outcome(1.5), Outcome[float | None]),
         (Outcome(None, "disk full"), Outcome[None]),
@@ -463,8 +467,8 @@ def test_what_is_posted_arrives_as_it_was(call, value, kind):
         ('{"value": 1.5}', Outcome[float]),
         ('{"value": "1.5", "error": ""}', Outcome[float]),
         ('{"value": 1.5, "error": "", "more": 1}', Outcome[float]),
-        ('{"value": {"name": "a", "head": "xy", "write_mbps": 1, "read_mbps": 1}, "error": ""}', Outcome[measure.Written]),
-        ("null", run.Local),
+        ('{"value": {"name": "a", "head": "xy", "write_mbps": 1, "read_mbps": 1}, "error": ""}', Outcome[measurements.Written]),
+        ("null", checks.Local),
     ],
 )
 def test_what_is_not_of_the_type_is_no_answer(call, posted, kind):
@@ -477,17 +481,17 @@ def test_an_action_has_a_limited_time():
     assert within(5, lambda: 1) == Outcome(1)
     assert within(5, lambda: 1 / 0) == Outcome(None, "division by zero")
     assert within(0.1, lambda: time.sleep(1)) == Outcome(None, "no end in 0.1 s")
-    assert roll_call.hanging()
+    assert rendezvous.hanging()
 
 
 def test_a_file_that_reads_otherwise_than_written_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "FILE_BYTES", 10**6)
-    written = measure.write_and_read(tmp_path / "a", 5)
+    monkeypatch.setattr(measurements, "FILE_BYTES", 10**6)
+    written = measurements.write_and_read(tmp_path / "a", 5)
     assert (tmp_path / "a").stat().st_size == 10**6
-    assert measure.unseen(tmp_path, {"n": written}, seconds=0) == []
+    assert measurements.unseen(tmp_path, {"n": written}, seconds=0) == []
     monkeypatch.setattr(os, "posix_fadvise", lambda *words: (tmp_path / "a").write_bytes(b"other"))
     with pytest.raises(OSError, match="not what was written"):
-        measure.write_and_read(tmp_path / "a", 5)
+        measurements.write_and_read(tmp_path / "a", 5)
 
 
 # -- the command
@@ -538,9 +542,9 @@ def test_srun_names_the_node_whose_process_does_not_come(cluster, tmp_path):
 @pytest.mark.gpu
 def test_a_gpu_is_looked_at_and_multiplies_right():
     device = torch.device("cuda", 0)
-    seen = measure.look(device)
+    seen = measurements.look(device)
     assert len(seen.gpus) == torch.cuda.device_count()
-    product = measure.multiply(device)
+    product = measurements.multiply(device)
     assert product.wrong == ()
     assert product.teraflops > 1
 

@@ -12,10 +12,10 @@ import pytest
 from test_export import IMAGES, SUFFIX
 
 from scale_mae import UserError
-from scale_mae.checkpoint import programs, publish
-from scale_mae.checkpoint.convert import convert
-from scale_mae.checkpoint.formats import FORMATS
-from scale_mae.checkpoint.inspect import inspect
+from scale_mae.weights import graph_export, publish
+from scale_mae.weights.convert import convert
+from scale_mae.weights.export_formats import FORMATS
+from scale_mae.weights.inspect import inspect
 
 
 def refuse(monkeypatch, method, *names):
@@ -78,7 +78,7 @@ def test_onnx_with_its_tensors_beside_it_is_whole_at_every_moment(runs, tmp_path
     """Whatever move fails, the old file names the old tensors; after the last, the old tensors are gone."""
     import onnxruntime
 
-    monkeypatch.setattr(programs, "ONNX_BYTES", 0)
+    monkeypatch.setattr(graph_export, "ONNX_BYTES", 0)
     run_dir, _ = runs["zero2", "fp32"]
 
     def compute():

@@ -16,13 +16,13 @@ from scipy import stats
 from test_loader import make_loader, spoil
 from timm.data import auto_augment
 
-from scale_mae.config import ConfigError, load_config
+from scale_mae.config.loading import ConfigError, load_config
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders, loader
-from scale_mae.data.build import open_source
-from scale_mae.data.plan import SamplePlan
+from scale_mae.data.index_builder import open_source
 from scale_mae.data.randaugment import RandAugment
+from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError
-from scale_mae.sections import DataConfig
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEAN = DataConfig().mean

@@ -5,7 +5,7 @@ import torch
 from test_engine import batch, small_mae
 from trainees import SmallClassifier, labelled
 
-from scale_mae.engine.recompute import apply_recompute
+from scale_mae.engine.activation_checkpointing import apply_recompute
 
 POLICIES = ["none", "full", "every_k", "selective", "offload"]
 

@@ -22,13 +22,14 @@ from images import demo_index, jpeg
 from PIL import Image
 from ranks import run_ranks
 
-from scale_mae import history, load_config
+from scale_mae import load_config
 from scale_mae.cli import main
 from scale_mae.report.charts import POINTS, ROWS, thin
 from scale_mae.report.incidents import marks
 from scale_mae.report.page import _file, report_page
 from scale_mae.report.record import read_lines, read_record, running_mean
 from scale_mae.report.serve import Server
+from scale_mae.runs import history
 
 PHONE = (390, 844)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from scale_mae.cli import main
-from scale_mae.config import UserError
-from scale_mae.evaluate.command import SET_NAMES
-from scale_mae.evaluate.published import beside, differences
-from scale_mae.evaluate.results import Result, find_results, made_by, tabulate
-from scale_mae.evaluate.sets import SETS
-from scale_mae.evaluate.tables import Table
+from scale_mae.config.loading import UserError
+from scale_mae.evaluation.command import SET_NAMES
+from scale_mae.evaluation.datasets import SETS
+from scale_mae.evaluation.published_results import beside, differences
+from scale_mae.evaluation.results import Result, find_results, made_by, tabulate
+from scale_mae.evaluation.tables import Table
 
 
 def result(top1, seed, weights=None, **more):

@@ -17,9 +17,9 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config import Config, ConfigError
+from scale_mae.config.loading import Config, ConfigError
 from scale_mae.engine import TAG
-from scale_mae.engine.optim import Schedule
+from scale_mae.engine.optimizer import Schedule
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import Size
 
@@ -165,7 +165,7 @@ LAYOUTS = [
 
 def write(folder, layouts):
     """Each layout: train, save, train on; then again from the save; losses of both, loss scales, the files written."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     told = {}
@@ -222,7 +222,7 @@ def test_save_names_the_files_that_each_process_wrote(written):
 
 def move(folder, jobs):
     """Load each source into each target, save at once, train on; losses."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     told = []
@@ -313,7 +313,7 @@ def test_other_ranks_stages_and_accumulation_hold_the_same_and_go_on_alike(writt
 
 def begin(folder, hops):
     """Save before the first step, or after fp16 steps that all overflowed; load elsewhere, train on; losses and scales."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     told = []
@@ -389,7 +389,7 @@ class Growth:
 
 def measure(folder, hops):
     """For each hop: bytes of the moments of the whole model, of the largest tensor, and what loading took."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     told = []
@@ -430,7 +430,7 @@ def test_a_process_takes_the_memory_of_its_share_and_the_largest_tensor(tmp_path
 
 def refuse(folder, name, spoil, rank):
     """Load what one rank, or every rank (None), finds spoilt."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     with world() as ranks:
@@ -511,7 +511,7 @@ def test_what_does_not_fit_is_one_line_on_every_rank_and_changes_nothing(written
 
 def write_apart(folder):
     """Each process saves to a folder of its own; then one of them cannot."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     start()
     with world() as ranks:

@@ -30,15 +30,15 @@ from torchvision import transforms
 from scale_mae.cli import main
 from scale_mae.data.pillow import decode_centre
 from scale_mae.data.storage import DataError, ImageError
-from scale_mae.engine.distributed import world
-from scale_mae.evaluate.accuracy import place_of
-from scale_mae.evaluate.classifier import load_classifier
-from scale_mae.evaluate.deviations import deviations
-from scale_mae.evaluate.evaluate import evaluate
-from scale_mae.evaluate.results import Result
-from scale_mae.evaluate.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalised_error
-from scale_mae.evaluate.sets import SETS, parts_of, read_classes, synsets
-from scale_mae.evaluate.views import reference_crop
+from scale_mae.distributed.world import world
+from scale_mae.evaluation.accuracy import place_of
+from scale_mae.evaluation.classifier import load_classifier
+from scale_mae.evaluation.dataset_checks import deviations
+from scale_mae.evaluation.datasets import SETS, parts_of, read_classes, synsets
+from scale_mae.evaluation.evaluate import evaluate
+from scale_mae.evaluation.image_loader import reference_crop
+from scale_mae.evaluation.results import Result
+from scale_mae.evaluation.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalised_error
 
 
 def measure(name, root, model=None, tell=lambda _: None, **options):

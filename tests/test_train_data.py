@@ -10,14 +10,14 @@ from images import jpeg, make_folders
 from ranks import RankError, run_ranks
 from test_train import log, make_config, train, train_until
 
-from scale_mae.config import UserError
-from scale_mae.data import build as building
-from scale_mae.data.build import build
+from scale_mae.config.loading import UserError
+from scale_mae.data import index_builder as building
 from scale_mae.data.index import Index
+from scale_mae.data.index_builder import build
 from scale_mae.data.pack import pack
-from scale_mae.engine import distributed
-from scale_mae.engine.distributed import StopRequest
-from scale_mae.run_directory import find_index
+from scale_mae.distributed import world
+from scale_mae.distributed.world import StopRequest
+from scale_mae.runs.directory import find_index
 
 
 def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
@@ -173,13 +173,13 @@ def train_with_broken_dali(config):
 def slow_main(seconds):
     from datetime import timedelta
 
-    distributed.TIMEOUT, distributed.HEARTBEAT = timedelta(seconds=3), 0.5
+    world.TIMEOUT, world.HEARTBEAT = timedelta(seconds=3), 0.5
 
     def action():
         time.sleep(seconds)
         return 7
 
-    with distributed.world() as ranks:
+    with world.world() as ranks:
         return ranks.on_main(action)
 
 

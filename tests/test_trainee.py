@@ -15,7 +15,7 @@ from test_engine import Waits
 from trainees import SmallClassifier, labelled
 
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config import Config
+from scale_mae.config.loading import Config
 from scale_mae.engine import TAG
 from scale_mae.engine import lars as optimizers
 
@@ -120,7 +120,7 @@ def evaluate(engine, ranks):
 
 def write(folder, jobs):
     """Each: evaluate, train, evaluate, save, train on with a step left out; losses and logits."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     gc.freeze()
     told = {}
@@ -152,7 +152,7 @@ def expected_groups(lars):
 
 def read(folder, jobs):
     """Load each source as another layout, save at once, evaluate, train on; losses and logits."""
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     gc.freeze()
     told = []
@@ -278,7 +278,7 @@ def test_other_stages_and_ranks_resume_with_average_and_rates(written, moved):
 
 
 def missing(folder, source):
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     with world() as ranks:
         config = make_config(folder, "zero1")
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes(wr
 
 
 def count_waits(folder):
-    from scale_mae.engine.distributed import world
+    from scale_mae.distributed.world import world
 
     counts = []
     with world() as ranks:

@@ -13,18 +13,18 @@ from test_train import log, make_config, train
 
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.data.workers import run_each
-from scale_mae.engine.distributed import StopRequest
-from scale_mae.engine.watchdog import EXIT_CODE
-from scale_mae.outcome import FILE
-from scale_mae.pace import Pace
+from scale_mae.distributed.world import StopRequest
+from scale_mae.runs.exit_status import FILE
+from scale_mae.training.time_limit import Pace
+from scale_mae.training.watchdog import EXIT_CODE
 
 LONG = {"train.duration": "5000 steps", "checkpoint.every": "5000 steps"}
 
 
 def hang(config, rank, how, errors):
     """Train, and stop moving on one rank after the third batch; standard error goes to a file a rank."""
-    from scale_mae.engine import watchdog
-    from scale_mae.feed import Feed
+    from scale_mae.training import watchdog
+    from scale_mae.training.batch_iterator import Feed
 
     watchdog.GRACE = 1.0
     mine = int(os.environ["RANK"])
@@ -65,7 +65,7 @@ def test_a_rank_that_stops_moving_ends_all_with_their_stacks(tmp_path, how):
 
 
 def wait_without_a_step(minutes):
-    from scale_mae.engine.watchdog import Watchdog
+    from scale_mae.training.watchdog import Watchdog
 
     with Watchdog(minutes, 0) as watchdog:
         if not minutes:
@@ -75,7 +75,7 @@ def wait_without_a_step(minutes):
 
 
 def move_again(minutes):
-    from scale_mae.engine import watchdog
+    from scale_mae.training import watchdog
 
     watchdog.GRACE = 1.0
     with watchdog.Watchdog(minutes, 0) as watched:
@@ -138,7 +138,7 @@ def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypat
 
 def train_and_signal(config, number):
     """Signal rank 1, from inside, once it has taken three batches."""
-    from scale_mae.feed import Feed
+    from scale_mae.training.batch_iterator import Feed
 
     original, taken = Feed.take, []
 

@@ -15,12 +15,12 @@ import torch
 from layouts import LAYOUTS
 from strangers import TABLE, make_strangers
 
-from scale_mae.checkpoint.convert import convert
+from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import CheckpointError, locate
-from scale_mae.checkpoint.tensor_file import TensorFiles
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.model.positions import sincos_table
+from scale_mae.weights.convert import convert
 
 # ---------------------------------------------------------------- ours
 

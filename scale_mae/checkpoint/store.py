@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from scale_mae.checkpoint.disk import sha256
-from scale_mae.config import Config, UserError, load_config
+from scale_mae.config.loading import Config, UserError, load_config
 from scale_mae.data.workers import Threads
-from scale_mae.resources import available_cores
+from scale_mae.system.files import sha256
+from scale_mae.system.resources import available_cores
 
 FOLDER = "checkpoints"
 PREFIX = "step-"

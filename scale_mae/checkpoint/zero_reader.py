@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_mae.checkpoint.safetensors_io import Lazy
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.checkpoint.tensor_file import Lazy
 from scale_mae.checkpoint.zero_files import open_files, release
 from scale_mae.checkpoint.zero_layout import Cut, Layout, Partitioned, Unsharded
 

@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import pillow
 from scale_mae.data.crops import Ints
 from scale_mae.data.decoders import Decoder
-from scale_mae.data.failures import Failure
+from scale_mae.data.failure_counter import Failure
 from scale_mae.data.index import Index
 from scale_mae.data.pillow import Crop
-from scale_mae.data.plan import SamplePlan
 from scale_mae.data.randaugment import RandAugment, on_host
+from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import Threads
-from scale_mae.resources import available_cores, available_memory, processes_here
-from scale_mae.sections import DataConfig
+from scale_mae.system.resources import available_cores, available_memory, processes_here
 
 PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
 ENCODED = 1 << 18  # bytes, a generous guess of an encoded image

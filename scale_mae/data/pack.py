@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from scale_mae.data.build import Progress, build, open_source
 from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.data.index_builder import Progress, build, open_source
 from scale_mae.data.pillow import encode_upright
-from scale_mae.data.plan import SamplePlan
+from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.sources import CLASSES, NO_LABEL
 from scale_mae.data.storage import DataError, ImageError
 from scale_mae.data.workers import run_each, shared
-from scale_mae.lock import alone
-from scale_mae.resources import available_cores
+from scale_mae.system.lock import alone
+from scale_mae.system.resources import available_cores
 
 TRIED = 100  # images encoded for trial, to learn how large they become
 SETTINGS = "packing.json"

@@ -16,8 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from scale_mae.data.find import are_shards, find, shard_paths
 from scale_mae.data.layouts import Place, Row, folder_rows, is_image, is_list, read_rows
+from scale_mae.data.source_check import are_shards, find, shard_paths
 from scale_mae.data.storage import TAR_SUFFIXES, DataError, ImageError, printable, unpacked
 from scale_mae.data.workers import start_workers
 

@@ -17,14 +17,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from scale_mae.checkpoint import resume
-from scale_mae.config import Config, ConfigError
+from scale_mae.config.loading import Config, ConfigError
+from scale_mae.distributed.world import World
 from scale_mae.engine import TAG
-from scale_mae.engine.average import EMA, MovingAverage
-from scale_mae.engine.distributed import World
-from scale_mae.engine.finite import FiniteGuard
-from scale_mae.engine.optim import build_optimizer, parameter_groups, set_lr, states_kept
-from scale_mae.engine.recompute import apply_recompute
-from scale_mae.engine.trainee import Trainee
+from scale_mae.engine.activation_checkpointing import apply_recompute
+from scale_mae.engine.ema import EMA, MovingAverage
+from scale_mae.engine.gradient_check import FiniteGuard
+from scale_mae.engine.optimizer import build_optimizer, parameter_groups, set_lr, states_kept
+from scale_mae.engine.trainable import Trainee
 
 
 def engine_json(config: Config, world_size: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.stopwatch import STILL, Stopwatch
+from scale_mae.metrics.step_timer import STILL, Stopwatch
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)

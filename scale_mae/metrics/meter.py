@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scale_mae.metrics.hardware import Memory
-from scale_mae.metrics.stopwatch import OWN, Laps, phases
+from scale_mae.metrics.step_timer import OWN, Laps, phases
 
 Metrics = dict[str, int | float | None]
 SMOOTHING = 100.0  # steps after which a loss has 1/e of its weight left in the smoothed one

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scale_mae.engine.distributed import World
-from scale_mae.launcher import node_number
+from scale_mae.distributed.launcher import node_number
+from scale_mae.distributed.world import World
 from scale_mae.metrics.hardware import Nvml
 from scale_mae.metrics.meter import Metrics
 

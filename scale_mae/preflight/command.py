@@ -69,8 +69,8 @@ def run_command(args: argparse.Namespace) -> int:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
     }  # they would kill who is to tell
-    from scale_mae.preflight.roll_call import hanging
-    from scale_mae.preflight.run import preflight
+    from scale_mae.preflight.checks import preflight
+    from scale_mae.preflight.rendezvous import hanging
 
     code = preflight(Demands(**{field.name: getattr(args, field.name) for field in fields(Demands)}))
     if hanging():

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from scale_mae.checkpoint.store import checkpoints, step_of
-from scale_mae.config import Config, UserError
+from scale_mae.config.loading import Config, UserError
 
 FOLDER = "reconstructions"
 HIDDEN = (75, 85, 95)  # per cent of the patches
@@ -159,9 +159,9 @@ def _own_images(run: Path, config: Config, scratch: Path) -> list[str]:
 
 
 def _draw(checkpoint: Path, ratios: Sequence[int], paths: Sequence[str], folder: Path, scratch: Path) -> None:
-    from scale_mae.checkpoint.export import load_mae
     from scale_mae.checkpoint.store import read_config, verify
-    from scale_mae.evaluate.reconstruct import draw
+    from scale_mae.evaluation.reconstruct import draw
+    from scale_mae.weights.models import load_mae
 
     step = verify(checkpoint, checksums=False).step
     model, config = load_mae(checkpoint), read_config(checkpoint)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_mae import history
-from scale_mae.config import Config, UserError, saved_config
-from scale_mae.slurm.runs import METRICS, Standing, is_run, standing
+from scale_mae.config.loading import Config, UserError, saved_config
+from scale_mae.runs import history
+from scale_mae.slurm.status import METRICS, Standing, is_run, standing
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
@@ -145,7 +145,7 @@ class Record:
         dir: the run directory.
         config: None where ``config.yaml`` is missing or damaged; ``config_problem`` says which.
         log: its log lines.
-        history: its events, see :mod:`scale_mae.history`.
+        history: its events, see :mod:`scale_mae.runs.history`.
         standing: its state, as ``scale-mae status`` tells it.
         config_problem: in words; empty when there is a config.
     """

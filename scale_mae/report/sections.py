@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from scale_mae.checkpoint.store import checkpoints, step_of
-from scale_mae.config import Config
+from scale_mae.config.loading import Config
 from scale_mae.report.charts import Chart, Mark, number
 from scale_mae.report.curves import Curves, failure_causes, phase_times
 from scale_mae.report.incidents import logged_seconds, shown, stretches, when
 from scale_mae.report.markup import Markup, disclosure, facts, note, section, table, tag
 from scale_mae.report.reconstructions import Picture, chosen
 from scale_mae.report.record import Record
-from scale_mae.slurm.runs import duration
+from scale_mae.slurm.status import duration
 
 KILOWATT_HOUR = 3.6e6  # joules
 

@@ -9,16 +9,16 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scale_mae import history, outcome
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.config import UserError
-from scale_mae.slurm.runs import METRICS
+from scale_mae.config.loading import UserError
+from scale_mae.runs import exit_status, history
+from scale_mae.slurm.status import METRICS
 
 
 def version_of(run: Path) -> str:
     """Text that changes when what a report shows has changed."""
     found = []
-    for name in (METRICS, history.FILE, outcome.FILE):
+    for name in (METRICS, history.FILE, exit_status.FILE):
         try:
             facts = (run / name).stat()
             found.append(f"{facts.st_mtime_ns:x}.{facts.st_size:x}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from scale_mae.config import load_config
+from scale_mae.config.loading import load_config
 
 
 def add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -62,7 +62,7 @@ def submit(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     """``scale-mae status``."""
-    from scale_mae.slurm.runs import find_runs, show, standing
+    from scale_mae.slurm.status import find_runs, show, standing
 
     found = [standing(run) for run in find_runs(Path(args.run))]
     if args.json:
@@ -74,7 +74,7 @@ def status(args: argparse.Namespace) -> int:
 
 def cancel(args: argparse.Namespace) -> int:
     """``scale-mae cancel``."""
-    from scale_mae.slurm.runs import cancel
+    from scale_mae.slurm.status import cancel
 
     print(cancel(Path(args.run)))
     return 0

@@ -1,0 +1,213 @@
+"""Features of all images of a source in one file, by any number of processes; what is done stays done.
+
+Pieces of :data:`PIECE` images are written aside in ``OUT.pieces``, each whole or not at all. An interrupted run goes on with
+the pieces that are missing. Which images share a batch depends on their place in the source alone, so a resumed run gives the
+file of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scale_mae.checkpoint.safetensors_io import Lazy, write_tensors
+from scale_mae.config.loading import UserError
+from scale_mae.data.index import Index
+from scale_mae.data.index_builder import list_source
+from scale_mae.distributed.world import World
+from scale_mae.evaluation.classifier import Subject
+from scale_mae.evaluation.features import Pool, Progress, features
+from scale_mae.system.lock import alone
+
+PIECE = 1024  # images
+PLAN, JOINED = "plan.json", "joined.tmp"
+Writer = Callable[[Path, NDArray[np.float32], NDArray[np.int32], Sequence[str], dict[str, str]], None]
+
+
+def embed(
+    subject: Subject,
+    source: str,
+    out: str | Path,
+    ranks: World,
+    *,
+    pool: Pool = "mean",
+    batch: int = 64,
+    progress: Progress | None = None,
+) -> str:
+    """Write the features of a source's images, in its order. All processes call it.
+
+    Args:
+        subject: the encoder.
+        source: class folders, tar shards, a list, an index, ...; labels are kept where there are any.
+        out: ``.npy`` (``[N, D]`` fp32; names and labels beside it in ``.tsv``), ``.safetensors`` (``features``, ``labels``,
+            and the names in ``paths`` and ``path_ends``) or ``.parquet`` (a row an image).
+        ranks: the processes.
+        pool: how tokens become one vector.
+        batch: images at a time, a process.
+        progress: called with (images done by this process, all of its own).
+
+    Returns:
+        What was done, in one line.
+
+    Raises:
+        UserError: an image cannot be read, the unfinished work there is another's, or something cannot be written.
+    """
+    out, began = Path(out), time.monotonic()
+    ranks.on_main(lambda: _writer(out))
+    pieces = out.with_name(out.name + ".pieces")
+    index = ranks.on_main(lambda: list_source(source))
+    plan = {"weights": subject.digest or subject.path, "size": subject.size, "pool": pool, "batch": batch, "piece": PIECE}
+    plan |= {"images": len(index), "listing": _listing_digest(index)}
+    with ExitStack() as held:
+        lock = alone(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
+        ranks.on_main(lambda: held.enter_context(lock))
+        done = ranks.on_main(lambda: _begin(pieces, plan))
+        starts = [start for start in range(0, len(index), PIECE) if start not in done]
+        mine = starts[ranks.rank :: ranks.size]
+        subject.model.to(ranks.device)
+        ranks.together(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
+        seconds = time.monotonic() - began
+        facts = {"scale_mae_embed": json.dumps(plan | {"source": source, "architecture": subject.architecture})}
+        ranks.on_main(lambda: _join(index, pieces, out, facts))
+    made = len(index) - sum(min(PIECE, len(index) - start) for start in done)
+    kept = f", {len(index) - made} of them from an earlier run" if done else ""
+    return f"{out}: {len(index)} images{kept}; {made / max(seconds, 1e-9):.1f} images/s"
+
+
+def _listing_digest(index: Index) -> str:
+    """Of the places of all images and their labels; whether an index or a listing told them does not matter."""
+    digest = hashlib.sha256()
+    for name in ("shard", "offset", "label"):
+        digest.update(np.ascontiguousarray(index.entries[name]).tobytes())
+    for path in index.shards:
+        digest.update(os.fsencode(path) + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _begin(pieces: Path, plan: dict[str, Any]) -> set[int]:
+    """First images of the pieces that are done."""
+    try:
+        pieces.mkdir(parents=True, exist_ok=True)
+        if not (pieces / PLAN).exists():
+            (pieces / f"{PLAN}.tmp").write_text(json.dumps(plan))
+            (pieces / f"{PLAN}.tmp").replace(pieces / PLAN)
+        before = json.loads((pieces / PLAN).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{pieces}: cannot be written or read ({error})") from None
+    if changed := [name for name in plan if before.get(name) != plan[name]]:
+        raise UserError(f"{pieces}: unfinished work with another {', '.join(changed)}; finish that, or delete the folder")
+    return {int(file.stem) for file in pieces.glob("*.npy")}
+
+
+def _compute(
+    subject: Subject, index: Index, pieces: Path, starts: Sequence[int], pool: Pool, batch: int, progress: Progress | None
+) -> None:
+    total = sum(min(PIECE, len(index) - start) for start in starts)
+    before = 0
+    for start in starts:
+        rows = range(start, min(start + PIECE, len(index)))
+
+        def move(done: int, _: int, before: int = before) -> None:
+            if progress:
+                progress(before + done, total)
+
+        found = features(subject, index, rows, batch, pool, move)
+        before += len(rows)
+        path = pieces / f"{start:012d}.npy"
+        try:
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.save(file, found.values.numpy())
+                file.flush()
+                os.fsync(file.fileno())
+            path.with_suffix(".tmp").replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on there") from None
+
+
+def _join(index: Index, pieces: Path, out: Path, facts: dict[str, str]) -> None:
+    """Write the file from the pieces, whole or not at all, and take these away."""
+    files = [pieces / f"{start:012d}.npy" for start in range(0, len(index), PIECE)]
+    staging = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        shape = len(index), np.load(files[0], mmap_mode="r").shape[1]
+        whole = np.lib.format.open_memmap(pieces / JOINED, "w+", np.float32, shape)  # there may be more than fits in memory
+        for number, file in enumerate(files):
+            whole[number * PIECE : (number + 1) * PIECE] = np.load(file)
+        whole.flush()
+        names = [index.where(row) for row in range(len(index))]
+        _writer(out)(staging, whole, index.entries["label"].astype(np.int32), names, facts)
+        staging.replace(out)
+        shutil.rmtree(pieces)
+    except (OSError, ValueError) as error:
+        staging.unlink(missing_ok=True)
+        raise UserError(f"{out}: cannot be written ({error})") from None
+
+
+def _writer(out: Path) -> Writer:
+    """What writes a file of this name.
+
+    Raises:
+        UserError: nothing does.
+    """
+    if out.suffix not in WRITERS or out.is_dir():
+        raise UserError(f"--out {out}: the name of a file that ends in {', '.join(WRITERS)}")
+    if out.suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            raise UserError(f"--out {out}: Parquet needs pyarrow; pip install 'scale-mae[parquet]', or take .npy") from None
+    return WRITERS[out.suffix]
+
+
+def _write_npy(
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+) -> None:
+    assert isinstance(values, np.memmap)
+    Path(str(values.filename)).replace(path)
+    lines = (f"{name}\t{label}\n" for name, label in zip(names, labels.tolist(), strict=True))
+    # OUT.npy.<process>.tmp -> OUT.tsv; -1 is no label
+    path.with_name(path.name.rsplit(".npy.", 1)[0] + ".tsv").write_text("path\tlabel\n" + "".join(lines), "utf-8")
+
+
+def _write_safetensors(
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+) -> None:
+    """Names are tensors, as in an index: all UTF-8 texts in one, and where each ends. A header may not have so many bytes."""
+
+    def lazily(array: NDArray[Any]) -> Lazy:
+        tensor = torch.from_numpy(array)
+        return Lazy(array.shape, tensor.dtype, lambda: [tensor.reshape(-1)])
+
+    texts = [name.encode() for name in names]
+    arrays: dict[str, NDArray[Any]] = {
+        "features": values,
+        "labels": labels,
+        "paths": np.frombuffer(bytearray(b"".join(texts)), np.uint8),
+        "path_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+    }
+    # the library would copy all values to memory, and write the keys of the metadata in another order each time
+    write_tensors(path, {name: lazily(array) for name, array in arrays.items()}, facts)
+
+
+def _write_parquet(
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+) -> None:
+    arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), values.shape[1])
+    table = arrow.table({"path": arrow.array(list(names)), "label": arrow.array(labels), "features": vectors})
+    parquet.write_table(table.replace_schema_metadata(facts), path)
+
+
+WRITERS: dict[str, Writer] = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}

@@ -1,0 +1,114 @@
+"""Logistic regression on frozen features, computed once: a linear classifier without a schedule to choose."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from scale_mae.data.storage import DataError
+from scale_mae.distributed.world import World
+from scale_mae.evaluation.classifier import Subject
+from scale_mae.evaluation.features import Progress, Source, check_classes, data_facts, gathered, own_features
+from scale_mae.evaluation.results import Result, made_by, model_facts
+
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HELD_OUT = 5  # each fifth training image, in an order drawn with seed 0, chooses the penalty
+STEPS = 500
+
+
+def fit(features_ND: Tensor, labels_N: Tensor, classes: int, l2: float, start: Tensor | None = None) -> Tensor:
+    """Weights and biases ``[D + 1, classes]`` that minimise mean cross entropy + ``l2 / 2 * |weights|^2``, by L-BFGS.
+
+    Args:
+        features_ND: standardised.
+        labels_N: class numbers.
+        classes: how many.
+        l2: penalty; biases have none.
+        start: where to begin; None: zeros.
+    """
+    device, width = features_ND.device, features_ND.shape[1]
+    solution = torch.zeros(width + 1, classes, device=device) if start is None else start.clone()
+    solution.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [solution], max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(logits(solution, features_ND), labels_N) + l2 / 2 * solution[:-1].square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return solution.detach()
+
+
+def logits(solution: Tensor, features_ND: Tensor) -> Tensor:
+    """``[N, classes]``."""
+    return features_ND @ solution[:-1] + solution[-1]
+
+
+def choose_penalty(features_ND: Tensor, labels_N: Tensor, classes: int) -> float:
+    """The penalty of :data:`PENALTIES` that classifies held-out training images best; of equal ones the largest."""
+    order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(features_ND.device)
+    held, rest = order[::HELD_OUT], torch.cat([order[first::HELD_OUT] for first in range(1, HELD_OUT)])
+    best, chosen, solution = -1.0, PENALTIES[-1], None
+    for l2 in sorted(PENALTIES, reverse=True):  # each begins where the stronger one ended
+        solution = fit(features_ND[rest], labels_N[rest], classes, l2, solution)
+        right = float((logits(solution, features_ND[held]).argmax(dim=1) == labels_N[held]).double().mean())
+        if right > best:
+            best, chosen = right, l2
+    return chosen
+
+
+def logistic_accuracy(
+    subject: Subject,
+    train: Source,
+    val: Source,
+    ranks: World,
+    batch: int = 64,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Top-1 accuracy of a logistic regression. All processes compute features, the first one fits.
+
+    Args:
+        subject: the encoder.
+        train: labelled images to learn from.
+        val: labelled images to classify.
+        ranks: the processes.
+        batch: images at a time, a process.
+        seed: of the encoder's training, if its weights do not say.
+        progress: called with (images of a source done by this process, all of them).
+
+    Raises:
+        DataError: a source is too small, their classes differ, or an image cannot be read.
+    """
+    began = time.monotonic()
+    check_classes(train, val)
+    if len(train.index) < 2 * HELD_OUT:
+        raise DataError(f"{train.name}: holds {len(train.index)} images, too few to learn from")
+    found = tuple(own_features(subject, source.index, ranks, batch, progress) for source in (train, val))
+    known, asked = (gathered(each, ranks).to(ranks.device) for each in found)
+    deviation, mean = torch.std_mean(known, dim=0)
+    known, asked = ((each - mean) / deviation.clamp_min(1e-6) for each in (known, asked))
+    labels, wanted = train.labels.to(ranks.device), val.labels.to(ranks.device)
+    classes = int(max(labels.max(), wanted.max())) + 1
+
+    def learn() -> tuple[float, float, float]:
+        l2 = choose_penalty(known, labels, classes)
+        outputs = logits(fit(known, labels, classes, l2), asked)
+        return l2, (outputs.argmax(dim=1) == wanted).double().mean().item(), cross_entropy(outputs, wanted).item()
+
+    l2, top1, loss = ranks.on_main(learn)
+    return Result(
+        {"name": "logistic", "size": subject.size, "pool": "mean", "penalties": list(PENALTIES), "held_out": HELD_OUT},
+        model_facts(subject, seed),
+        data_facts(train, val, ranks, (found[0], found[1])),
+        {"top1": top1, "loss": loss},
+        {"chosen": {"l2": l2}},
+        made_by(ranks.size, ranks.device.type, time.monotonic() - began),
+    )

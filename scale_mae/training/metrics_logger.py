@@ -1,0 +1,269 @@
+"""What a run tells of itself: images that had to be replaced, saves, the metrics of a log step, and its history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_mae.checkpoint import store
+from scale_mae.checkpoint.saver import Saved, Saver
+from scale_mae.data.decoders import Decoder
+from scale_mae.data.failure_counter import Failure, Tally
+from scale_mae.data.storage import Status
+from scale_mae.distributed.world import World
+from scale_mae.metrics.hardware import memory
+from scale_mae.metrics.meter import Metrics, Vitals, most_memory, own_seconds
+from scale_mae.metrics.sinks import to_stderr
+from scale_mae.metrics.step_timer import STILL, Laps, phases
+from scale_mae.runs import history
+from scale_mae.training.monitoring import Instruments
+from scale_mae.training.time_limit import Pace
+
+
+@dataclass
+class Newest:
+    """The newest checkpoint. None: not known, or there is none."""
+
+    step: int | None = None
+    time: float | None = None
+    seconds: float | None = None
+    nbytes: int | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Path | None) -> Newest:
+        """What a checkpoint that was found says of itself."""
+        if checkpoint is None:
+            return cls()
+        files = store.read_manifest(checkpoint).files.values()
+        made = (checkpoint / store.MANIFEST).stat().st_mtime
+        return cls(store.step_of(checkpoint), made, None, sum(int(facts["bytes"]) for facts in files))
+
+
+class Teller:
+    """Gathers from all processes and tells on the first one. All processes call the same methods at the same steps.
+
+    Args:
+        instruments: what is measured, and where it is told.
+        ranks: the processes.
+        tally: of replaced images.
+        saver: asked how its saves ended.
+        pace: told how long they took.
+        decoder: asked for its fallbacks.
+        save_every: steps between checkpoints.
+        newest: the checkpoint that the run goes on from.
+        skipped_steps: so far; see :meth:`step`.
+        rollbacks: likewise.
+    """
+
+    def __init__(
+        self,
+        instruments: Instruments,
+        ranks: World,
+        tally: Tally,
+        saver: Saver,
+        pace: Pace,
+        decoder: Decoder,
+        save_every: int,
+        newest: Path | None,
+        skipped_steps: int,
+        rollbacks: int,
+    ) -> None:
+        self._instruments, self._ranks, self.decoder = instruments, ranks, decoder
+        self.log, self.tally, self.saver, self.pace = instruments.log, tally, saver, pace
+        self._save_every, self._newest = save_every, self._find(newest)
+        self._global_batch = instruments.meter.global_batch
+        self._failures: list[Failure] = []
+        self._failure_metrics: Metrics = {}
+        self._judged: Metrics = {}  # the newest evaluation
+        self._laps: list[Laps] = []  # of steps since the last log line
+        self._energy = instruments.nvml.energy(instruments.gpu)
+        self._lost: set[str] = set()  # files that could not be written, told once
+        self._follow(skipped_steps, 0, rollbacks)
+        self._persist()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return self._instruments.state()
+
+    def went_back(self, checkpoint: Path, state: Mapping[str, Any], tally: Tally, decoder: Decoder) -> None:
+        """The run goes on from an earlier checkpoint: what is counted goes on, what is known of its state does not.
+
+        Args:
+            checkpoint: now the newest.
+            state: what it keeps of :meth:`state`.
+            tally: as of then.
+            decoder: a new one.
+        """
+        self._instruments.meter.restore(state)
+        decoder.fallbacks = self.decoder.fallbacks
+        self._newest, self.tally, self.decoder = self._find(checkpoint), tally, decoder
+
+    def _find(self, checkpoint: Path | None) -> Newest:
+        return Newest.of(checkpoint) if self._ranks.is_main else Newest()  # a file that a thousand need not read
+
+    def add(self, failures: Sequence[Failure]) -> None:
+        """Remember what this process had to replace."""
+        self._failures += failures
+
+    def failures(self, step: int) -> list[Failure]:
+        """Name and count the images of all processes that had to be replaced since the last call, and the steps."""
+        self._laps += self._count()
+        return self._gather(step, None)[0]
+
+    def saves(self) -> None:
+        """Tell of the saves that have ended since the last call."""
+        for saved in self.saver.ended():
+            self.pace.saved(saved.seconds)
+            stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
+            told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
+            self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
+            for note in saved.notes:
+                self.log.say(note)
+            self._saved(saved)
+            self._persist()  # what a kill must not take back
+
+    def step(
+        self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
+    ) -> None:
+        """The metrics of a log step; see :meth:`scale_mae.metrics.meter.Meter.read`. ``rollbacks``: times that the run has gone
+        back.
+
+        Raises:
+            DataError: more images were replaced than ``data.max_failures`` allows.
+        """
+        instruments, laps = self._instruments, self._laps + self._count()
+        self._laps = []
+        failures, vitals = self._gather(step, self._vitals(laps))
+        self.saves()
+        self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0), rollbacks)
+        metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, laps, vitals)
+        metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals) | self._judged
+        instruments.node.memory = most_memory([vitals[rank].memory for rank in instruments.node.ranks])
+        self._persist()
+        self.log.metrics(metrics)
+        self.tally.check(step * self._global_batch, failures)
+
+    def judged(self, step: int, metrics: Metrics, lines: Sequence[str]) -> None:
+        """The model was evaluated: told to people and to the history now, and with every log line from now on."""
+        self._judged = metrics
+        for line in lines:
+            self.log.say(line)
+        self.record("evaluated", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
+
+    def not_judged(self, step: int, why: str) -> None:
+        """An evaluation failed."""
+        self.log.say(f"step {step}: not evaluated, training goes on: {why}")
+        self.record("not_evaluated", step=step, why=why)
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Add to the run's history; see :mod:`scale_mae.runs.history`."""
+        if self._ranks.is_main:
+            self._write(history.FILE, lambda: history.append(self._instruments.run.dir, event, **facts))
+
+    def rest(self) -> None:
+        """Count what followed the last step. Of a run that ends in order: this waits for the device, which may have failed."""
+        self._observe(self._instruments.watch.rest(), STILL)
+
+    def end(self, step: int, reason: str) -> None:
+        """The run stops here, whatever ended it."""
+        self.saves()  # of the save that was under way
+        self._persist()
+        self.record("stop", step=step, reason=reason)
+
+    def _gather(self, step: int, vitals: Vitals | None) -> tuple[list[Failure], list[Vitals]]:
+        found = self._ranks.gather((self._failures, self.decoder.fallbacks, vitals))
+        self._failures = []
+        failures = [failure for failures, _, _ in found for failure in failures]
+        for failure in failures:
+            self.log.say(str(failure))
+        self.tally.add(step * self._global_batch, failures)
+        self._failure_metrics = {
+            "decode_failures": sum(self.tally.causes.values()),
+            **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.causes.items()},
+            "decoder_fallbacks": sum(fallbacks for _, fallbacks, _ in found),
+        }
+        return failures, [vital for _, _, vital in found if vital]
+
+    def _count(self) -> list[Laps]:
+        """Laps of the steps since the last call, counted."""
+        laps, counters = self._instruments.watch.read(), self._instruments.counters
+        counters.add("steps", len(laps))
+        counters.add("images", len(laps) * self._global_batch)
+        for step_laps in laps:
+            self._observe(step_laps, phases(step_laps))
+        return laps
+
+    def _observe(self, laps: Laps, wanted: Iterable[str]) -> None:
+        found = phases(laps)
+        for phase in wanted:
+            if found[phase] > 0 or phase not in STILL:
+                self._instruments.counters.observe(f"step_seconds/{phase}", found[phase])
+
+    def _vitals(self, laps: Sequence[Laps]) -> Vitals:
+        before, self._energy = self._energy, self._instruments.nvml.energy(self._instruments.gpu)
+        used = None if before is None or self._energy is None else self._energy - before
+        return Vitals(own_seconds(laps), memory(self._ranks.device), used)
+
+    def _follow(self, skipped_steps: int, fallbacks: int, rollbacks: int) -> None:
+        counters = self._instruments.counters
+        counters.follow("skipped_steps", skipped_steps)
+        counters.follow("rollbacks", rollbacks)
+        counters.follow("decoder_fallbacks", fallbacks)
+        counters.follow("checkpoint_failures", self.saver.failures)
+        for cause in Status:
+            if cause >= Status.EMPTY:
+                counters.follow(f"decode_failures/{cause.name.lower()}", self.tally.causes[cause])
+
+    def _checkpoint_metrics(self, metrics: Metrics) -> Metrics:
+        newest, now = self._newest, metrics["time"] or 0
+        return {
+            "checkpoint_step": newest.step,
+            "checkpoint_age_s": None if newest.time is None else now - newest.time,
+            "checkpoint_duration_s": newest.seconds,
+            "checkpoint_bytes": newest.nbytes,
+            "checkpoint_interval_s": self._save_every * (metrics["step_time_s"] or 0),
+            "checkpoint_failures": self.saver.failures,
+        }
+
+    def _counted(self, vitals: Sequence[Vitals]) -> Metrics:
+        counters, places = self._instruments.counters, self._instruments.node.places
+        for place in set(places):
+            joules = vitals[places.index(place)].energy  # a GPU that processes share counts once
+            if joules is not None:
+                counters.add(f"gpu_energy/{place[0]}/{place[1]}", max(0.0, joules))
+        energy = [value for name, value in counters.values.items() if name.startswith("gpu_energy/")]
+        return {
+            "images_processed": int(counters["images"]),
+            "steps_done": int(counters["steps"]),
+            "skipped_steps": int(counters["skipped_steps"]),
+            "checkpoints": int(counters["checkpoints"]),
+            "restarts": int(counters["restarts"]),
+            "rollbacks": int(counters["rollbacks"]),
+            "energy_j": sum(energy) if energy else None,
+        }
+
+    def _saved(self, saved: Saved) -> None:
+        if saved.path is None:
+            self.record("checkpoint", step=saved.step, error=str(saved.error))
+            return
+        self._newest = Newest(saved.step, time.time(), saved.seconds, saved.nbytes)
+        self._instruments.counters.add("checkpoints")
+        self.record("checkpoint", step=saved.step, seconds=saved.seconds, stalled=saved.stalled, bytes=saved.nbytes)
+
+    def _persist(self) -> None:
+        if self._ranks.is_main:
+            self._write("counters.json", lambda: self._instruments.counters.save(self._instruments.run.dir))
+
+    def _write(self, name: str, action: Any) -> None:
+        """A file that cannot be written is told once, and stops nothing."""
+        try:
+            action()
+        except OSError as error:
+            if name not in self._lost:
+                to_stderr(f"{self._instruments.run.dir / name}: cannot be written ({error.strerror})")
+            self._lost.add(name)
+        else:
+            self._lost.discard(name)

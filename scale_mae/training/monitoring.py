@@ -1,0 +1,140 @@
+"""What measures a run and where it is told, put together: clocks, counters, the log with its sinks, the exporter."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_mae import __version__
+from scale_mae.config.loading import Config
+from scale_mae.distributed.world import World
+from scale_mae.engine.activation_checkpointing import recomputed_flops
+from scale_mae.engine.trainable import Trainee
+from scale_mae.metrics.counters import Counters, restore
+from scale_mae.metrics.exporter import Exporter, Run
+from scale_mae.metrics.hardware import Nvml, peak_flops
+from scale_mae.metrics.meter import Meter
+from scale_mae.metrics.node import Node, address, find_node, run_id
+from scale_mae.metrics.sinks import Log, Sink, make_log, to_stderr
+from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.metrics.trackers import make_trackers
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """See this module's text.
+
+    Attributes:
+        run: what is told of the run itself.
+        watch: laps of its steps.
+        meter: makes the metrics of a log line.
+        counters: counts that go on over restarts.
+        node: this machine.
+        nvml: its GPUs.
+        gpu: NVML's number of this process's GPU.
+        log: sinks of this process; most processes have none.
+    """
+
+    run: Run
+    watch: Stopwatch
+    meter: Meter
+    counters: Counters
+    node: Node
+    nvml: Nvml
+    gpu: int | None
+    log: Log
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "counters": dict(self.counters.values),
+            "smoothed": self.meter.smoothed,
+            "smoothed_at": self.meter.smoothed_at,
+        }
+
+
+def make_instruments(
+    config: Config, world: World, model: Trainee, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
+) -> Instruments:
+    """Put everything together. All processes call it.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        model: what is trained.
+        images: of the data set.
+        total_steps: of the schedule.
+        step: where the run stands.
+        saved: :meth:`Instruments.state` of the checkpoint that it goes on from.
+    """
+    run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
+    name, counters = world.on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
+    node = find_node(world, nvml)
+    watch = Stopwatch(world.device)
+    model.register_forward_hook(watch.after_forward)
+    flops = model.flops()
+    recomputed = recomputed_flops(flops, config.train.recompute, config.train.recompute_every)
+    peak = None
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
+    meter = Meter(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
+    meter.restore(saved)
+    run = Run(name, run_dir, _facts(config, counters))
+    sinks: list[Sink] = []
+    problems: list[str] = []
+    if config.log.port is not None and (world.local_rank == 0 or world.is_main):
+        discovery = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
+        try:
+            exporter = Exporter(run, node, nvml, counters, watch, config.log.port, discovery, is_first=world.is_main)
+            sinks, problems = [exporter], exporter.problems
+        except OSError as error:
+            problems = [f"no metrics for Prometheus from node {node.number}: {error}"]
+    if world.is_main:
+        sinks += make_trackers(config, name, step)
+    log = make_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
+    for problem in problems:
+        (log.say if world.is_main else to_stderr)(problem)
+    return Instruments(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
+
+
+def start_facts(instruments: Instruments, world: World, zero_stage: int, versions: dict[str, str]) -> dict[str, Any]:
+    """What the history says of a process group that begins."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    return {
+        "restarts": int(instruments.counters["restarts"]),
+        "world_size": world.size,
+        "zero_stage": zero_stage,
+        "device": device,
+        "host": address(),
+        "job_id": _job_id(),
+        "versions": versions,
+        "command": shlex.join(sys.orig_argv),
+    }
+
+
+def _restarted(run_dir: Path, saved: dict[str, float] | None) -> Counters:
+    """The run's counters, this start among them, if it is not the first."""
+    counters = restore(run_dir, saved)
+    counters.add("restarts", 1 if counters.values else 0)
+    return counters
+
+
+def _facts(config: Config, counters: Counters) -> dict[str, str]:
+    return {
+        "job_id": _job_id() or "",
+        "restart": f"{counters['restarts']:.0f}",
+        "version": __version__,
+        "model": config.model.size,
+        "target": config.model.target if config.run.task == "pretrain" else config.run.task,
+        "host": address(),
+    }
+
+
+def _job_id() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")

@@ -27,7 +27,7 @@ from report import save
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from scale_mae.config.schema import DataConfig
+from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build

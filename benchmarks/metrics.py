@@ -35,7 +35,7 @@ from torch import Tensor
 from train_step import paired_ratio
 
 from scale_mae.checkpoint.saver import Saver
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 from scale_mae.data.failure_counter import Tally
 from scale_mae.distributed.world import World, world
 from scale_mae.engine.deepspeed import Engine

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from report import save
 
-from scale_mae.config.loading import load_config
-from scale_mae.config.schema import DataConfig
+from scale_mae.config import load_config
+from scale_mae.config.sections import DataConfig
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.model.mae import MAE
 

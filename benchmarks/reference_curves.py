@@ -30,7 +30,7 @@ import torch
 from report import save, versions
 
 import scale_mae
-from scale_mae.config.loading import Config
+from scale_mae.config import Config
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.report.record import Record, read_record
 from scale_mae.report.reference import FORMAT, Reference, band, judge, setting_value, stretch_means

@@ -28,7 +28,7 @@ from PIL import Image
 from report import save
 from torchvision import datasets
 
-from scale_mae.config.schema import DataConfig
+from scale_mae.config.sections import DataConfig
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.index import ENTRY, Index, Paths, write_file
 from scale_mae.data.index_builder import build

@@ -33,8 +33,8 @@ import report
 import torch
 from torch import Tensor, nn
 
-from scale_mae.config.loading import Config
-from scale_mae.config.schema import OptimConfig
+from scale_mae.config import Config
+from scale_mae.config.sections import OptimConfig
 from scale_mae.metrics.hardware import peak_flops
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES

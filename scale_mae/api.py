@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from scale_mae.config.loading import Config, UserError, load_config
+from scale_mae.config import Config, UserError, load_config
 from scale_mae.distributed.launcher import rank_and_size
-from scale_mae.distributed.world import StopRequest, world
+from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.world import world
 from scale_mae.metrics.trackers import check_packages
 from scale_mae.runs.exit_status import Outcome
 from scale_mae.system.lock import alone

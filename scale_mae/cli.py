@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from scale_mae.config.loading import UserError, json_schema, load_config, recipes
+from scale_mae.config import UserError, json_schema, load_config, recipes
 from scale_mae.evaluation.command import EVALUATION_COMMANDS, add_evaluation_commands
 from scale_mae.preflight.command import add_arguments as add_preflight_arguments
 from scale_mae.preflight.command import run_command as run_preflight

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from scale_mae.config.loading import UserError, load_config
+from scale_mae.config import UserError, load_config
 from scale_mae.data.index_builder import open_source
 
 PROCESSES = 2

@@ -17,7 +17,8 @@ def train_and_tell(configs):
     """Several short runs in one set of ranks; the live fp32 weights of each, as DeepSpeed itself gathers them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog

@@ -7,9 +7,8 @@ from classifiers import class_folders
 from ranks import run_ranks
 
 from scale_mae import load_config
-from scale_mae.checkpoint.store import locate
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, locate
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.engine import TAG
 from scale_mae.weights.classifier_initialization import classifier_from_config
 
 SIDE, STEP, SWEEP = 32, 3, (1e-4, 1.0, 3.0)
@@ -53,7 +52,8 @@ def images(count):
 
 
 def _train_all(several):
-    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.world import world
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog
 
@@ -68,7 +68,7 @@ def make_own_runs(folder):
     run_ranks(2, _train_all, list(several.values()))
     made = {}
     for name, config in several.items():
-        reader = ZeroReader(locate(config.run.dir, print) / TAG)
+        reader = ZeroReader(locate(config.run.dir, print) / DEEPSPEED_TAG)
         model = classifier_from_config(config, len(CLASSES))
         if name == "probe":
             model.probe(SWEEP)

@@ -28,22 +28,54 @@ def imports(path):
             yield node.module
 
 
+def runtime_imports(path):
+    """Our modules that a file imports when it runs, as dotted names; imports for type checkers only do not count."""
+    tree = ast.parse(path.read_text())
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    skipped = {id(n) for block in blocks for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module.split(".")[0] == "scale_mae":
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield module if module in NAMES else node.module
+
+
 def importers(prefix):
     return {name_of(p) for p in MODULES if any(m == prefix or m.startswith(prefix + ".") for m in imports(p))}
 
 
-def test_config_imports_only_its_sections():
-    assert {m for m in imports(PACKAGE / "config.py") if m.startswith("scale_mae")} == {"scale_mae.config.schema"}
-    assert not [m for m in imports(PACKAGE / "sections.py") if m.startswith("scale_mae")]
+NAMES = {name_of(path) for path in MODULES}
+TOP = {"__init__", "__main__", "api", "cli", "demo", "doctor"}
+LAYERS = [  # each imports only from those before it
+    *("config", "system", "distributed", "model", "data", "checkpoint", "engine", "metrics", "runs", "weights"),
+    *("evaluation", "training", "slurm", "report", "doctor", "preflight", "demo", "api", "cli", "__main__"),
+]
+DATA = {"demo_data", "reference_curves"}  # shipped files
 
 
-@pytest.mark.parametrize("part", ["model", "data"])
-def test_model_and_data_know_nothing_of_engine_metrics_or_checkpoints(part):
-    for path in (PACKAGE / part).glob("*.py"):
-        for module in imports(path):
-            assert not module.startswith(
-                ("scale_mae.engine", "scale_mae.metrics", "scale_mae.checkpoint", "scale_mae.training.trainer")
-            )
+def test_the_top_level_holds_six_modules_and_packages():
+    assert {p.stem for p in PACKAGE.glob("*.py")} == TOP
+    assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == {*LAYERS, *DATA} - TOP
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_only_from_its_own_layer_and_lower_ones(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__" or own in DATA:
+        allowed = set()
+    else:
+        allowed = {"__init__", *LAYERS[: LAYERS.index(own) + 1]}
+    for module in runtime_imports(path):
+        layer = (module.split(".") + ["__init__"])[1]
+        assert layer in allowed, f"{name_of(path)} imports {module}, which lies above it"
+
+
+def test_no_modules_import_each_other():
+    graph = {name_of(p): set(runtime_imports(p)) - {"scale_mae"} for p in MODULES}
+    while free := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"these modules import each other: {sorted(graph)}"
 
 
 def test_only_engine_and_checkpoint_import_deepspeed():
@@ -54,7 +86,7 @@ def test_only_data_dali_imports_dali():
     assert importers("nvidia.dali") <= {"scale_mae.data.dali"}
 
 
-def test_only_the_top_imports_train_and_cli():
+def test_only_the_api_imports_the_trainer():
     assert importers("scale_mae.training.trainer") <= {"scale_mae.api"}
     assert importers("scale_mae.api") <= {"scale_mae", "scale_mae.cli"}
     assert importers("scale_mae.cli") <= {"scale_mae.__main__"}

@@ -21,7 +21,7 @@ from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
 from scale_mae.weights.importing import locate_weights, read_weights

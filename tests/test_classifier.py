@@ -12,8 +12,9 @@ from scale_mae import load_config
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.model.positions import resize_table
+from scale_mae.weights.encoders import load_encoder
 from scale_mae.weights.metadata import METADATA_KEY, describe
-from scale_mae.weights.models import encoder_weights, load_encoder, model_from_config
+from scale_mae.weights.models import encoder_weights, model_from_config
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

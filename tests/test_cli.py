@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scale_mae.cli import COMMANDS, main
-from scale_mae.config.loading import SHIPPED, Config, ConfigError, json_schema, load_config, recipes
+from scale_mae.config import SHIPPED, Config, ConfigError, json_schema, load_config, recipes
 
 
 def call(*words, cwd=None, **env):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from scale_mae.cli import main
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.data.index_builder import list_source
 from scale_mae.distributed.world import world
 from scale_mae.evaluation import embed as module

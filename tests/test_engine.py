@@ -8,8 +8,8 @@ import torch
 from ranks import RankError, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scale_mae.config.loading import Config, ConfigError, load_config
-from scale_mae.config.schema import OptimConfig
+from scale_mae.config import Config, ConfigError, load_config
+from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.optimizer import Schedule, build_optimizer, parameter_groups
 from scale_mae.model.mae import build_mae
 

@@ -22,7 +22,7 @@ from test_train import log, make_config, train, weights
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import checkpoint_name
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 
 STEPS = 60
 
@@ -215,7 +215,8 @@ VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config
 
 def train_all(configs):
     """Several runs in one set of ranks."""
-    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.world import world
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog
 
@@ -580,7 +581,7 @@ def strike_disks(folder, index, nbytes):
     """Disks too small for two checkpoints, which is found out before or while writing; one that becomes read-only; each mended
     in the end. Tells what each start came to."""
     from scale_mae.checkpoint import saver
-    from scale_mae.config.loading import UserError
+    from scale_mae.config import UserError
 
     def start(run_dir):
         try:

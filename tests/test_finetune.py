@@ -14,12 +14,11 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
-from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
-from scale_mae.config.loading import ConfigError, UserError, load_config
+from scale_mae.config import ConfigError, UserError, load_config
 from scale_mae.data.index_builder import open_source
-from scale_mae.engine import TAG
 from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.metrics.counters import Counters
 from scale_mae.model.classifier import Classifier, Probes
@@ -268,7 +267,7 @@ def losses(run):
 
 
 def weights(run):
-    reader = ZeroReader(checkpoints(Path(run))[-1] / TAG)
+    reader = ZeroReader(checkpoints(Path(run))[-1] / DEEPSPEED_TAG)
     return {name: reader[name].clone() for name in reader}
 
 

@@ -19,8 +19,8 @@ from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
 from test_train import log, train, train_until
 from test_train import make_config as make_run
 
-from scale_mae.config.loading import ConfigError, UserError
-from scale_mae.config.schema import HealConfig
+from scale_mae.config import ConfigError, UserError
+from scale_mae.config.sections import HealConfig
 from scale_mae.runs import history
 from scale_mae.training import rollback
 from scale_mae.training.anomaly_detector import Health, Verdict

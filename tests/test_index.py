@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from scale_mae.cli import main
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.data import index_builder as building
 from scale_mae.data import storage
 from scale_mae.data.index import ENTRY, Index, Paths, write_file

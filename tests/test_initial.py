@@ -22,13 +22,13 @@ from test_train import log, make_config, train, weights
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.cli import main
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
 from scale_mae.model.positions import resize_table, sincos_table
 from scale_mae.weights.convert import convert
+from scale_mae.weights.encoders import untrained_encoder
 from scale_mae.weights.importing import is_decoder, locate_weights, read_weights
 from scale_mae.weights.initialization import begin_with, initial_model
-from scale_mae.weights.models import untrained_encoder
 
 NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 TIMM = {"embed_dim": 96, "depth": 6, "num_heads": 3, "img_size": 32, "patch_size": 8}
@@ -598,7 +598,8 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
 
 def train_several(configs, stops):
     """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
-    from scale_mae.distributed.world import StopRequest, world
+    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.world import world
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog
 

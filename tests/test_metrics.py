@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_engine import batch, small_mae
 
-from scale_mae.config.loading import UserError, load_config
+from scale_mae.config import UserError, load_config
 from scale_mae.engine.activation_checkpointing import apply_recompute, recomputed_flops
 from scale_mae.metrics import counters, trackers
 from scale_mae.metrics.counters import Counters, restore

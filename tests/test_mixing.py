@@ -10,8 +10,8 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from scale_mae.config.loading import ConfigError, load_config
-from scale_mae.config.schema import ClassifyConfig
+from scale_mae.config import ConfigError, load_config
+from scale_mae.config.sections import ClassifyConfig
 from scale_mae.data.mixup import Mixing, seeds
 from scale_mae.data.transforms import normalise
 

@@ -15,7 +15,7 @@ from prometheus_server import PrometheusServer
 from ranks import start_ranks
 from test_monitoring import README, alerts, dashboard, expressions, names_in, panels, recorded
 
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 
 pytestmark = [pytest.mark.service("prometheus"), pytest.mark.long]
 LOG_KEYS = {  # series -> key of a log line

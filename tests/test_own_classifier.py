@@ -13,11 +13,10 @@ from test_export import slightly_wrong
 from torch import nn
 
 from scale_mae import UserError, load_config, load_encoder
-from scale_mae.checkpoint.store import locate
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, locate
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
-from scale_mae.config.loading import saved_config
-from scale_mae.engine import TAG
+from scale_mae.config import saved_config
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.report.reconstructions import draw_missing
 from scale_mae.weights.classifier_heads import fold
@@ -115,7 +114,7 @@ def test_another_probe_and_the_moving_average(own, tmp_path):
     run, model = own["mean"]
     out = tmp_path / "ema"
     assert main(["convert", str(run), "--to", "timm", "--out", str(out), "--ema"]) == 0
-    ours, reader = load_classifier(out).model.state_dict(), ZeroReader(locate(run, print) / TAG)
+    ours, reader = load_classifier(out).model.state_dict(), ZeroReader(locate(run, print) / DEEPSPEED_TAG)
     for tensor, parameter in model.named_parameters():
         assert torch.equal(ours[tensor].reshape(-1), reader.flat(tensor, "ema"))
         assert not torch.equal(ours[tensor], parameter)

@@ -22,8 +22,8 @@ from ranks import run_ranks
 from slurm_cluster import SlurmCluster
 
 from scale_mae.preflight import checks, command, diagnosis, measurements, rendezvous
-from scale_mae.preflight.command import Demands
 from scale_mae.preflight.measurements import Gpu, Seen
+from scale_mae.preflight.options import Demands
 from scale_mae.preflight.rendezvous import LostError, Outcome, RollCall, within
 
 PREFLIGHT = [sys.executable, "-m", "scale_mae", "preflight", "--need-gb=0.1", "--min-mbps=1"]

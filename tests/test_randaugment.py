@@ -16,8 +16,8 @@ from scipy import stats
 from test_loader import make_loader, spoil
 from timm.data import auto_augment
 
-from scale_mae.config.loading import ConfigError, load_config
-from scale_mae.config.schema import DataConfig
+from scale_mae.config import ConfigError, load_config
+from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders, loader
 from scale_mae.data.index_builder import open_source
 from scale_mae.data.randaugment import RandAugment

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from scale_mae.cli import main
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.evaluation.command import SET_NAMES
 from scale_mae.evaluation.datasets import SETS
 from scale_mae.evaluation.published_results import beside, differences

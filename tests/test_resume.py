@@ -16,9 +16,9 @@ import torch
 from ranks import RankError, run_ranks
 from torch import nn
 
+from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config, ConfigError
-from scale_mae.engine import TAG
+from scale_mae.config import Config, ConfigError
 from scale_mae.engine.optimizer import Schedule
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import Size
@@ -99,7 +99,7 @@ def check_weights(engine, folder):
     """The weights that the model computes with are the file's, rounded, as DeepSpeed itself gathers them."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    reader = ZeroReader(folder / TAG)
+    reader = ZeroReader(folder / DEEPSPEED_TAG)
     for name, p in engine.model.named_parameters():
         with GatheredParameters([p], enabled=engine.stage == 3):
             assert torch.equal(p.detach(), reader[name].to(p.dtype)), name
@@ -132,7 +132,7 @@ def check_padding(engine, ranks):
 
 def assert_same(one, other):
     """Two checkpoints hold the same, bit for bit."""
-    one, other = ZeroReader(one / TAG), ZeroReader(other / TAG)
+    one, other = ZeroReader(one / DEEPSPEED_TAG), ZeroReader(other / DEEPSPEED_TAG)
     assert set(one) == set(other)
     for name in set(one) - set(one.parameters):
         assert torch.equal(one[name], other[name]), name
@@ -437,7 +437,7 @@ def refuse(folder, name, spoil, rank):
         here = folder
         if rank in (ranks.rank, None):
             here = shutil.copytree(folder, folder.with_name(f"spoilt-{name}-{ranks.rank}"))
-            spoil(here / TAG)
+            spoil(here / DEEPSPEED_TAG)
         engine = build(make_config(folder.parent.parent, name), ranks)
         masters = [p.detach().clone() for group in engine._optimizer.param_groups for p in group["params"]]
         try:
@@ -532,7 +532,7 @@ def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
         assert sorted(files) == sorted(p for p in (tmp_path / f"node{rank}").rglob("*") if p.is_file())
         assert len(files) == (3 if rank == 0 else 2)  # model, optimizer; and ``latest``
     shutil.copytree(tmp_path / "node1", tmp_path / "node0", dirs_exist_ok=True)
-    assert not ZeroReader(tmp_path / "node0" / TAG).state["engine"]["skipped_steps"]
+    assert not ZeroReader(tmp_path / "node0" / DEEPSPEED_TAG).state["engine"]["skipped_steps"]
     assert told[0][1] is None
     assert "blocked1" in told[1][1]
 

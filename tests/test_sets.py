@@ -28,6 +28,7 @@ from ranks import run_ranks
 from torchvision import transforms
 
 from scale_mae.cli import main
+from scale_mae.data.crops import reference_crop
 from scale_mae.data.pillow import decode_centre
 from scale_mae.data.storage import DataError, ImageError
 from scale_mae.distributed.world import world
@@ -36,7 +37,6 @@ from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.evaluation.dataset_checks import deviations
 from scale_mae.evaluation.datasets import SETS, parts_of, read_classes, synsets
 from scale_mae.evaluation.evaluate import evaluate
-from scale_mae.evaluation.image_loader import reference_crop
 from scale_mae.evaluation.results import Result
 from scale_mae.evaluation.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalised_error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scale_mae.cli import main
-from scale_mae.config.loading import UserError, load_config
+from scale_mae.config import UserError, load_config
 from scale_mae.runs import history
 from scale_mae.slurm.site import Site, SiteError, load_site, seconds
 from scale_mae.slurm.status import duration, find_runs, show, standing

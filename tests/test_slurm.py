@@ -14,7 +14,7 @@ import pytest
 from slurm_cluster import SlurmCluster
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.distributed.launcher import first_host, ranks, tasks_here
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]

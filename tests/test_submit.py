@@ -18,7 +18,7 @@ from test_train import log
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.cli import main
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 from scale_mae.distributed.launcher import meeting_port
 from scale_mae.slurm.site import Site
 from scale_mae.slurm.submit import prepare, set_aside

@@ -15,7 +15,7 @@ import torch
 from images import demo_index, make_folders
 from ranks import RankError, collect, run_ranks, start_ranks
 
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 from scale_mae.metrics.sinks import Log
 
 

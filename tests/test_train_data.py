@@ -10,13 +10,13 @@ from images import jpeg, make_folders
 from ranks import RankError, run_ranks
 from test_train import log, make_config, train, train_until
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.data import index_builder as building
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build
 from scale_mae.data.pack import pack
 from scale_mae.distributed import world
-from scale_mae.distributed.world import StopRequest
+from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.directory import find_index
 
 

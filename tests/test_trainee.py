@@ -14,9 +14,9 @@ from ranks import RankError, run_ranks
 from test_engine import Waits
 from trainees import SmallClassifier, labelled
 
+from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config
-from scale_mae.engine import TAG
+from scale_mae.config import Config
 from scale_mae.engine import lars as optimizers
 
 BATCH, SAVED, STEPS, DECAY = 8, 3, 5, 0.7
@@ -243,7 +243,7 @@ def test_the_average_is_that_of_plain_pytorch_and_what_is_evaluated(written):
     fresh = SmallClassifier().eval()
     for size, told in by_size.items():
         for (layout, precision, lars), (_, (first, first_ema, last, last_ema)) in told.items():
-            reader = ZeroReader(folder / f"{layout}-{precision}-{lars}-{size}" / TAG)
+            reader = ZeroReader(folder / f"{layout}-{precision}-{lars}-{size}" / DEEPSPEED_TAG)
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
             assert np.array_equal(first, first_ema)
             assert np.abs(last - last_ema).max() > 1e-3
@@ -263,7 +263,7 @@ def test_the_average_is_that_of_plain_pytorch_and_what_is_evaluated(written):
 def test_other_stages_and_ranks_resume_with_average_and_rates(written, moved):
     folder, by_size = written
     for (source, target, precision, lars), (losses, logits) in moved.items():
-        one, other = ZeroReader(folder / source / TAG), ZeroReader(folder / target / TAG)
+        one, other = ZeroReader(folder / source / DEEPSPEED_TAG), ZeroReader(folder / target / DEEPSPEED_TAG)
         for name, key in itertools.product(one.parameters, OPTIMIZER[lars]):
             assert torch.equal(one.flat(name, key), other.flat(name, key)), (target, name, key)
         assert sorted(g["lr_scale"] for g in other.groups)[-1] == 2.0

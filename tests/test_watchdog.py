@@ -13,7 +13,7 @@ from test_train import log, make_config, train
 
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.data.workers import run_each
-from scale_mae.distributed.world import StopRequest
+from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.exit_status import FILE
 from scale_mae.training.time_limit import Pace
 from scale_mae.training.watchdog import EXIT_CODE

@@ -19,7 +19,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -36,10 +36,10 @@ from scale_mae.checkpoint.store import (
     read_manifest,
     step_of,
 )
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.distributed.world import World
 from scale_mae.system.files import check_space, flush, sha256
-from scale_mae.weights.metadata import versions
+from scale_mae.system.versions import versions
 
 Write = Callable[[Path], list[Path]]
 BLOCK = 1 << 22  # bytes copied at once

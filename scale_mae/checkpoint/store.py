@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from scale_mae.config.loading import Config, UserError, load_config
+from scale_mae.config import Config, UserError, load_config
 from scale_mae.data.workers import Threads
 from scale_mae.system.files import sha256
 from scale_mae.system.resources import available_cores
@@ -25,6 +25,7 @@ from scale_mae.system.resources import available_cores
 FOLDER = "checkpoints"
 PREFIX = "step-"
 DAMAGED = "damaged-"
+DEEPSPEED_TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
 MANIFEST = "manifest.json"
 
 
@@ -103,10 +104,8 @@ def is_ours(path: Path) -> bool:
     """Whether a folder is a run directory, its folder of checkpoints or a checkpoint, be it without manifest."""
     if (path / FOLDER).is_dir() or (path / MANIFEST).is_file() or _holds_checkpoints(path):
         return True
-    from scale_mae.engine import TAG  # imports torch, which commands that only list checkpoints do without
-
     named = _is_name(path.name.removeprefix(DAMAGED).partition(".")[0])
-    return (path / TAG).is_dir() and (named or (path / "config.yaml").is_file())
+    return (path / DEEPSPEED_TAG).is_dir() and (named or (path / "config.yaml").is_file())
 
 
 def _holds_checkpoints(path: Path) -> bool:

@@ -1,1 +1,14 @@
-"""config."""
+"""The configuration of a run: one frozen tree, read from a recipe and overrides, and checked before anything starts.
+
+``sections`` declares every key, ``schema`` the tree and the checks across sections, ``loading`` reads recipes and overrides.
+"""
+
+from scale_mae.config.errors import ConfigError as ConfigError
+from scale_mae.config.errors import UserError as UserError
+from scale_mae.config.loading import json_schema as json_schema
+from scale_mae.config.loading import load_config as load_config
+from scale_mae.config.loading import recipes as recipes
+from scale_mae.config.loading import saved_config as saved_config
+from scale_mae.config.schema import PACKAGE as PACKAGE
+from scale_mae.config.schema import SHIPPED as SHIPPED
+from scale_mae.config.schema import Config as Config

@@ -11,6 +11,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 TRIES = 10  # of torchvision's RandomResizedCrop
 NUMBERS = 2 * TRIES + 2  # that a box may need
+REFERENCE_SIDE = (
+    224  # the reference scales the short side to 256/224 of the model's side up to this size, and to the side itself above it
+)
 _FIXED = 0.875  # share of the short side that a fixed-size crop takes: 224 of 256
 
 
@@ -114,3 +117,8 @@ def fixed_size_crops(
     box = np.rint(share * np.array(image_size)).astype(np.int64).clip(1, sizes)
     corner = np.minimum((place * (sizes - box + 1)).astype(np.int64), sizes - box)
     return np.concatenate([corner, box], axis=1)
+
+
+def reference_crop(size: int) -> float:
+    """The share of the scaled short side that the reference's evaluation cuts out for a model of ``size`` pixels."""
+    return 224 / 256 if size <= REFERENCE_SIDE else 1.0

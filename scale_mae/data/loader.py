@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scale_mae.config.schema import DataConfig
+from scale_mae.config.sections import DataConfig
 from scale_mae.data import pillow
 from scale_mae.data.crops import Ints
 from scale_mae.data.decoders import Decoder

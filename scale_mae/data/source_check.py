@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from scale_mae.config.loading import PACKAGE
+from scale_mae.config import PACKAGE
 from scale_mae.data.layouts import LAYOUTS, Place, locate
 from scale_mae.data.storage import TAR_SUFFIXES, DataError
 

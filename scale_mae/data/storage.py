@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TypeVar
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 T = TypeVar("T")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

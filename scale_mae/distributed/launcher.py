@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from enum import IntEnum
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.distributed.launcher import ranks
 
 T = TypeVar("T")
@@ -104,35 +99,6 @@ class World:
         return reduced
 
 
-class Vote(IntEnum):
-    """What a process has to say before a forward pass; the largest vote counts."""
-
-    GO_ON = 0
-    STOP = 1
-    FAILED = 2
-
-
-class Ballot:
-    """Agreement without waiting: a vote is cast while the accelerator computes and counted before the next forward pass.
-
-    Votes travel between hosts, so counting them never waits for the accelerator.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world, self._flag = world, torch.zeros(1, dtype=torch.uint8)
-        self._work: Any = None
-
-    def cast(self, vote: Vote) -> None:
-        """Start sending this process's vote."""
-        self._flag.fill_(int(vote))
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
-
-    def count(self) -> Vote:
-        """The largest vote of all processes."""
-        self._work.wait()
-        return Vote(int(self._flag.item()))
-
-
 @contextmanager
 def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
     """Join the other processes; leave them at the end.
@@ -195,46 +161,3 @@ def own_device() -> torch.device:
         return torch.device("cpu")
     # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
     return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
-
-
-class StopRequest:
-    """Remembers a signal that asks to stop, or notices that the job's time runs out, so that a step can be finished and saved.
-
-    Slurm sends SIGTERM at preemption and before it cancels, SIGUSR1 ahead of the time limit if asked to, other systems SIGHUP.
-
-    Attributes:
-        lead: seconds before ``SLURM_JOB_END_TIME`` at which it is time; at most a quarter of those left in the beginning count.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self._asked: str | None = None
-        self.lead = 60.0
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._end = float(end) if end.isdigit() else float("inf")
-        self._most = max(0.0, self._end - time.time()) / 4
-
-    @property
-    def received(self) -> str | None:
-        """Name of the signal that came, or ``the time limit``; None: go on."""
-        return self._asked or ("the time limit" if time.time() > self._end - min(self.lead, self._most) else None)
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            # nohup and job control have their reasons to ignore SIGHUP
-            heard = [s for s in self.SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-            self._before = {s: signal.signal(s, self._handle) for s in heard}
-        return self
-
-    def ask(self, why: str) -> None:
-        """Stop after this step."""
-        self._asked = why
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in getattr(self, "_before", {}).items():
-            # a second one must not spoil the exit code of a clean stop
-            signal.signal(number, signal.SIG_IGN if self._asked and number != signal.SIGINT else handler)

@@ -1,10 +1,8 @@
-"""DeepSpeed, ranks and optimizer. Nothing outside this package and ``checkpoint`` imports deepspeed."""
+"""The DeepSpeed engine, optimizers and schedule. Only this package and ``checkpoint`` import deepspeed."""
 
 import os
 
 import torch
 
-# said before deepspeed is first imported, so that it neither probes for nor warns about a missing GPU
+# DeepSpeed reads this when it is first imported. Without it, DeepSpeed probes for a GPU and warns when there is none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint

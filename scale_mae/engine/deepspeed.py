@@ -17,9 +17,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from scale_mae.checkpoint import resume
-from scale_mae.config.loading import Config, ConfigError
+from scale_mae.checkpoint.store import DEEPSPEED_TAG
+from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.world import World
-from scale_mae.engine import TAG
 from scale_mae.engine.activation_checkpointing import apply_recompute
 from scale_mae.engine.ema import EMA, MovingAverage
 from scale_mae.engine.gradient_check import FiniteGuard
@@ -221,7 +221,7 @@ class Engine:
             written.append(Path(path))
             attempt(lambda: write(state_dict, path))
 
-        attempt(lambda: (folder / TAG).mkdir(parents=True, exist_ok=True))
+        attempt(lambda: (folder / DEEPSPEED_TAG).mkdir(parents=True, exist_ok=True))
         with (
             patch.object(files, "save", save),
             patch.object(files, "makedirs"),  # the first process would make the folder, on its own node
@@ -229,11 +229,11 @@ class Engine:
         ):
             engine.skipped_steps = self.skipped_steps
             client = {"scale_mae": state | {"engine": resume.counters(engine), "parameter_groups": self._names}}
-            engine.save_checkpoint(str(folder), tag=TAG, client_state=client, save_latest=False)
+            engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state=client, save_latest=False)
         for problem in problems:
             raise problem if isinstance(problem, OSError) else OSError(_what_it_is(problem)) from problem
         if self.world.is_main:
-            (folder / "latest").write_text(TAG)  # for DeepSpeed's own tools
+            (folder / "latest").write_text(DEEPSPEED_TAG)  # for DeepSpeed's own tools
             written.append(folder / "latest")
         return written
 
@@ -246,7 +246,7 @@ class Engine:
             CheckpointError: it cannot be read, or is not of this model; raised on all processes.
         """
         engine, rank, keys = self._engine, self.world.rank, states_kept(self.config.optim)
-        reader = self.world.together(lambda: resume.open_for(engine, folder / TAG, keys))
+        reader = self.world.together(lambda: resume.open_for(engine, folder / DEEPSPEED_TAG, keys))
         self.world.together(lambda: resume.fill(engine, reader, rank, keys))
         resume.publish(engine, rank)
         self._guard.total.fill_(max(self.skipped_steps, engine.skipped_steps))  # going back does not undo what was counted

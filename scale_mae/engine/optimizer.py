@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from scale_mae.config.loading import Config, UserError
-from scale_mae.config.schema import OptimConfig
+from scale_mae.config import Config, UserError
+from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.ema import EMA
 from scale_mae.engine.lars import LARS, MOMENTUM
 from scale_mae.engine.trainable import Trainee

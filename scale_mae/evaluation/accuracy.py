@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.data.transforms import normalise
 from scale_mae.distributed.world import World
 from scale_mae.evaluation.classifier import Subject

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.distributed.launcher import rank_and_size
 from scale_mae.weights.command import warn
 
@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def knn(args: argparse.Namespace) -> int:
     """``scale-mae knn``."""
     from scale_mae.evaluation.knn import knn_accuracy
-    from scale_mae.weights.models import untrained_encoder
+    from scale_mae.weights.encoders import untrained_encoder
 
     with _together("images", args.out) as (ranks, bar, tell):
         subject, train, val = _frozen(args, ranks)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from scale_mae.checkpoint.safetensors_io import Lazy, write_tensors
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import list_source
 from scale_mae.distributed.world import World

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
+from scale_mae.data.crops import REFERENCE_SIDE, reference_crop
 from scale_mae.distributed.world import World
 from scale_mae.evaluation.accuracy import Score, score
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.dataset_checks import deviations
 from scale_mae.evaluation.datasets import SETS, Part, parts_of, read_classes
-from scale_mae.evaluation.image_loader import REFERENCE_SIDE, View, central_view, reference_crop
+from scale_mae.evaluation.image_loader import View, central_view
 from scale_mae.evaluation.published_results import differences
 from scale_mae.evaluation.results import Result, content_digest, made_by, model_facts
 from scale_mae.evaluation.robustness import CORRUPTIONS, corruption_errors, mean_corruption_error, unnormalised_error

@@ -20,7 +20,6 @@ from scale_mae.data.workers import Threads
 from scale_mae.system.resources import available_cores, processes_here
 
 AHEAD = 3  # batches
-REFERENCE_SIDE = 224  # up to it the reference scales the short side to 256/224 of the model's, above it to just that
 CONTENT_BITS = 128
 
 
@@ -30,11 +29,6 @@ class View:
 
     side: int
     decode: Callable[[bytes], NDArray[np.uint8]]
-
-
-def reference_crop(size: int) -> float:
-    """The share of the scaled short side that the reference's evaluation cuts out for a model of ``size`` pixels."""
-    return 224 / 256 if size <= REFERENCE_SIDE else 1.0
 
 
 def central_view(size: int, crop_pct: float | None) -> View:

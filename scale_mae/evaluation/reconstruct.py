@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.data.pillow import central_square, decode, examine
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import ImageError

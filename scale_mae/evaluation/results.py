@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.tables import Table
 

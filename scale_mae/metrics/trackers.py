@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.sinks import Sink
 

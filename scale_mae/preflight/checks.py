@@ -18,12 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.distributed.launcher import rank_and_size
 from scale_mae.distributed.world import own_device, world
 from scale_mae.doctor import report as print_findings
 from scale_mae.preflight import diagnosis, measurements
-from scale_mae.preflight.command import Demands
+from scale_mae.preflight.options import Demands
 from scale_mae.preflight.rendezvous import GRACE, LostError, Outcome, RollCall, expected, node_name, within
 
 V = TypeVar("V")

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_
 
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.distributed.launcher import hosts, rank_and_size, tasks_here
 
 T = TypeVar("T")

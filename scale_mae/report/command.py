@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.weights.command import warn
 
 OUTSIDE = 3  # exit code of compare

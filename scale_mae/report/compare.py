@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import scale_mae
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.report.charts import Chart, Series
 from scale_mae.report.markup import note, section, table
 from scale_mae.report.record import Floats, Record, read_record

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 import scale_mae
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.report import sections
 from scale_mae.report.charts import POINTS, Chart, script_data
 from scale_mae.report.incidents import marks, when

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from scale_mae.checkpoint.store import checkpoints, step_of
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 
 FOLDER = "reconstructions"
 HIDDEN = (75, 85, 95)  # per cent of the patches

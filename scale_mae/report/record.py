@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_mae.config.loading import Config, UserError, saved_config
+from scale_mae.config import Config, UserError, saved_config
 from scale_mae.runs import history
 from scale_mae.slurm.status import METRICS, Standing, is_run, standing
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.report.record import Floats, Record, running_mean
 
 FORMAT = 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scale_mae.checkpoint.store import checkpoints, step_of
-from scale_mae.config.loading import Config
+from scale_mae.config import Config
 from scale_mae.report.charts import Chart, Mark, number
 from scale_mae.report.curves import Curves, failure_causes, phase_times
 from scale_mae.report.incidents import logged_seconds, shown, stretches, when

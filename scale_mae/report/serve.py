@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
 from scale_mae.slurm.status import METRICS
 

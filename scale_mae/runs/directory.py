@@ -8,10 +8,10 @@ from pathlib import Path
 
 from scale_mae.checkpoint import store
 from scale_mae.system.files import flush
-from scale_mae.config.loading import Config, UserError, saved_config
+from scale_mae.config import Config, UserError, saved_config
 from scale_mae.data.index_builder import build
 from scale_mae.data.index import NAME, Index, index_of
-from scale_mae.distributed.world import StopRequest
+from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.exit_status import StoppedError
 from scale_mae.system.progress import Bar
 

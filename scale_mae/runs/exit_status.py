@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 FILE = "outcome"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from scale_mae.config.loading import load_config
+from scale_mae.config import load_config
 
 
 def add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 FOLDER = "slurm"  # of a run directory
 STOP, SCRIPT = "stop", "job.sh"

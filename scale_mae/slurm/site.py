@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
-from scale_mae.config.loading import UserError
-from scale_mae.config.schema import Section
+from scale_mae.config import UserError
+from scale_mae.config.sections import Section
 
 NAME = "site.yaml"
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")

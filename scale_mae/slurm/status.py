@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
 from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
 from scale_mae.system.lock import holder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.config.loading import PACKAGE, SHIPPED, Config, ConfigError, saved_config
+from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, saved_config
 from scale_mae.data.source_check import find
 from scale_mae.data.storage import DataError, printable
 from scale_mae.slurm.queue import FOLDER, SCRIPT, STOP, SlurmError, call, clean_environment, queued

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 
 def _to_stderr(message: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from scale_mae.config.schema import HealConfig
+from scale_mae.config.sections import HealConfig
 
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LEAST = 1e-3  # of the median: a smaller deviation counts as this, so that losses that hardly differ are not all spikes

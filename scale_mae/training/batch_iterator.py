@@ -6,11 +6,13 @@ import traceback
 from collections.abc import Generator
 from types import TracebackType
 
-from scale_mae.config.loading import Config
+from scale_mae.config import Config
 from scale_mae.data import decoders
 from scale_mae.data.loader import Batch, decoding_threads
 from scale_mae.data.storage import DataError
-from scale_mae.distributed.world import Ballot, StopRequest, Vote, World
+from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.vote import Ballot, Vote
+from scale_mae.distributed.world import World
 from scale_mae.metrics.step_timer import Stopwatch
 
 

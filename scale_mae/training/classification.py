@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.store import step_of
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
+from scale_mae.data.crops import reference_crop
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
 from scale_mae.data.mixup import Mixing
@@ -24,7 +25,7 @@ from scale_mae.distributed.world import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.evaluation.accuracy import Score, scores
 from scale_mae.evaluation.datasets import Part, parts_of
-from scale_mae.evaluation.image_loader import central_view, reference_crop
+from scale_mae.evaluation.image_loader import central_view
 from scale_mae.evaluation.results import Result, content_digest, made_by
 from scale_mae.metrics.meter import Metrics
 from scale_mae.weights.classifier_initialization import first_classifier

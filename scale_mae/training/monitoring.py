@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from scale_mae import __version__
-from scale_mae.config.loading import Config
+from scale_mae.config import Config
 from scale_mae.distributed.world import World
 from scale_mae.engine.activation_checkpointing import recomputed_flops
 from scale_mae.engine.trainable import Trainee

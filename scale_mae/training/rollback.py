@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint import store
-from scale_mae.config.loading import UserError
-from scale_mae.config.schema import HealConfig
+from scale_mae.config import UserError
+from scale_mae.config.sections import HealConfig
 from scale_mae.data.index import Index
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.distributed.world import World

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from scale_mae.config.loading import Config
+from scale_mae.config import Config
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
 from scale_mae.distributed.world import World

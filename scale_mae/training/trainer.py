@@ -14,19 +14,22 @@ import torch
 
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.saver import Saver
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.data.failure_counter import Tally
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Loader, Share
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.data.transforms import normalise
-from scale_mae.distributed.world import StopRequest, Vote, World
+from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.vote import Vote
+from scale_mae.distributed.world import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.optimizer import make_schedule
 from scale_mae.metrics.sinks import to_stderr
 from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
 from scale_mae.system.files import checkpoint_bytes
+from scale_mae.system.versions import versions
 from scale_mae.training.anomaly_detector import Verdict
 from scale_mae.training.batch_iterator import Feed, make_decoder
 from scale_mae.training.metrics_logger import Teller
@@ -35,7 +38,6 @@ from scale_mae.training.rollback import ADVICE, Recovery
 from scale_mae.training.tasks import make_task
 from scale_mae.training.time_limit import Pace
 from scale_mae.training.watchdog import Watchdog
-from scale_mae.weights.metadata import versions
 
 
 class NonFiniteError(UserError):

@@ -12,7 +12,7 @@ from torch import Tensor
 from scale_mae.checkpoint.safetensors_io import Lazy
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.model.sizes import PROBE_EPS
 
 NORM, PROBES = "head.norm.", "head.probes."

@@ -7,7 +7,7 @@ import re
 import torch
 
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.config.loading import Config, ConfigError
+from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.world import World
 from scale_mae.model.classifier import Classifier, build_classifier
 from scale_mae.model.positions import resize_table

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Lazy
 from scale_mae.checkpoint.store import FOLDER, Verification, begin, is_ours, locate, step_of
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.runs import history
 from scale_mae.weights.export_formats import FORMATS, SAFETENSORS
 from scale_mae.weights.export_source import DTYPES, Source, Wish, open_foreign, open_ours

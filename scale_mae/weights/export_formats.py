@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Lazy, TensorFiles, map_tensors, write_folder, write_tensors
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.weights.export_source import Source
 from scale_mae.weights.graph_export import (
     EXTRA,

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Lazy
-from scale_mae.checkpoint.store import read_config, read_manifest
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, read_config, read_manifest
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config, UserError
-from scale_mae.engine import TAG
+from scale_mae.config import Config, UserError
 from scale_mae.model.positions import resize_table
 from scale_mae.weights.classifier_heads import Head, chosen, plain, read_head
 from scale_mae.weights.metadata import METADATA_KEY, Pool, describe, is_classifier
@@ -83,7 +82,7 @@ def open_ours(checkpoint: Path, wish: Wish) -> Source:
     Raises:
         UserError: what it cannot give.
     """
-    config, reader = read_config(checkpoint), ZeroReader(checkpoint / TAG)
+    config, reader = read_config(checkpoint), ZeroReader(checkpoint / DEEPSPEED_TAG)
     _check_wish(checkpoint, config, wish)
     head = read_head(config, reader, wish.probe) if is_classifier(config) else None
     weights = _lazily(reader, "ema" if wish.ema else "fp32")

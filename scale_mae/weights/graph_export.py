@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_mae.checkpoint.safetensors_io import Lazy
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.weights.metadata import METADATA_KEY
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Lazy
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 
 Kind = Literal["vit_mae", "vit"]
 ARCHITECTURES: dict[Kind, str] = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}

@@ -14,10 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Reading, digest_of
-from scale_mae.checkpoint.store import CheckpointError, is_ours, locate, read_config, read_manifest
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, CheckpointError, is_ours, locate, read_config, read_manifest
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.engine import TAG
 from scale_mae.weights.classifier_heads import plain, read_head
 from scale_mae.weights.huggingface import from_huggingface
 from scale_mae.weights.metadata import describe, is_classifier
@@ -127,7 +126,7 @@ def _pooled(opened: Opened) -> Mapping[str, Tensor]:
 
 
 def _own_checkpoint(checkpoint: Path) -> Weights:
-    manifest, config, reader = read_manifest(checkpoint), read_config(checkpoint), ZeroReader(checkpoint / TAG)
+    manifest, config, reader = read_manifest(checkpoint), read_config(checkpoint), ZeroReader(checkpoint / DEEPSPEED_TAG)
     tensors: Mapping[str, Tensor] = reader
     head = read_head(config, reader) if is_classifier(config) else None
     if head:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import Lazy, TensorFiles, write_tensors
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.distributed.world import World
 from scale_mae.model.mae import MAE, TABLES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES

@@ -14,6 +14,7 @@ import torch
 
 from scale_mae.checkpoint.store import (
     DAMAGED,
+    DEEPSPEED_TAG,
     FOLDER,
     CheckpointError,
     checkpoints,
@@ -24,8 +25,7 @@ from scale_mae.checkpoint.store import (
 )
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config, UserError, saved_config
-from scale_mae.engine import TAG
+from scale_mae.config import Config, UserError, saved_config
 from scale_mae.weights.classifier_heads import read_head
 from scale_mae.weights.inspect_weights import PROBLEM, Report, by, bytes_in, counts, inspect_weights
 from scale_mae.weights.metadata import is_classifier
@@ -132,7 +132,7 @@ def _checkpoint(checkpoint: Path) -> Report:
     }
     try:
         verify(checkpoint)
-        config, reader = read_config(checkpoint), ZeroReader(checkpoint / TAG)
+        config, reader = read_config(checkpoint), ZeroReader(checkpoint / DEEPSPEED_TAG)
         head = _head(config, reader)
     except CheckpointError as error:
         return report | {"bytes": bytes_in([checkpoint]), "versions": manifest.versions, PROBLEM: str(error)}

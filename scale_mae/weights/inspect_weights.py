@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.weights.importing import Weights, weights_of
 from scale_mae.weights.key_matching import depth
 from scale_mae.weights.metadata import FACTS_FILE, METADATA_KEY

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from scale_mae import __version__
-from scale_mae.config.loading import Config
-from scale_mae.config.schema import is_free
+from scale_mae.config import Config
+from scale_mae.config.sections import is_free
+from scale_mae.data.crops import reference_crop
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
 if TYPE_CHECKING:
@@ -108,8 +106,6 @@ def describe(
 
 def _classifier_facts(config: Config, pool: Pool, side: int, head: Head | None) -> dict[str, Any]:
     """What the facts of a classifier say in place of masking and target."""
-    from scale_mae.evaluation.image_loader import reference_crop  # imports much that the facts of an encoder do without
-
     return {
         "task": config.run.task,
         "num_classes": len(head.classes) if head else 0,
@@ -171,9 +167,3 @@ def timm_config(facts: Mapping[str, Any]) -> dict[str, Any]:
         "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
         "pretrained_cfg": {k: v for k, v in pretrained_cfg(facts).items() if k != "architecture"},
     }
-
-
-def versions() -> dict[str, str]:
-    """What wrote a checkpoint: Python, this package, and those that its files depend on."""
-    ours = {"python": platform.python_version(), "scale-mae": __version__}
-    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from scale_mae.checkpoint.safetensors_io import TensorFiles
-from scale_mae.checkpoint.store import CheckpointError, read_config
+from scale_mae.checkpoint.store import DEEPSPEED_TAG, CheckpointError, read_config
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.config.loading import Config, UserError
-from scale_mae.engine import TAG
+from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.weights.metadata import METADATA_KEY, is_classifier, pretrained_cfg
 
@@ -48,7 +46,7 @@ def load_mae(checkpoint: Path) -> MAE:
         raise CheckpointError(f"{checkpoint}: a classifier (run.task={config.run.task}), not a MAE; it has no decoder")
     with torch.device("meta"):
         model = model_from_config(config)
-    weights = dict(ZeroReader(checkpoint / TAG))
+    weights = dict(ZeroReader(checkpoint / DEEPSPEED_TAG))
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
@@ -70,56 +68,6 @@ def build_encoder(facts: dict[str, Any]) -> VisionTransformer:
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = facts["layer_norm_eps"]
     return encoder.eval()
-
-
-def load_encoder(path: str | Path, warn: Callable[[str], None] = print) -> VisionTransformer:
-    """A trained encoder as a timm model in evaluation mode.
-
-    Args:
-        path: weights in a format that ``scale-mae convert`` writes (but for programs: ``onnx``, ``torch_export``), a run
-            directory, a checkpoint, or a file or folder of the reference, timm or Hugging Face.
-        warn: told of damaged checkpoints that were passed over.
-
-    Returns:
-        A timm VisionTransformer without head; ``forward_features(images)`` gives ``[B, 1 + L, D]``, class token first,
-        after the final norm, unless it was exported with ``--pool avg``: then ``fc_norm`` has that part.
-        ``pretrained_cfg`` holds the image size, mean and deviation it was trained with.
-
-    Raises:
-        UserError: nothing usable there.
-    """
-    from scale_mae.weights.initialization import read_encoder  # it builds on this module
-
-    facts, weights = read_encoder(Path(path), warn)
-    encoder = build_encoder(facts)
-    encoder.load_state_dict(weights, strict=True)
-    return encoder
-
-
-def untrained_encoder(path: str | Path, warn: Callable[[str], None] = print) -> VisionTransformer:
-    """The encoder of :func:`load_encoder` with the weights that its run began with.
-
-    Raises:
-        UserError: its run is not known or trained a classifier, or ``model.init_from`` is not there any more.
-    """
-    from scale_mae.weights.initialization import initial_model, read_encoder  # they build on this module
-
-    facts, _ = read_encoder(Path(path), warn)
-    if "config" not in facts:
-        raise UserError(f"{path}: the weights that it began with are not known, since scale_mae did not train it")
-    if "task" in facts:
-        began = facts["config"]["model"]["init_from"]
-        advice = f"measure those that it began with, {began}, beside it" if began else "it began with random ones"
-        raise UserError(f"{path}: a classifier, whose encoder has no untrained weights of its own; {advice}")
-    tree = facts["config"] | {"model": facts["config"]["model"] | {"image_size": facts["image_size"]}}
-    try:
-        config = Config.model_validate(tree)
-    except ValueError:
-        raise CheckpointError(f"{path}: what it says of itself is damaged (its config)") from None
-    model, _ = initial_model(config, warn)
-    encoder = build_encoder(facts)
-    encoder.load_state_dict(encoder_weights(model.state_dict()), strict=True)
-    return encoder
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scale_mae.checkpoint.safetensors_io import Reading
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.config.loading import Config, UserError
+from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import PROBE_EPS
 from scale_mae.weights.classifier_heads import Head

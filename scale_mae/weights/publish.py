@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors
 
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.system.files import check_space, flush
 from scale_mae.system.lock import alone
 

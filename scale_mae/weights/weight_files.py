@@ -24,7 +24,7 @@ from torch import Tensor
 from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.zero_files import reason
-from scale_mae.config.loading import UserError
+from scale_mae.config import UserError
 from scale_mae.system.files import sha256
 from scale_mae.weights.metadata import FACTS_FILE, METADATA_KEY
 

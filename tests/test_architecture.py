@@ -61,12 +61,9 @@ def test_the_top_level_holds_six_modules_and_packages():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_imports_only_from_its_own_layer_and_lower_ones(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__" or own in DATA:
-        allowed = set()
-    else:
-        allowed = {"__init__", *LAYERS[: LAYERS.index(own) + 1]}
+    allowed = {"__init__", *LAYERS[: LAYERS.index(own) + 1]} if own in LAYERS else set()
     for module in runtime_imports(path):
-        layer = (module.split(".") + ["__init__"])[1]
+        layer = [*module.split("."), "__init__"][1]
         assert layer in allowed, f"{name_of(path)} imports {module}, which lies above it"
 
 

@@ -22,7 +22,7 @@ from report import save
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
-from scale_mae.data.loader import Loader, Share
+from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.pack import pack
 from scale_mae.data.sample_plan import SamplePlan
 
@@ -57,7 +57,7 @@ def main() -> None:
         spoil(index, 1000)
         for name in args.decoders:
             decoder = decoders.make(name, SIZE, BATCH, 2, cpu)
-            plan, share = SamplePlan(0, len(index), BATCH), Share(0, 1, BATCH, 1)
+            plan, share = SamplePlan(0, len(index), BATCH), BatchShard(0, 1, BATCH, 1)
             loader = Loader(index, plan, share, DataConfig(threads=2), decoder, SIZE, 4, warn=print)
             failures, states, began = 0, [], time.perf_counter()
             for step, batch in enumerate(loader.batches(0, args.steps), 1):

@@ -31,7 +31,7 @@ from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build
-from scale_mae.data.loader import Loader, Share
+from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.pack import pack
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.transforms import normalise
@@ -61,7 +61,9 @@ def torchvision_batches(folder: Path, batch: int, workers: int) -> Iterator[Tens
 def our_batches(index: Index, name: decoders.Name, batch: int, threads: int, device: torch.device) -> Iterator[Tensor]:
     decoder = decoders.make(name, SIZE, batch, threads, device)
     plan = SamplePlan(0, len(index), batch)
-    loader = Loader(index, plan, Share(0, 1, batch, 1), DataConfig(threads=threads), decoder, SIZE, 196, device.type == "cuda")
+    loader = Loader(
+        index, plan, BatchShard(0, 1, batch, 1), DataConfig(threads=threads), decoder, SIZE, 196, device.type == "cuda"
+    )
     batches = loader.batches(0, 1_000_000)
     try:
         for found in batches:

@@ -6,8 +6,8 @@ training process once a second, fifteen times as often as usual. That is set aga
 a step of ViT-B on H100s that reach 40 % of their 989 TFLOP/s with 512 images each (58.5 GFLOP an image). There the host has the
 time while the GPU computes, so that what is told is an upper bound; but laps are events of the stream there, not timed here.
 
-Second, stretches of ``log.every`` steps of a real engine with all of it, scraped each second by another process, and with none
-of it, taken in turns, every second round in reverse order.
+Second, stretches of ``log.interval`` steps of a real engine with all of it, scraped each second by another process, and with
+none of it, taken in turns, every second round in reverse order.
 
     python benchmarks/metrics.py --rounds 8 --out benchmarks/results/metrics_cpu_NAME.json
     python benchmarks/metrics.py --rounds 1 --repeats 20      (a check that it runs)
@@ -36,14 +36,14 @@ from train_step import paired_ratio
 
 from scale_mae.checkpoint.saver import Saver
 from scale_mae.config import load_config
-from scale_mae.data.failure_counter import Tally
-from scale_mae.distributed.world import World, world
+from scale_mae.data.failure_counter import FailureCounter
+from scale_mae.distributed.process_group import World, process_group
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.model.mae import build_mae
-from scale_mae.training.metrics_logger import Teller
-from scale_mae.training.monitoring import make_instruments
-from scale_mae.training.time_limit import Pace
+from scale_mae.training.metrics_logger import MetricsLogger
+from scale_mae.training.monitoring import build_monitoring
+from scale_mae.training.time_limit import StopTimeEstimator
 
 LOG_EVERY = 20
 IMAGE, DECODER_DEPTH = 112, 2  # a quick step, of which metrics are a large share
@@ -61,8 +61,8 @@ while True:
 class Training:
     """A real engine, with everything that measures it."""
 
-    def __init__(self, ranks: World, folder: Path, size: str, batch: int) -> None:
-        setting = {"run.dir": str(folder / "run"), "log.every": LOG_EVERY, "model.size": size, "model.image_size": IMAGE}
+    def __init__(self, world: World, folder: Path, size: str, batch: int) -> None:
+        setting = {"run.dir": str(folder / "run"), "log.interval": LOG_EVERY, "model.size": size, "model.image_size": IMAGE}
         setting |= {
             "train.global_batch": batch,
             "train.micro_batch": batch,
@@ -73,12 +73,12 @@ class Training:
         config = load_config("vit_base", setting)
         (folder / "run").mkdir()
         self.model = build_mae(size, image_size=(IMAGE, IMAGE), decoder_depth=DECODER_DEPTH, seed=0)
-        self.engine = Engine(self.model, config, ranks)
-        instruments = make_instruments(config, ranks, self.model, 1_281_167, 10**6, 0, None)
+        self.engine = Engine(self.model, config, world)
+        instruments = build_monitoring(config, world, self.model, 1_281_167, 10**6, 0, None)
         self.watch = instruments.watch
-        saver = Saver(folder / "run", config, ranks, zero_stage=1, nbytes=0, alone=0)
-        parts: Any = (instruments, ranks, Tally(0.1), saver, Pace(0), SimpleNamespace(fallbacks=0))
-        self.teller = Teller(*parts, save_every=1000, newest=None, skipped_steps=0, rollbacks=0)
+        saver = Saver(folder / "run", config, world, zero_stage=1, nbytes=0, main_only_nbytes=0)
+        parts: Any = (instruments, world, FailureCounter(0.1), saver, StopTimeEstimator(0), SimpleNamespace(fallbacks=0))
+        self.teller = MetricsLogger(*parts, save_every=1000, newest=None, skipped_steps=0, rollbacks=0)
         self.hooks = dict(self.model._forward_hooks)
         self.step_number = 0
         (entry,) = (folder / "prometheus").glob("*.json")
@@ -114,7 +114,7 @@ class Training:
 
 def time_laps(device: torch.device, repeats: int) -> float:
     """Seconds of processor time that the laps of a step take."""
-    watch, samples = Stopwatch(device), []
+    watch, samples = StepTimer(device), []
     for _ in range(repeats):
         began = time.thread_time()
         for _ in range(LOG_EVERY):
@@ -155,12 +155,12 @@ def time_scrapes(url: str, repeats: int) -> tuple[float, int]:
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as name, world() as ranks, redirect_stderr(io.StringIO()):
-        training = Training(ranks, Path(name), options.size, options.batch)
-        images = torch.randn(options.batch, 3, IMAGE, IMAGE, device=ranks.device)
-        noise = torch.rand(options.batch, training.model.patches, device=ranks.device)
+    with tempfile.TemporaryDirectory() as name, process_group() as world, redirect_stderr(io.StringIO()):
+        training = Training(world, Path(name), options.size, options.batch)
+        images = torch.randn(options.batch, 3, IMAGE, IMAGE, device=world.device)
+        noise = torch.rand(options.batch, training.model.patches, device=world.device)
         training.steps(images, noise, measured=True)
-        laps = time_laps(ranks.device, options.repeats)
+        laps = time_laps(world.device, options.repeats)
         log_wall, log_cpu = time_log_steps(training, options.repeats)
         scrape, lines = time_scrapes(training.url, options.repeats)
 
@@ -174,7 +174,7 @@ def main() -> None:
         scraper.kill()
         scraper.wait()
         training.teller.log.__exit__(None, None, None)
-        device = ranks.device
+        device = world.device
 
     step = median(taken["wall_s"] for taken in times[False])
     ratios = {key: paired_ratio(times[True], times[False], key) for key in ("wall_s", "cpu_s")}

@@ -168,8 +168,8 @@ class Proof:
     def classify(self, task: str, name: str, seed: int, epochs: int, source: str, *more: str) -> None:
         """Fine-tune or probe."""
         run = self.lab.folder / f"{name}-seed{seed}"
-        given = [f"run.dir={run}", f"run.seed={seed}", f"data.source={source}", f"classify.val={self.val}"]
-        given += [f"train.duration={epochs} epochs", f"classify.every={epochs} epochs", *more]
+        given = [f"run.dir={run}", f"run.seed={seed}", f"data.source={source}", f"classify.val_source={self.val}"]
+        given += [f"train.duration={epochs} epochs", f"classify.eval_interval={epochs} epochs", *more]
         self.lab.run(run.name, task, str(RECIPES / f"{task}.yaml"), *given, done=run / "results" / f"{task}.json")
 
     def tasks(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import DTYPES, POLICIES, make_inputs, paired_ratio, plain, timed
 
-from scale_mae.engine.activation_checkpointing import apply_recompute
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES
 
@@ -88,7 +88,7 @@ def set_policy(model: MAE, policy: str) -> None:
     blocks = [*model.blocks, *model.decoder_blocks]
     for block in blocks:
         block.__dict__.pop("forward", None)
-    apply_recompute(blocks, policy)
+    apply_activation_checkpointing(blocks, policy)
 
 
 def cpu_memory(model: MAE, images: Tensor, noise: Tensor) -> dict[str, int]:

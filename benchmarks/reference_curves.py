@@ -90,10 +90,10 @@ def main() -> None:
     name = args.name or args.recipe
     reference = Reference(name, setting, ends, low, high)
 
-    alone = {}
+    main_only_nbytes = {}
     for number, seed in enumerate(args.seeds):
         edges = dict(zip(("low", "high"), band(np.delete(losses, number, 0)), strict=True))
-        alone[str(seed)] = str(judge(records[number], replace(reference, **edges)))
+        main_only_nbytes[str(seed)] = str(judge(records[number], replace(reference, **edges)))
     wrong = {}
     for override in args.wrong:
         record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", *args.set, override], args.wrong_share)
@@ -113,7 +113,9 @@ def main() -> None:
         "seeds": {str(seed): row.round(5).tolist() for seed, row in zip(args.seeds, losses, strict=True)},
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
-    table = [{"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in alone.items()]
+    table = [
+        {"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in main_only_nbytes.items()
+    ]
     table += [{"run": name, "judged by": "all seeds", "verdict": found["verdict"]} for name, found in wrong.items()]
     title = f"Reference curve {name}: seeds left out in turn, and wrong values"
     save(args.result, device=torch.device("cpu"), title=title, table=table, images=ends.tolist(), wrong=wrong)

@@ -32,7 +32,7 @@ from scale_mae.config.sections import DataConfig
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.index import ENTRY, Index, Paths, write_file
 from scale_mae.data.index_builder import build
-from scale_mae.data.loader import Loader, Share
+from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.transforms import normalise
 
@@ -70,7 +70,7 @@ def with_image_folder(root: Path) -> None:
 def with_index(path: Path) -> None:
     index = Index.open(path)
     plan = SamplePlan(0, len(index), BATCH)
-    loader = Loader(index, plan, Share(0, 1, BATCH, 1), DataConfig(threads=2), PillowDecoder(SIZE), SIZE, 16)
+    loader = Loader(index, plan, BatchShard(0, 1, BATCH, 1), DataConfig(threads=2), PillowDecoder(SIZE), SIZE, 16)
     batches = loader.batches(0, len(index) // BATCH)
     normalise(next(batches).images, MEAN, STD)
     batches.close()

@@ -51,15 +51,15 @@ def main() -> None:
     options = _options()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
-    with world() as ranks:
-        if ranks.device.type != options.device:
-            raise SystemExit(f"--device {options.device}: this machine has only {ranks.device.type}")
-        compare(options, ranks) if options.peer else sweep(options, ranks)
+    with process_group() as world:
+        if world.device.type != options.device:
+            raise SystemExit(f"--device {options.device}: this machine has only {world.device.type}")
+        compare(options, world) if options.peer else sweep(options, world)
 
 
-def compare(options: argparse.Namespace, ranks: Any) -> None:
+def compare(options: argparse.Namespace, world: Any) -> None:
     """Ours, the peer and our engine, in turns."""
     size, batch = options.sizes[0], options.batch
     samples: dict[str, Any] = {}
@@ -68,18 +68,18 @@ def compare(options: argparse.Namespace, ranks: Any) -> None:
         dtype = DTYPES[precision]
         model = build_mae(size, image_size=(IMAGE, IMAGE), seed=0)
         flops = model.flops().train
-        images, noise = make_inputs(model, batch, ranks.device)
+        images, noise = make_inputs(model, batch, world.device)
         images = images.to(dtype)
         steps = {
-            "ours": plain(copy.deepcopy(model).to(ranks.device, dtype), lambda m, i, n: m(i, n).loss),
-            "transformers": plain(peer_of(model).to(ranks.device, dtype), lambda m, i, n: m(pixel_values=i, noise=n).loss),
-            "ours, ZeRO-1": engine_step(make_engine(model, ranks, size=size, batch=batch, precision=precision)),
+            "ours": plain(copy.deepcopy(model).to(world.device, dtype), lambda m, i, n: m(i, n).loss),
+            "transformers": plain(peer_of(model).to(world.device, dtype), lambda m, i, n: m(pixel_values=i, noise=n).loss),
+            "ours, ZeRO-1": engine_step(make_engine(model, world, size=size, batch=batch, precision=precision)),
         }
         losses = {name: step(images, noise).item() for name, step in steps.items()}  # of the same weights; also the warm-up
         times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
         for round_ in range(options.rounds):
             for name in list(steps)[:: -1 if round_ % 2 else 1]:
-                times[name].append(timed(partial(steps[name], images, noise), ranks.device))
+                times[name].append(timed(partial(steps[name], images, noise), world.device))
             print(precision, {name: round(values[-1]["wall_s"], 2) for name, values in times.items()}, flush=True)
         samples[precision] = {"first_loss": losses, "train_flops_per_image": flops, "times": times}
         for name, values in times.items():
@@ -99,7 +99,7 @@ def compare(options: argparse.Namespace, ranks: Any) -> None:
         del steps
         gc.collect()
     title = f"Training step, ViT-{size} MAE, batch {batch}, {IMAGE} pixels, medians of {options.rounds} steps taken in turns"
-    report.save(options.out, device=ranks.device, title=title, table=table, samples=samples)
+    report.save(options.out, device=world.device, title=title, table=table, samples=samples)
 
 
 def paired_ratio(values: list[dict[str, float]], ours: list[dict[str, float]], key: str) -> str:
@@ -126,7 +126,7 @@ def plain(model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tenso
 
 
 def make_engine(
-    model: MAE, ranks: Any, *, size: str, batch: int, precision: str, policy: str = "none", compiled: bool = False
+    model: MAE, world: Any, *, size: str, batch: int, precision: str, policy: str = "none", compiled: bool = False
 ) -> Any:
     """The system's engine over a copy of the model."""
     from scale_mae.engine.deepspeed import Engine
@@ -134,11 +134,11 @@ def make_engine(
     config = Config.model_validate(
         {
             "model": {"size": size},
-            "train": {"global_batch": batch, "micro_batch": batch, "precision": precision, "recompute": policy},
+            "train": {"global_batch": batch, "micro_batch": batch, "precision": precision, "activation_checkpointing": policy},
             "engine": {"deepspeed": "zero1", "compile": compiled},
         }
     )
-    return Engine(copy.deepcopy(model), config, ranks)
+    return Engine(copy.deepcopy(model), config, world)
 
 
 def engine_step(engine: Any) -> Step:
@@ -197,9 +197,9 @@ def _renamed(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     return [(f"decoder.{name}", value)]
 
 
-def sweep(options: argparse.Namespace, ranks: Any) -> None:
+def sweep(options: argparse.Namespace, world: Any) -> None:
     """Every size, compiled or not, under every recompute policy, at the largest micro-batch that fits."""
-    device = ranks.device
+    device = world.device
     measured = matmul_rate(torch.bfloat16, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = options.peak_tflops * 1e12 if options.peak_tflops else peak_flops(name, "bf16")
@@ -214,7 +214,7 @@ def sweep(options: argparse.Namespace, ranks: Any) -> None:
                 case: dict[str, Any] = {"size": size, "mode": "compiled" if compiled else "eager", "policy": policy}
                 try:
                     start = found.get(policy) or min(options.batch, options.max_batch)
-                    case |= measure(Trial(model, ranks, size, policy, compiled), options, start)
+                    case |= measure(Trial(model, world, size, policy, compiled), options, start)
                     found[policy] = case["batch"]
                 except Exception:  # one case that cannot run must not lose the others
                     traceback.print_exc()
@@ -251,8 +251,8 @@ def _sweep_row(case: dict[str, Any], flops: int, peak: float | None, measured: f
 class Trial:
     """One case. Its engine is made anew after running out of memory, which leaves DeepSpeed's buffers half filled."""
 
-    def __init__(self, model: MAE, ranks: Any, size: str, policy: str, compiled: bool) -> None:
-        self.model, self.ranks, self.size, self.policy, self.compiled = model, ranks, size, policy, compiled
+    def __init__(self, model: MAE, world: Any, size: str, policy: str, compiled: bool) -> None:
+        self.model, self.world, self.size, self.policy, self.compiled = model, world, size, policy, compiled
         self.step: Step | None = None
         self.engine: Any = None
 
@@ -273,25 +273,25 @@ class Trial:
     def run(self, batch: int, steps: int) -> None:
         if self.engine is None:
             options = {"size": self.size, "batch": batch, "precision": "bf16", "policy": self.policy}
-            self.engine = make_engine(self.model, self.ranks, compiled=self.compiled, **options)
-        images, noise = make_inputs(self.model, batch, self.ranks.device)
+            self.engine = make_engine(self.model, self.world, compiled=self.compiled, **options)
+        images, noise = make_inputs(self.model, batch, self.world.device)
         step = engine_step(self.engine)
         for _ in range(steps):
             step(images, noise)
-        _wait(self.ranks.device)
+        _wait(self.world.device)
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine._engine.destroy()
         self.engine = None
         gc.collect()
-        if self.ranks.device.type == "cuda":
+        if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measure(trial: Trial, options: argparse.Namespace, start: int) -> dict[str, Any]:
     """The largest micro-batch of a case, and how fast that is."""
-    device, cuda = trial.ranks.device, trial.ranks.device.type == "cuda"
+    device, cuda = trial.world.device, trial.world.device.type == "cuda"
     try:
         trial.close()  # collects what the case before it left
         before = torch.cuda.memory_allocated(device) if cuda else 0

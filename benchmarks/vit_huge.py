@@ -31,10 +31,10 @@ SETTING = [
     "train.global_batch=2",
     "train.micro_batch=1",
     "train.precision=bf16",
-    "train.recompute=full",
+    "train.activation_checkpointing=full",
     "optim.warmup=0 steps",
     "engine.deepspeed=zero3",
-    "checkpoint.every=2 steps",
+    "checkpoint.interval=2 steps",
 ]
 
 

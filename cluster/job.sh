@@ -16,7 +16,7 @@ names() {
 
   script=$run/slurm/job.sh
   output=$run/slurm/job-$SLURM_JOB_ID.log
-  outcome=$run/outcome           # how training ended: finished, stopped ..., failed: ...; no such file after a crash
+  exit_status=$run/exit_status           # how training ended: finished, stopped ..., failed: ...; no such file after a crash
   attempts=$run/slurm/attempts   # a line each time that this script began
   excluded=$run/slurm/excluded   # nodes that are left out, one a line
   stop=$run/slurm/stop           # numbers of the jobs that scale-mae cancel stopped, one a line
@@ -29,7 +29,7 @@ others() { squeue --me --noheader --states="$1" --format='%i %o' | awk -v s="$sc
 
 cancelled() {
   if grep -qx "$SLURM_JOB_ID" "$stop" 2>/dev/null; then
-    [ -s "$outcome" ] || echo "stopped by scale-mae cancel" > "$outcome"
+    [ -s "$exit_status" ] || echo "stopped by scale-mae cancel" > "$exit_status"
     say "cancelled${1:+ ($1)}"
     exit 0
   fi
@@ -40,7 +40,7 @@ give_up() {
   cancelled "$@"
   if [ "$(awk -v at="at=$(newest)" '{ n = $NF == at ? n + 1 : 0 } END { print n + 0 }' "$attempts")" -gt $vain ]; then
     say "failed: $vain restarts in a row made no progress from $(newest); the last attempt ${1:-was ended from outside}"
-    echo "failed: $vain restarts in a row made no progress; the last attempt ${1:-was ended from outside}" > "$outcome"
+    echo "failed: $vain restarts in a row made no progress; the last attempt ${1:-was ended from outside}" > "$exit_status"
     exit 1
   fi
 }
@@ -75,9 +75,9 @@ other=$(others R | head -n 1)
 if [ -n "$other" ]; then say "not started, since job $other has this run"; exit 1; fi
 if $first; then
   echo "submitted at=" >> "$attempts"
-  rm -f "$outcome" "$excluded"
+  rm -f "$exit_status" "$excluded"
 elif [ "${chain%/*}" -gt 1 ]; then
-  case $(cat "$outcome" 2>/dev/null) in
+  case $(cat "$exit_status" 2>/dev/null) in
     finished*) say "the run has finished"; exit 0 ;;
     failed*) say "not started, since an earlier job of the chain failed"; exit 1 ;;
   esac
@@ -141,11 +141,11 @@ if $preflight; then
 fi
 
 say "starts on $SLURM_JOB_NODELIST at $(newest), restart ${SLURM_RESTART_COUNT:-0}"
-rm -f "$outcome"
+rm -f "$exit_status"
 launch @task@ "$run/slurm/config.yaml"
 code=$?
 
-ended=$(cat "$outcome" 2>/dev/null)
+ended=$(cat "$exit_status" 2>/dev/null)
 case $ended in
   finished*) say "$ended"; exit 0 ;;
   failed*) say "$ended"; exit 1 ;;   # starting again would only repeat it

@@ -159,11 +159,11 @@ def index(args: argparse.Namespace) -> int:
     """``scale-mae index``."""
     from scale_mae.data.index import SUFFIX
     from scale_mae.data.index_builder import build
-    from scale_mae.system.progress import Bar
+    from scale_mae.system.progress import ProgressBar
 
     if not args.out.endswith(SUFFIX):
         raise UserError(f"--out {args.out}: the name of an index ends in {SUFFIX}")
-    with Bar("images") as bar:
+    with ProgressBar("images") as bar:
         built = build(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
     for problem in built.problems:
         warn(problem)
@@ -177,10 +177,10 @@ def index(args: argparse.Namespace) -> int:
 def pack(args: argparse.Namespace) -> int:
     """``scale-mae pack``."""
     from scale_mae.data.pack import pack
-    from scale_mae.system.progress import Bar
+    from scale_mae.system.progress import ProgressBar
 
     options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
-    with Bar("images") as bar:
+    with ProgressBar("images") as bar:
         packed = pack(args.source, args.out, **options, progress=bar.move)
     for line in packed.left_out:
         warn(f"left out {line}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from ranks import run_ranks
-from test_train import make_config
+from test_trainer import make_config
 
 from scale_mae.checkpoint.store import MANIFEST, checkpoint_name, read_manifest
 
@@ -17,17 +17,17 @@ def train_and_tell(configs):
     """Several short runs in one set of ranks; the live fp32 weights of each, as DeepSpeed itself gathers them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.distributed.stop_request import StopRequest
-    from scale_mae.distributed.world import world
     from scale_mae.engine.deepspeed import Engine
-    from scale_mae.training.trainer import Run
+    from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 
     torch.set_num_threads(1)
     told = []
-    with world() as ranks, StopRequest() as stop:
+    with process_group() as ranks, StopRequest() as stop:
         for config in configs:
-            run = Run(config, ranks, stop, Watchdog(0, 0))
+            run = Trainer(config, ranks, stop, Watchdog(0, 0))
             run.loop()
             assert isinstance(run.engine, Engine)
             sharded = run.engine.stage > 0

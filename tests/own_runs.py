@@ -19,26 +19,26 @@ def configs(folder):
     setting = {
         "data.source": str(class_folders(folder / "train", per_class=4)),
         "data.threads": 1,
-        "classify.val": None,
+        "classify.val_source": None,
         "model.init_from": None,
         "run.seed": 7,
         "train.duration": f"{STEP} steps",
         "train.global_batch": 16,
         "train.micro_batch": 8,
         "optim.warmup": "1 steps",
-        "log.every": 1,
-        "log.port": None,
+        "log.interval": 1,
+        "log.metrics_port": None,
     }
     fast = {"optim.base_lr": 0.3, "optim.layer_decay": 1.0}
-    partly = {"classify.pool": "token", "classify.train_blocks": 1, "train.precision": "bf16", "engine.deepspeed": "zero3"}
+    partly = {"classify.pool": "token", "classify.trainable_blocks": 1, "train.precision": "bf16", "engine.deepspeed": "zero3"}
     probing = {
-        "classify.val": str(folder / "train"),
-        "classify.sweep": list(SWEEP),
+        "classify.val_source": str(folder / "train"),
+        "classify.lr_multipliers": list(SWEEP),
         "optim.name": "adamw",
         "optim.base_lr": 1.0,
     }
     given = {
-        "mean": ("finetune_demo", {"optim.ema": 0.9} | fast),
+        "mean": ("finetune_demo", {"optim.ema_decay": 0.9} | fast),
         "token": ("finetune_demo", partly | fast),
         "probe": ("linprobe_demo", probing),
     }
@@ -52,14 +52,14 @@ def images(count):
 
 
 def _train_all(several):
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.distributed.stop_request import StopRequest
-    from scale_mae.distributed.world import world
-    from scale_mae.training.trainer import Run
+    from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 
-    with world() as ranks, StopRequest() as stop:
+    with process_group() as ranks, StopRequest() as stop:
         for config in several:
-            Run(config, ranks, stop, Watchdog(0, 0)).loop()
+            Trainer(config, ranks, stop, Watchdog(0, 0)).loop()
 
 
 def make_own_runs(folder):

@@ -15,7 +15,7 @@ from layouts import LAYOUTS, copy_as
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train import make_config, train
+from test_trainer import make_config, train
 
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint import store
@@ -276,7 +276,7 @@ def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, 
 
 
 def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):
-    config = make_config(tmp_path, **{"checkpoint.every": "2 steps", "checkpoint.keep": 2})
+    config = make_config(tmp_path, **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     run_ranks(2, train, config)
     assert [p.name for p in store.checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
     assert (tmp_path / "checkpoints" / "latest").read_text() == checkpoint_name(10)
@@ -326,10 +326,10 @@ def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
     setting = {
         "model": {"size": "huge", "image_size": 224, "patch_size": 14, "decoder_width": 512, "decoder_depth": 8}
         | {"decoder_heads": 16},
-        "train": {"duration": "2 steps", "global_batch": 2, "micro_batch": 1, "precision": "bf16", "recompute": "full"},
+        "train": {"duration": "2 steps", "global_batch": 2, "micro_batch": 1, "precision": "bf16", "activation_checkpointing": "full"},
         "optim": {"warmup": "0 steps"},
         "engine": {"deepspeed": "zero3"},
-        "checkpoint": {"every": "2 steps"},
+        "checkpoint": {"interval": "2 steps"},
     }  # fmt: skip
     config = load_config("debug", {"run.dir": str(tmp_path / "run"), **setting})
     results = run_ranks(2, train_huge, config, timeout=1500)

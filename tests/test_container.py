@@ -14,7 +14,7 @@ from container_image import Image
 import scale_mae
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["train.duration=4 steps", "optim.warmup=1 steps", "checkpoint.every=2 steps"]
+SHORT = ["train.duration=4 steps", "optim.warmup=1 steps", "checkpoint.interval=2 steps"]
 FAKE = '#!/bin/sh\ntest "$1" = info && exit {info}\necho "$0 $*"\n'
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from scale_mae.cli import main
 from scale_mae.config import UserError
 from scale_mae.data.index_builder import list_source
-from scale_mae.distributed.world import world
+from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import embed as module
 from scale_mae.evaluation.classifier import load_subject
 from scale_mae.evaluation.embed import embed
@@ -39,7 +39,7 @@ def write(model, source, out, stop_after=None, **options):
             raise KeyboardInterrupt
 
     module.PIECE = 8
-    with world() as ranks:
+    with process_group() as ranks:
         return embed(load_subject(model), str(source), out, ranks, batch=4, progress=progress, **options)
 
 

@@ -26,10 +26,15 @@ def batch(step):
     return torch.randn(BATCH, 3, 16, 16, generator=generator), torch.rand(BATCH, 16, generator=generator)
 
 
-def make_config(stage="zero2", precision="fp32", micro_batch=BATCH, clip=None, recompute="none"):
+def make_config(stage="zero2", precision="fp32", micro_batch=BATCH, clip=None, activation_checkpointing="none"):
     return Config.model_validate(
         {
-            "train": {"global_batch": BATCH, "micro_batch": micro_batch, "precision": precision, "recompute": recompute},
+            "train": {
+                "global_batch": BATCH,
+                "micro_batch": micro_batch,
+                "precision": precision,
+                "activation_checkpointing": activation_checkpointing,
+            },
             "engine": {"deepspeed": stage},
             "optim": {"clip_grad_norm": clip},
         }
@@ -73,10 +78,10 @@ def engine_trace(engine, ranks, config, steps=STEPS):
 
 def traces(settings):
     """A rank of the tests below: one engine after another."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         configs = [make_config(**s) for s in settings]
         return [engine_trace(Engine(small_mae(), config, ranks), ranks, config) for config in configs]
 
@@ -113,11 +118,11 @@ def fp16_run(stage):
     """fp16 on a CPU: slow and refused by DeepSpeed, but PyTorch computes it, which is enough to see the loss scale work."""
     from deepspeed.accelerator import get_accelerator
 
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
     get_accelerator().is_fp16_supported = lambda: True
-    with world() as ranks:
+    with process_group() as ranks:
         config = make_config(stage, "fp16", micro_batch=2)
         engine = Engine(small_mae(), config, ranks)
         before = engine.loss_scale
@@ -149,10 +154,10 @@ def refused_fp16():
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: False  # whatever this processor can do
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         Engine(small_mae(), make_config(precision="fp16"), ranks)
 
 
@@ -176,10 +181,10 @@ class Waits(TorchDispatchMode):
 
 def count_waits(setting):
     """Reads by the host in a step that is not logged, and in one that is."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         config = make_config(**setting)
         engine = Engine(small_mae(), config, ranks)
         counts = []
@@ -225,10 +230,10 @@ def test_deepspeed_keys_that_config_owns_are_refused(tmp_path):
 
 
 def bad_json(path):
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         Engine(small_mae(), make_config(stage=path), ranks)
 
 

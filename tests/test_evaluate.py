@@ -18,7 +18,7 @@ from scale_mae import UserError, load_config
 from scale_mae.cli import main
 from scale_mae.data.index_builder import list_source
 from scale_mae.data.storage import DataError
-from scale_mae.distributed.world import world
+from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import knn
 from scale_mae.evaluation.classifier import load_subject
 from scale_mae.evaluation.features import Source, features
@@ -76,7 +76,7 @@ def encoder(tmp_path_factory):
 
 
 def measured(measure, path, train, val, *more):
-    with world() as ranks:
+    with process_group() as ranks:
         return measure(load_subject(path), Source.labelled(str(train)), Source.labelled(str(val)), ranks, *more)
 
 
@@ -100,7 +100,7 @@ def test_identical_sources_classify_themselves(encoder, tmp_path):
 
 def knn_in_rank(path, k):
     torch.set_num_threads(1)
-    with world() as ranks:
+    with process_group() as ranks:
         train, val = (Source.labelled(source) for source in ("demo:val", "demo:val"))
         return knn_accuracy(load_subject(path), train, val, ranks, k)
 
@@ -122,7 +122,7 @@ def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
     now = iter([0.0, 0.5, 100.0, 104.0, 104.0, 106.0, 1000.0])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
     monkeypatch.setattr(progress, "EVERY", -1)
-    with progress.Bar("images") as bar:
+    with progress.ProgressBar("images") as bar:
         for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
             bar.move(done, total)
     told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]

@@ -13,18 +13,18 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ranks import collect, run_ranks, start_ranks
-from test_train import log, make_config, train, train_until
+from test_trainer import log, make_config, train, train_until
 
 from scale_mae.metrics.counters import Counters
-from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, Run
+from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, RunInfo
 from scale_mae.metrics.hardware import REASONS, Gpu
 from scale_mae.metrics.node import Node
 from scale_mae.metrics.sinks import Log
-from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.runs import history
-from scale_mae.slurm.status import standing
+from scale_mae.slurm.status import run_status
 
-LONG = {"train.duration": "100000 steps", "checkpoint.every": "100000 steps"}
+LONG = {"train.duration": "100000 steps", "checkpoint.interval": "100000 steps"}
 
 
 def entries(run_dir):
@@ -90,7 +90,7 @@ def stop(processes, pipes):
 def two(tmp_path_factory):
     """What a run of two ranks served, the line of that step, and the run directory after it was stopped."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
-    running = start(2, run_dir, **{"checkpoint.every": "3 steps"})
+    running = start(2, run_dir, **{"checkpoint.interval": "3 steps"})
     try:
         wait_for(lambda: logged(run_dir, 5))
         entry = json.loads(entries(run_dir)[0].read_text())
@@ -115,7 +115,7 @@ def test_a_scrape_has_the_values_of_the_log_line(two):
         assert value(series, "rank_number", which=which) == line[f"rank_{which}"]
     assert value(series, "memory_bytes", kind="host_rss") == line["host_rss_gib"] * 2**30
     assert value(series, "checkpoint_timestamp_seconds") == pytest.approx(line["time"] - line["checkpoint_age_s"])
-    assert value(series, "estimated_end_timestamp_seconds") == pytest.approx(line["time"] + line["time_left_s"])
+    assert value(series, "estimated_end_timestamp_seconds") == pytest.approx(line["time"] + line["eta_s"])
     assert value(series, "finished") == 0
     assert value(series, "step_seconds_count", phase="step") == line["steps_done"]
     assert value(series, "step_seconds_count", phase="checkpoint") == line["checkpoints"]
@@ -124,11 +124,11 @@ def test_a_scrape_has_the_values_of_the_log_line(two):
 
 def test_a_log_line_divides_the_time_of_a_step(two):
     _, line, _, run_dir = two
-    parts = ("data_wait_s", "forward_backward_s", "optimizer_s", "other_s")
+    parts = ("data_loading_s", "forward_backward_s", "optimizer_s", "other_s")
     for step, values in log(run_dir, "step_time_s", "checkpoint_s", *parts).items():
         assert values[0] == pytest.approx(sum(values[2:]))
         assert (values[1] > 0) == (step % 3 == 1 and step > 1)  # a save comes after the step's line
-    assert line["rank_fastest_s"] <= line["rank_slowest_s"]
+    assert line["fastest_rank_s"] <= line["slowest_rank_s"]
     assert line["mfu"] is line["energy_j"] is None
 
 
@@ -159,7 +159,7 @@ def test_an_entry_is_removed_at_exit_and_the_history_says_why(two):
 
 
 def test_the_number_of_series_is_the_same_for_one_rank_and_two(two, tmp_path):
-    running = start(1, tmp_path / "run", **{"train.micro_batch": 16, "checkpoint.every": "3 steps"})
+    running = start(1, tmp_path / "run", **{"train.micro_batch": 16, "checkpoint.interval": "3 steps"})
     try:
         wait_for(lambda: logged(tmp_path / "run", 5))
         series, _ = scrape_a_line(tmp_path / "run", target(tmp_path / "run"))
@@ -171,7 +171,7 @@ def test_the_number_of_series_is_the_same_for_one_rank_and_two(two, tmp_path):
 @pytest.mark.parametrize("damage", [False, True])
 def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage):
     run_dir = tmp_path / "run"
-    setting = {"checkpoint.every": "3 steps", "train.micro_batch": 8}
+    setting = {"checkpoint.interval": "3 steps", "train.micro_batch": 8}
     processes, _ = start(2, run_dir, **setting)
     wait_for(lambda: logged(run_dir, 5))
     before, line = scrape_a_line(run_dir, target(run_dir))
@@ -192,7 +192,7 @@ def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage)
     finally:
         stop(*running)
     assert entries(run_dir) == []
-    assert value(after, "restarts_total") == standing(run_dir).restarts == 1
+    assert value(after, "restarts_total") == run_status(run_dir).restarts == 1
     if damage:  # the steps since the checkpoint are forgotten, those before it are not
         assert value(after, "steps_total") > saved
         return
@@ -217,10 +217,10 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tm
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        setting = {"log.port": port, "log.discovery_dir": str(tmp_path / "file" / "folder"), "train.micro_batch": 16}
+        setting = {"log.metrics_port": port, "log.discovery_dir": str(tmp_path / "file" / "folder"), "train.micro_batch": 16}
         assert run_ranks(1, train, make_config(tmp_path / "run", **setting))[0].finished
     told = (tmp_path / "run" / "log.txt").read_text()
-    assert told.count(f"log.port={port} cannot be used (Address already in use)") == 1
+    assert told.count(f"log.metrics_port={port} cannot be used (Address already in use)") == 1
     assert told.count("cannot be written (Not a directory); Prometheus does not learn of") == 1
 
 
@@ -231,14 +231,14 @@ def train_inside(folder, config):
 
 def test_the_folder_of_targets_lies_beside_a_run_directory_that_is_the_current_one(tmp_path):
     (tmp_path / "run").mkdir()
-    config = make_config(".", **{"train.micro_batch": 16, "log.port": 0})
+    config = make_config(".", **{"train.micro_batch": 16, "log.metrics_port": 0})
     assert run_ranks(1, train_inside, tmp_path / "run", config)[0].finished
     assert (tmp_path / "prometheus").is_dir()
     assert not (tmp_path / "run" / "prometheus").exists()
 
 
 def test_without_a_port_there_is_no_exporter(tmp_path):
-    assert run_ranks(1, train, make_config(tmp_path / "run", **{"log.port": None, "train.micro_batch": 16}))[0].finished
+    assert run_ranks(1, train, make_config(tmp_path / "run", **{"log.metrics_port": None, "train.micro_batch": 16}))[0].finished
     assert not (tmp_path / "prometheus").exists()
 
 
@@ -262,11 +262,11 @@ def make_exporter(tmp_path):
         is_first = more.get("is_first", number == 0)
         made.append(
             Exporter(
-                Run(run_id, tmp_path, {}),
+                RunInfo(run_id, tmp_path, {}),
                 node,
                 TwoGpus(),
                 counters,
-                Stopwatch(torch.device("cpu")),
+                StepTimer(torch.device("cpu")),
                 more.get("port", 0),
                 tmp_path / "sd",
                 is_first=is_first,
@@ -344,14 +344,14 @@ def test_entries_that_a_killed_run_left_at_the_same_address_are_taken_back(make_
 
 
 def test_a_run_stopped_between_log_lines_counts_all_of_its_steps(tmp_path):
-    config = make_config(tmp_path / "run", **{"log.every": 4, "train.micro_batch": 16})
+    config = make_config(tmp_path / "run", **{"log.interval": 4, "train.micro_batch": 16})
     result = run_ranks(1, train_until, config, 4)[0]
     counted = json.loads((Path(config.run.dir) / "counters.json").read_text())
     assert counted["steps"] == result.step
 
 
 def test_the_last_step_is_told_though_it_is_not_logged(tmp_path):
-    running = start(1, tmp_path / "run", **{"log.every": 1_000_000})
+    running = start(1, tmp_path / "run", **{"log.interval": 1_000_000})
     try:
         address = target(tmp_path / "run")
         key = ("scale_mae_last_step_timestamp_seconds", ())

@@ -17,7 +17,7 @@ import pytest
 import torch
 from images import demo_index
 from ranks import RankError, collect, run_ranks, start_ranks
-from test_train import log, make_config, train, weights
+from test_trainer import log, make_config, train, weights
 
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.store import checkpoint_name
@@ -127,7 +127,12 @@ def run_to_death(function, args, every):
 
 
 def train_config(run_dir, **overrides):
-    setting = {"train.duration": f"{STEPS} steps", "checkpoint.every": "1 steps", "log.every": 1, "checkpoint.keep": 2}
+    setting = {
+        "train.duration": f"{STEPS} steps",
+        "checkpoint.interval": "1 steps",
+        "log.interval": 1,
+        "checkpoint.keep_latest": 2,
+    }
     return make_config(run_dir, **(setting | overrides))
 
 
@@ -215,12 +220,12 @@ VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config
 
 def train_all(configs):
     """Several runs in one set of ranks."""
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.distributed.stop_request import StopRequest
-    from scale_mae.distributed.world import world
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog
 
-    with world() as ranks, StopRequest() as stop:
+    with process_group() as ranks, StopRequest() as stop:
         return [Run(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
 
 
@@ -396,7 +401,7 @@ def test_a_pointer_that_cannot_be_renewed_loses_no_checkpoint(tmp_path, local):
     place = tmp_path / "run" / "checkpoints" / "latest"
     place.mkdir(parents=True)
     (place / "mine").write_text("")
-    config = make_config(tmp_path / "run", **{"checkpoint.every": "2 steps", "checkpoint.keep": 2})
+    config = make_config(tmp_path / "run", **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     config = with_local(config, tmp_path / "local") if local else config
     assert run_ranks(2, train, config)[0].finished
     assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [8, 10]
@@ -514,13 +519,13 @@ def test_the_room_for_all_ranks_of_a_node_is_looked_at_before_a_local_save(expec
 
 def strike_lock(folder, _):
     """A lock is taken on a full disk; then the disk becomes read-only."""
-    from scale_mae.system.lock import alone
+    from scale_mae.system.lock import exclusive_lock
 
     disk = folder / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", disk)
     subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"], check=False)
-    with alone(disk / "lock", "it is in use"):
+    with exclusive_lock(disk / "lock", "it is in use"):
         mount("--bind", disk, disk)
         mount("-o", "remount,ro,bind", disk)
 
@@ -548,7 +553,7 @@ def strike_logs(folder, index):
             (disk / "filler").unlink()
 
     Log.metrics = metrics
-    setting = {"train.micro_batch": 16, "checkpoint.every": "20 steps", "data.source": index}
+    setting = {"train.micro_batch": 16, "checkpoint.interval": "20 steps", "data.source": index}
     assert train(train_config(disk / "run", **setting)).finished
     shutil.copytree(disk / "run", folder / "kept")
 

@@ -79,7 +79,7 @@ def test_supervised_recipes_are_the_papers(size, epochs, drop_path):
 
 def test_the_partial_recipe_trains_four_blocks_of_a_large_encoder():
     config = load_config("partial_large")
-    assert (config.model.size, config.classify.train_blocks) == ("large", 4)
+    assert (config.model.size, config.classify.trainable_blocks) == ("large", 4)
     assert (config.optim.base_lr, config.optim.layer_decay, config.classify.drop_path) == (1e-3, 0.75, 0.1)
 
 
@@ -89,10 +89,10 @@ def test_the_partial_recipe_trains_four_blocks_of_a_large_encoder():
         ("demo", "classify.mixup=0.8", "classify.mixup means nothing to run.task=pretrain"),
         ("demo", "optim.layer_decay=0.5", "optim.layer_decay means nothing to run.task=pretrain"),
         ("finetune_base", "model.mask_ratio=0.5", "model.mask_ratio means nothing to run.task=finetune"),
-        ("finetune_base", "classify.sweep=[1, 2]", "classify.sweep means nothing to run.task=finetune"),
+        ("finetune_base", "classify.lr_multipliers=[1, 2]", "classify.lr_multipliers means nothing to run.task=finetune"),
         ("linprobe_base", "classify.drop_path=0.1", "classify.drop_path means nothing to run.task=linprobe"),
         ("linprobe_base", "engine.deepspeed=zero2", "use zero0"),
-        ("finetune_base", "classify.train_blocks=1.3", "whole blocks, or a half"),
+        ("finetune_base", "classify.trainable_blocks=1.3", "whole blocks, or a half"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(recipe, override, message):
@@ -145,7 +145,7 @@ def test_last_blocks_are_trained_and_nothing_else(blocks, trained):
 
 
 def test_an_encoder_has_no_more_blocks_than_it_has():
-    with pytest.raises(ValueError, match=r"classify.train_blocks=4, but the encoder has 3 blocks"):
+    with pytest.raises(ValueError, match=r"classify.trainable_blocks=4, but the encoder has 3 blocks"):
         make_model().freeze(4)
 
 
@@ -223,32 +223,32 @@ def images():
 def encoder(tmp_path_factory):
     """A pre-training run of few steps."""
     run = tmp_path_factory.mktemp("encoder") / "run"
-    run_ranks(1, train, "pretrain", "demo", settings(run, "4 steps", **{"classify.val": None}))
+    run_ranks(1, train, "pretrain", "demo", settings(run, "4 steps", **{"classify.val_source": None}))
     return run
 
 
 def settings(run, duration, **more):
     given: dict = {
         "data.source": str(FOLDER / "train"),
-        "classify.val": str(FOLDER / "val"),
+        "classify.val_source": str(FOLDER / "val"),
         "run.dir": str(run),
         "train.duration": duration,
         "optim.warmup": "1 steps",
         "train.global_batch": 16,
         "train.micro_batch": 4,
-        "log.every": 1,
-        "log.port": None,
+        "log.interval": 1,
+        "log.metrics_port": None,
         "data.threads": 1,
     }
     return given | more
 
 
 def train(task, recipe, overrides, stop_after=None):
-    from scale_mae.training.trainer import Run
+    from scale_mae.training.trainer import Trainer
 
     torch.set_num_threads(1)
     if stop_after:
-        step = Run._one_step
+        step = Trainer._one_step
 
         def stopping(self, feed):
             vote = step(self, feed)
@@ -256,7 +256,7 @@ def train(task, recipe, overrides, stop_after=None):
                 self.stop.ask("a test")
             return vote
 
-        Run._one_step = stopping
+        Trainer._one_step = stopping
     result = getattr(scale_mae, task)(load_config(recipe, overrides))
     return result.step, result.finished
 
@@ -274,11 +274,11 @@ def weights(run):
 EVERYTHING = {
     "classify.mixup": 0.8,
     "classify.cutmix": 1.0,
-    "classify.erasing": 0.25,
+    "classify.random_erasing": 0.25,
     "classify.drop_path": 0.3,
     "data.randaugment": "rand-m9-mstd0.5-inc1",
-    "optim.ema": 0.9,
-    "classify.every": "3 steps",
+    "optim.ema_decay": 0.9,
+    "classify.eval_interval": "3 steps",
     "classify.crop_pct": 0.7,
 }
 
@@ -303,7 +303,7 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     for run, result in ((whole, results[0]), (parts, results[1])):
         assert result["model"]["sha256"] == read_weights(run / "checkpoints" / "step-00000006").digest()
     history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["val_images"]) for e in history if e["event"] == "evaluated"] == [(3, 50), (6, 50)]
+    assert [(e["step"], e["val_images"]) for e in history if e["event"] == "evaluation"] == [(3, 50), (6, 50)]
     line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
     assert line["val_top1"] == scores[0]["top1"]
     assert line["val_step"] == 6
@@ -335,7 +335,7 @@ def train_slow_to_judge(recipe, overrides):
 
 def test_the_time_of_an_evaluation_is_no_time_of_a_step(tmp_path, encoder):
     run = tmp_path / "run"
-    own = {"model.init_from": str(encoder), "classify.every": "3 steps", "train.micro_batch": 16}
+    own = {"model.init_from": str(encoder), "classify.eval_interval": "3 steps", "train.micro_batch": 16}
     run_ranks(1, train_slow_to_judge, "finetune_demo", settings(run, "6 steps", **own))
     lines = {line["step"]: line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
     assert lines[4]["evaluation_s"] > 1.5  # four batches
@@ -353,12 +353,17 @@ def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
     val, run = shutil.copytree(FOLDER / "val", tmp_path / "val"), tmp_path / "run"
     damaged = sorted(val.glob("*/*.jpg"))[7]
     damaged.write_bytes(damaged.read_bytes()[:300])
-    own = {"model.init_from": str(encoder), "classify.val": str(val), "engine.deepspeed": "zero3", "classify.every": "2 steps"}
+    own = {
+        "model.init_from": str(encoder),
+        "classify.val_source": str(val),
+        "engine.deepspeed": "zero3",
+        "classify.eval_interval": "2 steps",
+    }
     assert run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))[0] == (4, True)
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in history if event["event"] == "not_evaluated"] == [2, 4]
+    assert [event["step"] for event in history if event["event"] == "evaluation_failed"] == [2, 4]
     assert f"step 4: not evaluated, training goes on: {damaged}" in (run / "log.txt").read_text()
-    assert "not evaluated" not in (run / "outcome").read_text()
+    assert "not evaluated" not in (run / "exit_status").read_text()
     assert str(damaged) in evaluations(read_record(run))
 
 
@@ -382,7 +387,7 @@ def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path,
 @pytest.mark.parametrize(
     ("override", "same"),
     [
-        ({"run.seed": 7, "train.micro_batch": 32, "data.threads": 3, "classify.val": "x", "model.init_from": "y"}, True),
+        ({"run.seed": 7, "train.micro_batch": 32, "data.threads": 3, "classify.val_source": "x", "model.init_from": "y"}, True),
         ({"classify.drop_path": 0.3}, False),
         ({"train.duration": "7 epochs"}, False),
         ({"data.source": "z"}, False),
@@ -398,7 +403,7 @@ def test_a_training_is_what_makes_the_weights_but_for_the_seed(override, same):
 
 def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):
     run = tmp_path / "probe"
-    own = {"model.init_from": str(encoder), "train.precision": "bf16", "classify.sweep": [0.5, 2.0]}
+    own = {"model.init_from": str(encoder), "train.precision": "bf16", "classify.lr_multipliers": [0.5, 2.0]}
     run_ranks(2, train, "linprobe", "linprobe_demo", settings(run, "4 steps", **own))
     before, after = weights(encoder), weights(run)
     backbone = {name for name in after if not name.startswith("head.")}
@@ -429,7 +434,7 @@ def test_only_what_is_to_be_trained_changes_and_stage_3_does_the_same(tmp_path, 
     found = {}
     for stage, ranks in (("zero2", 1), ("zero3", 2)):
         run = tmp_path / stage
-        own = {"model.init_from": str(encoder), "classify.train_blocks": blocks, "engine.deepspeed": stage}
+        own = {"model.init_from": str(encoder), "classify.trainable_blocks": blocks, "engine.deepspeed": stage}
         run_ranks(ranks, train, "finetune", "finetune_demo", settings(run, "3 steps", **own))
         found[stage] = weights(run), losses(run), json.loads((run / "results" / "finetune.json").read_text())
     before, (after, one, result), (_, other, again) = weights(encoder), found["zero2"], found["zero3"]
@@ -445,7 +450,7 @@ def test_only_what_is_to_be_trained_changes_and_stage_3_does_the_same(tmp_path, 
 
 def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder):
     run = tmp_path / "large"
-    own = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val": None}
+    own = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val_source": None}
     run_ranks(1, train, "finetune", "finetune_demo", settings(run, "1 steps", **own))
     assert "pos_embed interpolated from 8 x 8 to 12 x 12 patches" in (run / "log.txt").read_text()
     assert weights(run)["pos_embed"].shape == (1, 145, 96)
@@ -457,11 +462,14 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
     [
         ({"model.init_from": "ENCODER", "model.size": "tiny"}, "an encoder of width 96, the model's is 192: change model.size"),
         ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"set model.patch_size=\[4, 4\]"),
-        ({"classify.train_blocks": 7, "model.init_from": None}, "classify.train_blocks=7, but the encoder has 6 blocks"),
-        ({"classify.val": "nowhere", "model.init_from": None}, "classify.val=nowhere"),
-        ({"classify.val": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
+        (
+            {"classify.trainable_blocks": 7, "model.init_from": None},
+            "classify.trainable_blocks=7, but the encoder has 6 blocks",
+        ),
+        ({"classify.val_source": "nowhere", "model.init_from": None}, "classify.val_source=nowhere"),
+        ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
         ({"data.source": "ONE", "model.init_from": None}, "all images are of one class"),
-        ({"classify.every": "0 epochs", "model.init_from": None}, "classify.every is no step at all"),
+        ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval is no step at all"),
         ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
     ],
 )
@@ -519,7 +527,7 @@ def part_of(count):
 
 def score_some():
     """Two classifiers on seven images of two classes: always 0, and always 1."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.evaluation.accuracy import scores
     from scale_mae.evaluation.image_loader import central_view
 
@@ -527,13 +535,13 @@ def score_some():
         one = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         return one[:, None].expand(2, len(images), 2)
 
-    with world() as ranks:
+    with process_group() as ranks:
         found = scores(logits, part_of(7), central_view(28, None), ranks, 2)
     return [(each.images, each.top1, each.top5) for each in found]
 
 
 def count_calls():
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.evaluation.accuracy import scores
     from scale_mae.evaluation.image_loader import central_view
 
@@ -543,6 +551,6 @@ def count_calls():
         calls.append(len(images))
         return torch.zeros(1, len(images), 2)
 
-    with world() as ranks:
+    with process_group() as ranks:
         scores(logits, part_of(2), central_view(28, None), ranks, 1)
     return "called", len(calls)

@@ -5,21 +5,21 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_engine import SCHEDULE, STEPS, batch, make_config, plain_trace, small_mae
-from test_train import log, train, train_until
-from test_train import make_config as make_run
+from test_trainer import log, train, train_until
+from test_trainer import make_config as make_run
 
-from scale_mae.engine.activation_checkpointing import apply_recompute
-from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
+from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.model.mae import build_mae
 
 pytestmark = pytest.mark.gpu
 
 
 def gpu_losses(setting):
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         engine = Engine(small_mae(), make_config(**setting), ranks)
         losses = []
         for step in range(STEPS):
@@ -39,12 +39,12 @@ def test_losses_follow_plain_pytorch_on_the_host(stage, precision, tolerance):
 def step_without_waiting(stage):
     """A step that is not logged, with every wait for the GPU turned into an error."""
     from scale_mae.data.loader import normalise
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with world() as ranks:
+    with process_group() as ranks:
         engine = Engine(small_mae(), make_config(stage, "bf16"), ranks)
-        watch = Stopwatch(ranks.device)
+        watch = StepTimer(ranks.device)
         engine.model.register_forward_hook(watch.after_forward)
         images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8).pin_memory()
         noise = torch.rand(8, 16).pin_memory()
@@ -78,7 +78,7 @@ def test_a_run_stops_and_resumes(tmp_path, precision):
 
 def peak(policy):
     model = build_mae("small", image_size=(224, 224), seed=0).cuda().bfloat16()
-    apply_recompute([*model.blocks, *model.decoder_blocks], policy)
+    apply_activation_checkpointing([*model.blocks, *model.decoder_blocks], policy)
     images, noise = torch.randn(32, 3, 224, 224, device="cuda"), torch.rand(32, 196, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     model(images, noise).loss.backward()

@@ -22,9 +22,9 @@ from torchvision.transforms import functional as tvf
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders, loader, storage
 from scale_mae.data.decoders import PillowDecoder
-from scale_mae.data.failure_counter import WINDOW, Failure, Tally
+from scale_mae.data.failure_counter import WINDOW, DecodeFailure, FailureCounter
 from scale_mae.data.index_builder import open_source
-from scale_mae.data.loader import Loader, Share, default_prefetch
+from scale_mae.data.loader import BatchShard, Loader, default_prefetch
 from scale_mae.data.pillow import Crop, central_square, decode, examine
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
@@ -137,7 +137,7 @@ def test_jitter_changes_images_as_torchvision_does():
 
 def make_loader(index, rank=0, ranks=1, accumulation=1, micro_batch=4, warn=print, decoder=None, **data):
     plan = SamplePlan(0, len(index), ranks * accumulation * micro_batch)
-    share = Share(rank, ranks, micro_batch, accumulation)
+    share = BatchShard(rank, ranks, micro_batch, accumulation)
     decoder = decoder or PillowDecoder((16, 16))
     return Loader(index, plan, share, DataConfig(**data), decoder, (16, 16), 4, warn=warn)
 
@@ -347,15 +347,15 @@ def count(tally, images, failures):
 
 
 def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
-    bad = [Failure(0, "a.jpg", Status.DAMAGED, "cut", "b.jpg")]
-    tally = Tally(0.001)
+    bad = [DecodeFailure(0, "a.jpg", Status.DAMAGED, "cut", "b.jpg")]
+    tally = FailureCounter(0.001)
     for images in range(1000, 10**6, 1000):
         count(tally, images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
     assert tally.causes == {Status.DAMAGED: 499}
     start = 10**6 + WINDOW + 1000
     for images in range(start, start + 50_000, 1000):
         count(tally, images, bad)
-    tally = Tally(
+    tally = FailureCounter(
         0.001,
         json.loads(json.dumps(tally.state()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}),
     )
@@ -366,11 +366,11 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
         count(tally, start + WINDOW - 500, bad)
     assert "\n" not in str(caught.value)
     count(tally, start + WINDOW, [])  # no more of them: a run whose data was put right goes on
-    count(Tally(0.001), 64, bad * 100)
+    count(FailureCounter(0.001), 64, bad * 100)
     with pytest.raises(DataError, match="101 of the last 128 images"):
-        count(Tally(0.001), 128, bad * 101)
+        count(FailureCounter(0.001), 128, bad * 101)
     with pytest.raises(DataError):
-        count(Tally(0), 128, bad)
+        count(FailureCounter(0), 128, bad)
 
 
 # ---------------------------------------------------------------- choosing, leaking

@@ -10,22 +10,22 @@ import torch
 from test_engine import batch, small_mae
 
 from scale_mae.config import UserError, load_config
-from scale_mae.engine.activation_checkpointing import apply_recompute, recomputed_flops
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing, recomputed_flops
 from scale_mae.metrics import counters, trackers
 from scale_mae.metrics.counters import Counters, restore
 from scale_mae.metrics.hardware import PEAKS, Gpu, Memory, Nvml, peak_flops
-from scale_mae.metrics.meter import SMOOTHING, Meter, Vitals, own_seconds
+from scale_mae.metrics.meter import SMOOTHING, Meter, ProcessStats, own_seconds
 from scale_mae.metrics.node import run_id
 from scale_mae.metrics.sinks import Log
-from scale_mae.metrics.step_timer import Stopwatch, phases
-from scale_mae.metrics.trackers import Tracker, check_packages, make_trackers
+from scale_mae.metrics.step_timer import StepTimer, phases
+from scale_mae.metrics.trackers import Tracker, build_trackers, check_packages
 
 CPU = torch.device("cpu")
 
 
 def test_laps_name_all_of_the_time():
     began = time.perf_counter()
-    watch = Stopwatch(CPU)
+    watch = StepTimer(CPU)
     for name, seconds in {"data": 0.02, "forward": 0.03, "checkpoint": 0.04}.items():
         time.sleep(seconds)
         watch.lap(name)
@@ -34,7 +34,7 @@ def test_laps_name_all_of_the_time():
     (laps,) = watch.read()
     assert sum(laps.values()) == pytest.approx(time.perf_counter() - began, abs=0.01)
     parts = phases(laps)
-    assert parts["data_wait"] >= 0.02
+    assert parts["data_loading"] >= 0.02
     assert parts["forward_backward"] >= 0.03
     assert parts["checkpoint"] >= 0.04
     assert parts["step"] == pytest.approx(sum(laps.values()) - parts["checkpoint"])
@@ -50,7 +50,7 @@ def test_laps_of_a_gpu_are_read_without_waiting_until_they_are_asked_for():
     a = torch.randn(4096, 4096, device=device)
     a @ a
     torch.cuda.synchronize()
-    watch = Stopwatch(device)
+    watch = StepTimer(device)
     torch.cuda.set_sync_debug_mode("error")
     began = time.perf_counter()
     for _ in range(50):
@@ -69,7 +69,7 @@ def test_laps_of_a_gpu_are_read_without_waiting_until_they_are_asked_for():
 
 @pytest.mark.gpu
 def test_laps_of_many_steps_are_bounded():
-    watch = Stopwatch(torch.device("cuda"))
+    watch = StepTimer(torch.device("cuda"))
     for _ in range(20_000):
         watch.stepped()
     assert len(watch._pending) < 10_000
@@ -116,7 +116,7 @@ def test_a_histogram_is_cumulative_and_never_falls_when_merged(tmp_path):
 
 
 def vitals(own, rss=2**30):
-    return Vitals(own, Memory(None, None, rss), None)
+    return ProcessStats(own, Memory(None, None, rss), None)
 
 
 def read(meter, step, loss, laps=({"forward": 0.5, "checkpoint": 9.0},), told=None):
@@ -131,7 +131,7 @@ def test_utilisation_is_the_share_of_the_peak():
     assert line["mfu"] == pytest.approx(200 / 2 * 3e6 / 1e9)
     assert line["hfu"] == pytest.approx(200 / 2 * 4e6 / 1e9)
     assert line["checkpoint_s"] == 9
-    assert line["time_left_s"] == 990 * 0.5
+    assert line["eta_s"] == 990 * 0.5
     unknown = read(Meter(100, 1000, 2, 3_000_000, 1_000_000, 1000), 10, 1.0)
     assert unknown["mfu"] is unknown["hfu"] is None
 
@@ -158,8 +158,8 @@ def test_a_loss_that_is_not_finite_is_null_and_spoils_no_average(bad):
 
 def test_the_slowest_and_fastest_rank_and_the_most_memory_are_named():
     line = read(Meter(1, 1, 3, 1, 0, 10), 1, 1.0, told=(vitals(0.2), vitals(0.1, 3 * 2**30), vitals(0.4)))
-    assert (line["rank_slowest"], line["rank_slowest_s"]) == (2, 0.4)
-    assert (line["rank_fastest"], line["rank_fastest_s"]) == (1, 0.1)
+    assert (line["slowest_rank"], line["slowest_rank_s"]) == (2, 0.4)
+    assert (line["fastest_rank"], line["fastest_rank_s"]) == (1, 0.1)
     assert line["host_rss_gib"] == 3
     assert line["memory_allocated_gib"] is None
 
@@ -170,7 +170,7 @@ def test_recomputed_operations_equal_what_pytorch_executes(policy, every):
 
     def executed(policy):
         model = small_mae()
-        apply_recompute([*model.blocks, *model.decoder_blocks], policy, every)
+        apply_activation_checkpointing([*model.blocks, *model.decoder_blocks], policy, every)
         with FlopCounterMode(display=False) as counter:
             model(*batch(0)).loss.backward()
         return counter.get_total_flops(), len(batch(0)[0]), model.flops()
@@ -269,8 +269,8 @@ def line(step, **more):
 
 
 def track(name, run_dir, first, steps, more=lambda number: {}):
-    config = load_config("debug", {"run.dir": str(run_dir), "log.sinks": [name]})
-    with Log(make_trackers(config, "a-run", first)) as log:
+    config = load_config("debug", {"run.dir": str(run_dir), "log.trackers": [name]})
+    with Log(build_trackers(config, "a-run", first)) as log:
         for number, step in enumerate(steps):
             log.metrics(line(step, **more(number)))
 

@@ -30,8 +30,8 @@ LOG_KEYS = {  # series -> key of a log line
     "scale_mae_learning_rate": "lr",
     "scale_mae_gradient_norm": "grad_norm",
     "scale_mae_images_per_second": "images_per_s",
-    'scale_mae_rank_seconds{which="slowest"}': "rank_slowest_s",
-    'scale_mae_rank_number{which="fastest"}': "rank_fastest",
+    'scale_mae_rank_seconds{which="slowest"}': "slowest_rank_s",
+    'scale_mae_rank_number{which="fastest"}': "fastest_rank",
     "scale_mae_checkpoints_total": "checkpoints",
 }
 
@@ -74,8 +74,8 @@ class Watched:
         for path in (folder / "prometheus", self.faults):
             path.mkdir()
         overrides = {"run.dir": str(self.dir), "data.source": demo_index(), "train.duration": "1000000 steps"}
-        overrides |= {"checkpoint.every": "40 steps", "log.every": "5", "train.micro_batch": "8"}
-        overrides |= {"heal.skipped_steps": "1000000"}  # bad losses are to be seen, not healed
+        overrides |= {"checkpoint.interval": "40 steps", "log.interval": "5", "train.micro_batch": "8"}
+        overrides |= {"rollback.max_skipped_steps": "1000000"}  # bad losses are to be seen, not healed
         self.config = load_config("debug", overrides)
         self.server = PrometheusServer(folder / "prometheus", folder / "runs" / "prometheus")
 
@@ -157,7 +157,7 @@ def test_rates_are_those_of_the_log(watched):
         found["metric"]["phase"]: float(found["value"][1])
         for found in watched.server.query("run_phase:scale_mae_step_seconds:share10m")
     }
-    assert set(shares) == {"data_wait", "forward_backward", "optimizer", "evaluation", "checkpoint"}
+    assert set(shares) == {"data_loading", "forward_backward", "optimizer", "evaluation", "checkpoint"}
     assert 0.3 < sum(shares.values()) <= 1.05
     p50, p95 = (watched.server.value(f"run:scale_mae_step_seconds:p{q}_10m") for q in (50, 95))
     assert 0 < p50 <= p95

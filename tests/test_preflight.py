@@ -22,9 +22,9 @@ from ranks import run_ranks
 from slurm_cluster import SlurmCluster
 
 from scale_mae.preflight import checks, command, diagnosis, measurements, rendezvous
-from scale_mae.preflight.measurements import Gpu, Seen
-from scale_mae.preflight.options import Demands
-from scale_mae.preflight.rendezvous import LostError, Outcome, RollCall, within
+from scale_mae.preflight.measurements import Gpu, NodeState
+from scale_mae.preflight.options import PreflightOptions
+from scale_mae.preflight.rendezvous import CallResult, LostError, Rendezvous, within
 
 PREFLIGHT = [sys.executable, "-m", "scale_mae", "preflight", "--need-gb=0.1", "--min-mbps=1"]
 H100 = [Gpu(f"uuid-{n}", "H100", 80 * 2**30) for n in range(8)]
@@ -42,13 +42,13 @@ def clock_off(demands):
 
 
 def elsewhere(demands):
-    return Demands(demands.run_dir.with_name("not_shared"), **ENOUGH)
+    return PreflightOptions(demands.run_dir.with_name("not_shared"), **ENOUGH)
 
 
 def unwritable(demands):
     file = demands.run_dir.with_name("file")
     file.touch()
-    return Demands(file / "run", **ENOUGH)
+    return PreflightOptions(file / "run", **ENOUGH)
 
 
 def full_disk(demands):
@@ -162,7 +162,7 @@ def fly(tmp_path):
     """``fly(size, {rank: [fault]})``: (bad nodes in the file, all that is printed); every rank ends with the same code."""
 
     def run_it(size, faults, wanted_code, ranks_that_count=None, check=20.0, grace=15.0, absent=(), seen=None, **options):
-        demands = Demands(tmp_path / "run", **(ENOUGH | options))
+        demands = PreflightOptions(tmp_path / "run", **(ENOUGH | options))
         outcomes = run_ranks(size, as_node, demands, faults, check, grace, absent, seen, timeout=240)
         counted = [outcomes[rank] for rank in ranks_that_count or range(size)]
         assert {code for code, _ in counted} == {wanted_code}, outcomes
@@ -242,7 +242,7 @@ def test_a_wrong_product_is_found_by_one_element(fly):
 
 
 def test_a_node_with_fewer_gpus_is_named(fly):
-    seen = [Seen(tuple(H100), ()), Seen(tuple(H100), ()), Seen(tuple(H100[:7]), ())]
+    seen = [NodeState(tuple(H100), ()), NodeState(tuple(H100), ()), NodeState(tuple(H100[:7]), ())]
     named, printed = fly(3, {}, 1, seen=seen)
     assert named == ["node2"]
     assert "has 7 GPUs: H100 (80 GiB) where others have 8 GPUs: H100 (80 GiB)" in printed
@@ -313,26 +313,26 @@ def test_each_node_meets_two_others_and_is_in_one_pair_at_a_time(nodes):
 )
 def test_accelerators_that_differ(gpus, bad, problem):
     report = diagnosis.Report([f"n{n}" for n in range(len(gpus))])
-    diagnosis.accelerators(report, [Outcome(Seen(tuple(of_node), ())) for of_node in gpus])
+    diagnosis.accelerators(report, [CallResult(NodeState(tuple(of_node), ())) for of_node in gpus])
     assert (report.bad, report.fit) == (bad, not problem)
 
 
 def test_each_process_may_see_its_own_gpu_only():
     report = diagnosis.Report(["a", "a", "b", "b"])
-    diagnosis.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in H100[:4]])
+    diagnosis.accelerators(report, [CallResult(NodeState((gpu,), ())) for gpu in H100[:4]])
     assert report.findings == [("ok", "2 GPUs: H100 (80 GiB) on every node", "")]
 
 
 def test_more_processes_than_gpus_on_every_node_is_the_job_s_fault():
     report = diagnosis.Report(["a", "a", "b", "b"])
-    diagnosis.accelerators(report, [Outcome(Seen((gpu,), ())) for gpu in (H100[0], H100[0], H100[1], H100[1])])
+    diagnosis.accelerators(report, [CallResult(NodeState((gpu,), ())) for gpu in (H100[0], H100[0], H100[1], H100[1])])
     assert report.bad == []
     assert "--ntasks-per-node" in report.findings[0].advice
 
 
 def test_a_gpu_slower_than_the_others_is_named():
     report = diagnosis.Report(["a", "b", "c"])
-    speeds = [Outcome(measurements.Product((), teraflops)) for teraflops in (700.0, 680.0, 400.0)]
+    speeds = [CallResult(measurements.Product((), teraflops)) for teraflops in (700.0, 680.0, 400.0)]
     diagnosis.arithmetic(report, speeds, on_gpu=True)
     assert report.bad == ["c"]
     shared_machines = diagnosis.Report(["a", "b", "c"])
@@ -358,7 +358,7 @@ def test_a_gpu_slower_than_the_others_is_named():
 def test_slow_storage_is_a_problem_where_a_speed_is_wanted_or_one_node_is_apart(speeds, min_mbps, bad, levels):
     report = diagnosis.Report([f"n{n}" for n in range(len(speeds))])
     written = {
-        node: Outcome(measurements.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)
+        node: CallResult(measurements.Written("a", b"", *map(float, s))) for node, s in zip(report.nodes, speeds, strict=True)
     }
     diagnosis.shared_directory(report, written, [], "runs", min_mbps)
     assert (report.bad, [finding.level for finding in report.findings]) == (bad, levels)
@@ -368,7 +368,7 @@ def test_slow_storage_is_a_problem_where_a_speed_is_wanted_or_one_node_is_apart(
 def test_no_speed_of_storage_is_wanted_unless_given():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert parser.parse_args(["--run-dir=runs"]).min_mbps is None is Demands(Path("runs")).min_mbps
+    assert parser.parse_args(["--run-dir=runs"]).min_mbps is None is PreflightOptions(Path("runs")).min_mbps
     assert parser.parse_args(["--run-dir=runs", "--min-mbps=50"]).min_mbps == 50
 
 
@@ -411,7 +411,7 @@ def call(monkeypatch):
     """The only process of a job, whose store any test may write to."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    return RollCall(1.0)
+    return Rendezvous(1.0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -429,9 +429,9 @@ def test_what_strangers_post_runs_no_code_and_is_no_answer(call, rank, tmp_path)
 
 
 LOCAL = checks.Local(
-    Outcome(Seen(tuple(H100), ("used by process 1",))),
-    Outcome(None, "no end in 20 s"),
-    Outcome(measurements.Written("a.bin", b"\x00\xff", 100.0, 2.5)),
+    CallResult(NodeState(tuple(H100), ("used by process 1",))),
+    CallResult(None, "no end in 20 s"),
+    CallResult(measurements.Written("a.bin", b"\x00\xff", 100.0, 2.5)),
     None,
 )
 
@@ -440,10 +440,13 @@ LOCAL = checks.Local(
     ("value", "kind"),
     [
         (LOCAL, checks.Local),
-        (checks.Local(Outcome(None), Outcome(measurements.Product((), 1.0)), None, Outcome({"/tmp": 1})), checks.Local),
-        (Outcome(None), Outcome[float | None]),
-        (Outcome(1.5), Outcome[float | None]),
-        (Outcome(None, "disk full"), Outcome[None]),
+        (
+            checks.Local(CallResult(None), CallResult(measurements.Product((), 1.0)), None, CallResult({"/tmp": 1})),
+            checks.Local,
+        ),
+        (CallResult(None), CallResult[float | None]),
+        (CallResult(1.5), CallResult[float | None]),
+        (CallResult(None, "disk full"), CallResult[None]),
         ((1, ["node1"]), tuple[int, list[str]]),
     ],
 )
@@ -464,10 +467,13 @@ def test_what_is_posted_arrives_as_it_was(call, value, kind):
         ("1" + "0" * 400, float),
         ('["a", 1]', list[str]),
         ("[1]", tuple[int, list[str]]),
-        ('{"value": 1.5}', Outcome[float]),
-        ('{"value": "1.5", "error": ""}', Outcome[float]),
-        ('{"value": 1.5, "error": "", "more": 1}', Outcome[float]),
-        ('{"value": {"name": "a", "head": "xy", "write_mbps": 1, "read_mbps": 1}, "error": ""}', Outcome[measurements.Written]),
+        ('{"value": 1.5}', CallResult[float]),
+        ('{"value": "1.5", "error": ""}', CallResult[float]),
+        ('{"value": 1.5, "error": "", "more": 1}', CallResult[float]),
+        (
+            '{"value": {"name": "a", "head": "xy", "write_mbps": 1, "read_mbps": 1}, "error": ""}',
+            CallResult[measurements.Written],
+        ),
         ("null", checks.Local),
     ],
 )
@@ -478,9 +484,9 @@ def test_what_is_not_of_the_type_is_no_answer(call, posted, kind):
 
 
 def test_an_action_has_a_limited_time():
-    assert within(5, lambda: 1) == Outcome(1)
-    assert within(5, lambda: 1 / 0) == Outcome(None, "division by zero")
-    assert within(0.1, lambda: time.sleep(1)) == Outcome(None, "no end in 0.1 s")
+    assert within(5, lambda: 1) == CallResult(1)
+    assert within(5, lambda: 1 / 0) == CallResult(None, "division by zero")
+    assert within(0.1, lambda: time.sleep(1)) == CallResult(None, "no end in 0.1 s")
     assert rendezvous.hanging()
 
 

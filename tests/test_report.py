@@ -68,7 +68,7 @@ def browser():
 
 def a_line(step, **more):
     base = {"step": step, "total_steps": 1000, "images": step * 16, "epoch": step / 625, "lr": 1e-3, "grad_norm": 0.5}
-    speed = {"images_per_s": 100.0, "step_time_s": 0.16, "data_wait_s": 0.01, "memory_gib": 1.5, "time": 1.79e9 + step}
+    speed = {"images_per_s": 100.0, "step_time_s": 0.16, "data_loading_s": 0.01, "memory_gib": 1.5, "time": 1.79e9 + step}
     return base | speed | {"loss": 1 / step} | more
 
 
@@ -344,7 +344,10 @@ def listed_incidents(run):
 
 
 def test_skipped_steps_are_those_of_the_history(tmp_path):
-    events = [{"event": "skipped", "steps": [7, 8, 12], "total": 3}, {"event": "skipped", "steps": [15], "total": 4}]
+    events = [
+        {"event": "steps_skipped", "steps": [7, 8, 12], "total": 3},
+        {"event": "steps_skipped", "steps": [15], "total": 4},
+    ]
     run = make_run(tmp_path / "run", [a_line(10, skipped_steps=2), a_line(20, skipped_steps=4)], events)
     assert [(mark.kind, mark.steps) for mark in marks(read_record(run))] == [("skip", 7), ("skip", 12), ("skip", 15)]
     text = listed_incidents(run)
@@ -365,14 +368,14 @@ WRONG = ["x", [1], {"a": 1}, True, math.nan, math.inf, 10**400, None, -1e299, "\
 
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
 def test_values_of_wrong_types_are_missing(tmp_path, wrong):
-    whole = a_line(20, loss_smoothed=1.0, skipped_steps=1, energy_j=1.0, images_processed=9, time_left_s=3.0, decode_failures=1)
-    whole |= {"decode_failures_truncated": 1, "rank_slowest_s": 1.0, "memory_allocated_gib": 1.0}
+    whole = a_line(20, loss_smoothed=1.0, skipped_steps=1, energy_j=1.0, images_processed=9, eta_s=3.0, decode_failures=1)
+    whole |= {"decode_failures_truncated": 1, "slowest_rank_s": 1.0, "memory_allocated_gib": 1.0}
     lines = [whole, *({**whole, "step": 21 + n, key: wrong} for n, key in enumerate(whole) if key != "step")]
     lines += [{key: wrong if key != "step" else 90 for key in whole}, whole | {"step": wrong}]
     facts = {
         "start": ["time", "step", "restarts", "world_size", "zero_stage", "device", "host", "job_id", "versions", "command"],
         "rollback": ["time", "number", "reason", "detected", "to", "skipped_steps", "positions", "samples"],
-        "skipped": ["time", "steps", "total"],
+        "steps_skipped": ["time", "steps", "total"],
         "stop": ["time", "step", "reason"],
         "checkpoint": ["time", "step", "seconds", "stalled", "bytes", "error"],
         "export": ["time", "step", "path", "format"],
@@ -403,7 +406,7 @@ def test_a_step_that_was_saved_again_counts_again(tmp_path):
 
 
 def test_memory_and_ranks_say_whose_they_are(tmp_path):
-    lines = [a_line(s, host_rss_gib=1.0, rank_slowest_s=0.1, rank_fastest_s=0.1) for s in (1, 2)]
+    lines = [a_line(s, host_rss_gib=1.0, slowest_rank_s=0.1, fastest_rank_s=0.1) for s in (1, 2)]
     text = report_page(read_record(make_run(tmp_path / "run", lines)))
     assert "The most of any process" in text
     assert "peak of the first process" in text

@@ -165,11 +165,11 @@ LAYOUTS = [
 
 def write(folder, layouts):
     """Each layout: train, save, train on; then again from the save; losses of both, loss scales, the files written."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
     told = {}
-    with world() as ranks:
+    with process_group() as ranks:
         for precision, name in layouts:
             config = make_config(folder, name, precision, micro_batch=6)
             here = folder / f"{precision}-{name}"
@@ -222,11 +222,11 @@ def test_save_names_the_files_that_each_process_wrote(written):
 
 def move(folder, jobs):
     """Load each source into each target, save at once, train on; losses."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         for source, target, precision, name, micro_batch in jobs:
             config = make_config(folder, name, precision, micro_batch)
             engine = build(config, ranks)
@@ -313,11 +313,11 @@ def test_other_ranks_stages_and_accumulation_hold_the_same_and_go_on_alike(writt
 
 def begin(folder, hops):
     """Save before the first step, or after fp16 steps that all overflowed; load elsewhere, train on; losses and scales."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         for number, (precision, one, other) in enumerate(hops):
             config = make_config(folder, one, precision, micro_batch=6)
             engine = build(config, ranks)
@@ -389,11 +389,11 @@ class Growth:
 
 def measure(folder, hops):
     """For each hop: bytes of the moments of the whole model, of the largest tensor, and what loading took."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         for precision, one, other in hops:
             config = make_config(folder, one, precision, micro_batch=6)
             engine = build(config, ranks, BIG)
@@ -430,10 +430,10 @@ def test_a_process_takes_the_memory_of_its_share_and_the_largest_tensor(tmp_path
 
 def refuse(folder, name, spoil, rank):
     """Load what one rank, or every rank (None), finds spoilt."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
-    with world() as ranks:
+    with process_group() as ranks:
         here = folder
         if rank in (ranks.rank, None):
             here = shutil.copytree(folder, folder.with_name(f"spoilt-{name}-{ranks.rank}"))
@@ -511,10 +511,10 @@ def test_what_does_not_fit_is_one_line_on_every_rank_and_changes_nothing(written
 
 def write_apart(folder):
     """Each process saves to a folder of its own; then one of them cannot."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     start()
-    with world() as ranks:
+    with process_group() as ranks:
         engine = build(make_config(folder, "zero3"), ranks)
         files = save(engine, folder / f"node{ranks.rank}")
         (folder / "blocked1").write_text("a file where a folder should be")

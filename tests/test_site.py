@@ -14,7 +14,7 @@ from scale_mae.cli import main
 from scale_mae.config import UserError, load_config
 from scale_mae.runs import history
 from scale_mae.slurm.site import Site, SiteError, load_site, seconds
-from scale_mae.slurm.status import duration, find_runs, show, standing
+from scale_mae.slurm.status import duration, find_runs, run_status, show
 from scale_mae.slurm.submit import CLUSTER, lead_seconds, node_counts, prepare, set_aside, unseen
 
 
@@ -54,8 +54,8 @@ def test_a_job_runs_the_command_of_its_recipe(tmp_path, task):
 
 
 def test_images_to_evaluate_on_that_are_not_seen_are_told(tmp_path):
-    config = load_config("finetune_demo", {"run.dir": str(tmp_path / "run"), "classify.val": str(tmp_path / "nowhere")})
-    assert [line.partition("(")[0] for line in unseen(config) if line.startswith("classify.val")]
+    config = load_config("finetune_demo", {"run.dir": str(tmp_path / "run"), "classify.val_source": str(tmp_path / "nowhere")})
+    assert [line.partition("(")[0] for line in unseen(config) if line.startswith("classify.val_source")]
 
 
 def test_without_a_container_this_python_runs(folder):
@@ -283,7 +283,7 @@ def test_of_several_runs_a_long_error_is_cut(tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(load_config("debug", {}).to_yaml())
-        (tmp_path / name / "outcome").write_text(error + "\n")
+        (tmp_path / name / "exit_status").write_text(error + "\n")
     assert main(["status", str(tmp_path)]) == 0
     assert "failed: gradients went bad in steps and samples gradients went" in (out := capsys.readouterr().out)
     assert out.count("samples") <= 4
@@ -312,10 +312,10 @@ def test_a_table_of_runs(folder, capsys):
     for name in ("one", "two"):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "config.yaml").write_text("")
-    line = '{"step": 30, "total_steps": 60, "loss": 0.25, "images_per_s": 99.6, "time_left_s": 7300.0}'
+    line = '{"step": 30, "total_steps": 60, "loss": 0.25, "images_per_s": 99.6, "eta_s": 7300.0}'
     (folder / "runs" / "one" / "log.jsonl").write_text(line + '\n{"step": 3')  # killed while it wrote
-    (folder / "runs" / "one" / "outcome").write_text("failed: loss is not finite at step 31\n")
-    show([standing(run) for run in find_runs(Path("runs"))])
+    (folder / "runs" / "one" / "exit_status").write_text("failed: loss is not finite at step 31\n")
+    show([run_status(run) for run in find_runs(Path("runs"))])
     one, two = capsys.readouterr().out.splitlines()[1:3]
     for wanted in ("runs/one", "failed: loss is not finite at step 31", "30 of 60 (50%)", "0.2500", "100", "2 h 1 min"):
         assert wanted in one
@@ -325,19 +325,19 @@ def test_a_table_of_runs(folder, capsys):
 def test_restarts_are_those_of_the_history(folder, capsys):
     """Not every restart resumes: a run that had saved nothing begins anew, and counts all the same."""
     (folder / "config.yaml").write_text("")
-    assert standing(folder).restarts == 0
+    assert run_status(folder).restarts == 0
     (folder / "log.jsonl").write_text('{"step": 3}\n')
     (folder / "log.txt").write_text("resumed from a.pth\n")
-    show([standing(folder)])
+    show([run_status(folder)])
     assert re.search(r"restarts +-\n", capsys.readouterr().out)  # nothing that counted them
     for number in range(3):
         history.append(folder, "start", step=0, restarts=number)
     history.append(folder, "start", step=0, restarts="many")
     history.append(folder, "stop", step=4)
-    assert standing(folder).restarts == 2
+    assert run_status(folder).restarts == 2
     (folder / history.FILE).unlink()
     (folder / history.FILE).mkdir()  # cannot be read
-    assert standing(folder).restarts is None
+    assert run_status(folder).restarts is None
 
 
 def test_durations():

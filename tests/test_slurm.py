@@ -97,7 +97,7 @@ def stop_after_some_steps(cluster, run_dir):
     """Train on both nodes, SIGTERM the job step after a few optimizer steps; the step at which it ended."""
     log, output = run_dir / "log.jsonl", run_dir.with_name("srun.txt")
     enough = 5 + (len(log_records(run_dir)) if log.exists() else 0)
-    command = [*ON_TWO_NODES, *TRAIN, f"run.dir={run_dir}", "train.duration=2000 steps", "checkpoint.every=2000 steps"]
+    command = [*ON_TWO_NODES, *TRAIN, f"run.dir={run_dir}", "train.duration=2000 steps", "checkpoint.interval=2000 steps"]
     with started(command, cluster, output) as srun:
         deadline = time.monotonic() + PATIENCE
         while not log.exists() or log.read_text().count("\n") < enough:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from slurm_cluster import SlurmCluster
-from test_train import log
+from test_trainer import log
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.cli import main
@@ -26,7 +26,7 @@ from scale_mae.slurm.submit import prepare, set_aside
 PATIENCE = 400  # seconds; the machine may have other work
 ROOT = Path(__file__).parent.parent
 SITE = "preflight: {preflight}\npreflight_options: [--need-gb=1, --min-mbps=1]\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
-RUN = ["train.duration=400 steps", "checkpoint.every=400 steps"]
+RUN = ["train.duration=400 steps", "checkpoint.interval=400 steps"]
 service = pytest.mark.service("slurm-wlm", "munge")
 
 
@@ -78,7 +78,7 @@ def ended(cluster):
 def finish(cluster, run):
     """The job's end, and all losses of the run."""
     wait(cluster, run, "the job ends", ended(cluster))
-    assert (run / "outcome").read_text() == "finished\n", said(run)
+    assert (run / "exit_status").read_text() == "finished\n", said(run)
     return log(run, "loss")
 
 
@@ -170,11 +170,17 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_losses(cluster, undisturbed,
 @pytest.mark.long
 def test_a_fine_tuning_is_submitted_and_preempted_like_a_pre_training(cluster, here, capsys):
     encoder, run = here / "encoder", here / "run"
-    own = ["train.duration=2 steps", "train.global_batch=16", "train.micro_batch=8", "log.port=null", "optim.warmup=1 steps"]
+    own = [
+        "train.duration=2 steps",
+        "train.global_batch=16",
+        "train.micro_batch=8",
+        "log.metrics_port=null",
+        "optim.warmup=1 steps",
+    ]
     command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", f"run.dir={encoder}", *own]
     subprocess.run(command, env=cluster.env | {"PYTHONPATH": str(ROOT)}, check=True)
     own = [f"run.dir={run}", f"model.init_from={encoder}", "train.duration=200 steps", "train.global_batch=32"]
-    own += ["train.micro_batch=8", "checkpoint.every=200 steps", "classify.every=100 steps", "optim.warmup=10 steps"]
+    own += ["train.micro_batch=8", "checkpoint.interval=200 steps", "classify.eval_interval=100 steps", "optim.warmup=10 steps"]
     assert main(["submit", "finetune_demo", *own, "--nodes=2"]) == 0
     job = capsys.readouterr().out.split()[1].rstrip(":")
     disturb(cluster, run, "SIGTERM", lambda: cluster.run("scancel", "--signal=TERM", job))
@@ -208,7 +214,7 @@ def test_a_run_stops_by_itself_before_the_time_limit(cluster, here, capsys):
     run = here / "run"
     with (here / "site.yaml").open("a") as file:
         file.write("sbatch: ['--signal=USR1@0']\n")  # none from Slurm
-    (job,) = submit(capsys, run, "train.duration=1000000 steps", "checkpoint.every=1000000 steps", "--time=2")
+    (job,) = submit(capsys, run, "train.duration=1000000 steps", "checkpoint.interval=1000000 steps", "--time=2")
     wait(cluster, run, "the job runs", lambda: attempts(run))
     limit = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()
     wait(cluster, run, "it stops and begins again", lambda: len(attempts(run)) > 1)
@@ -270,13 +276,15 @@ def test_a_job_that_cannot_progress_gives_up(cluster, here, capsys):
     wait(cluster, run, "the job gives up", ended(cluster))
     assert len(attempts(run)) == 4
     assert (
-        (run / "outcome").read_text().startswith("failed: 3 restarts in a row made no progress; the last attempt ended without")
+        (run / "exit_status")
+        .read_text()
+        .startswith("failed: 3 restarts in a row made no progress; the last attempt ended without")
     )
     assert main(["status", str(run)]) == 0
     assert "failed: 3 restarts in a row made no progress" in capsys.readouterr().out
     # the same command again begins to count anew
     write_site(here)
-    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps")
     finish(cluster, run)
 
 
@@ -292,11 +300,11 @@ def test_setup_that_ends_the_job_is_told_and_counts_as_an_attempt(cluster, here,
     (job,) = submit(capsys, run)
     wait(cluster, run, "the job gives up", ended(cluster))
     why = f"ended in setup, exit code 3; see {run}/slurm/job-{job}.log"
-    assert (run / "outcome").read_text() == f"failed: 1 restarts in a row made no progress; the last attempt {why}\n"
+    assert (run / "exit_status").read_text() == f"failed: 1 restarts in a row made no progress; the last attempt {why}\n"
     assert f"job {job}: {why}; starts again\n" in said(run)
     assert len(attempts(run)) == 2
     (here / "ready").touch()
-    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps")
     finish(cluster, run)
 
 
@@ -324,7 +332,7 @@ def test_a_port_that_is_taken_is_not_tried_again(cluster, here, capsys):
     with socket.socket() as stranger:
         stranger.bind(("0.0.0.0", meeting_port(str(number), "0", "0")))
         stranger.listen()
-        assert submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps") == [number]
+        assert submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps") == [number]
         finish(cluster, run)
     assert len(attempts(run)) == 2
     (output,) = (run / "slurm").glob("job-*.log")
@@ -379,7 +387,7 @@ def test_nothing_around_the_submission_reaches_the_job(cluster, here, capsys, mo
     (here / "bin" / "squeue").chmod(0o755)
     with (here / "site.yaml").open("a") as file:
         file.write(f'sbatch: [--export=NONE]\nsetup: |\n  [ -n "$UNSET" ]\n  export PATH={here}/bin:{cluster.env["PATH"]}\n')
-    submit(capsys, run, "train.duration=5 steps", "checkpoint.every=5 steps")
+    submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps")
     for name in strange:
         monkeypatch.delenv(name)
     finish(cluster, run)
@@ -397,7 +405,7 @@ def test_cancelled_before_training_begins_it_does_not_begin(cluster, here, capsy
     assert main(["cancel", str(run)]) == 0
     wait(cluster, run, "the end", ended(cluster))
     assert f"job {job}: cancelled" in said(run)
-    assert (run / "outcome").read_text() == "stopped by scale-mae cancel\n"
+    assert (run / "exit_status").read_text() == "stopped by scale-mae cancel\n"
     assert not (run / "log.jsonl").exists()
 
 

@@ -8,14 +8,14 @@ import time
 import pytest
 from images import jpeg, make_folders
 from ranks import RankError, run_ranks
-from test_train import log, make_config, train, train_until
+from test_trainer import log, make_config, train, train_until
 
 from scale_mae.config import UserError
 from scale_mae.data import index_builder as building
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build
 from scale_mae.data.pack import pack
-from scale_mae.distributed import world
+from scale_mae.distributed import process_group
 from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.directory import find_index
 
@@ -64,7 +64,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
 def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder):
     data = make_folders(tmp_path / "data", per_class=20)
     setting = {"data.source": str(data), "train.micro_batch": 2, "train.global_batch": 8, "train.duration": "30 steps"}
-    setting |= {"checkpoint.every": "100 steps", "data.decoder": decoder}
+    setting |= {"checkpoint.interval": "100 steps", "data.decoder": decoder}
     configs = [make_config(tmp_path / name, **setting) for name in ("a", "b")]
     for config in configs:  # the images go bad after they were indexed
         build(str(data), tmp_path / config.run.dir / "data.index", verify=False)
@@ -91,7 +91,7 @@ def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder)
 def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_path):
     data = make_folders(tmp_path / "data", per_class=20)
     config = make_config(
-        tmp_path / "run", **{"data.source": str(data), "data.max_failures": 0.00002, "train.duration": "60 steps"}
+        tmp_path / "run", **{"data.source": str(data), "data.max_failure_ratio": 0.00002, "train.duration": "60 steps"}
     )
     build(str(data), tmp_path / "run" / "data.index", verify=False)
     spoilt = data / "class1" / "7.jpg"
@@ -126,7 +126,7 @@ def stop_at(config, step):
 
 def test_failures_between_log_lines_are_named_before_a_run_stops(tmp_path):
     data = make_folders(tmp_path / "data", per_class=5)
-    setting = {"data.source": str(data), "log.every": 1000, "train.duration": "500 steps"}
+    setting = {"data.source": str(data), "log.interval": 1000, "train.duration": "500 steps"}
     config = make_config(tmp_path / "run", **setting)
     build(str(data), tmp_path / "run" / "data.index", verify=False)
     (data / "class0" / "3.jpg").unlink()
@@ -173,13 +173,13 @@ def train_with_broken_dali(config):
 def slow_main(seconds):
     from datetime import timedelta
 
-    world.TIMEOUT, world.HEARTBEAT = timedelta(seconds=3), 0.5
+    process_group.TIMEOUT, process_group.HEARTBEAT = timedelta(seconds=3), 0.5
 
     def action():
         time.sleep(seconds)
         return 7
 
-    with world.world() as ranks:
+    with process_group.process_group() as ranks:
         return ranks.on_main(action)
 
 

@@ -9,27 +9,27 @@ import time
 
 import pytest
 from ranks import RankError, collect, run_ranks, start_ranks
-from test_train import log, make_config, train
+from test_trainer import log, make_config, train
 
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.data.workers import run_each
 from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.exit_status import FILE
-from scale_mae.training.time_limit import Pace
+from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import EXIT_CODE
 
-LONG = {"train.duration": "5000 steps", "checkpoint.every": "5000 steps"}
+LONG = {"train.duration": "5000 steps", "checkpoint.interval": "5000 steps"}
 
 
 def hang(config, rank, how, errors):
     """Train, and stop moving on one rank after the third batch; standard error goes to a file a rank."""
     from scale_mae.training import watchdog
-    from scale_mae.training.batch_iterator import Feed
+    from scale_mae.training.batch_iterator import BatchIterator
 
     watchdog.GRACE = 1.0
     mine = int(os.environ["RANK"])
     os.dup2(os.open(f"{errors}-{mine}", os.O_WRONLY | os.O_CREAT), 2)
-    original, taken = Feed.take, []
+    original, taken = BatchIterator.take, []
 
     def take(self):
         taken.append(1)
@@ -37,7 +37,7 @@ def hang(config, rank, how, errors):
             how()
         return original(self)
 
-    Feed.take = take
+    BatchIterator.take = take
     return train(config)
 
 
@@ -51,13 +51,13 @@ def hold_the_interpreter():
 
 @pytest.mark.parametrize("how", [sleep_in_python, hold_the_interpreter])
 def test_a_rank_that_stops_moving_ends_all_with_their_stacks(tmp_path, how):
-    config = make_config(tmp_path / "run", **LONG, **{"run.watchdog": 0.1, "engine.deepspeed": "zero0"})
+    config = make_config(tmp_path / "run", **LONG, **{"run.watchdog_minutes": 0.1, "engine.deepspeed": "zero0"})
     processes, pipes = start_ranks(2, hang, config, 1, how, str(tmp_path / "error"))
     with pytest.raises(RankError):
         collect(processes, pipes, timeout=90)
     told = [(tmp_path / f"error-{rank}").read_text() for rank in (0, 1)]
     assert processes[0].exitcode == EXIT_CODE, told
-    assert "rank 0 | no progress for 0.1 minutes (run.watchdog)" in told[0]
+    assert "rank 0 | no progress for 0.1 minutes (run.watchdog_minutes)" in told[0]
     assert "in _one_step" in told[0]  # where it waits for the other
     assert processes[1].exitcode != 0
     assert how.__name__ in told[1]
@@ -122,9 +122,9 @@ def test_the_time_to_stop_follows_the_slowest_save(tmp_path, monkeypatch):
 
 
 def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypatch):
-    pace = Pace(nbytes=10**10, saves=[])
+    pace = StopTimeEstimator(nbytes=10**10, saves=[])
     assert pace.lead == 2 * 50 + 30
-    pace = Pace(nbytes=0, saves=[7200.0])
+    pace = StopTimeEstimator(nbytes=0, saves=[7200.0])
     pace.stepped(40)
     assert pace.lead == 2 * 7200 + 2 * 40 + 30
     for _ in range(3):
@@ -138,9 +138,9 @@ def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypat
 
 def train_and_signal(config, number):
     """Signal rank 1, from inside, once it has taken three batches."""
-    from scale_mae.training.batch_iterator import Feed
+    from scale_mae.training.batch_iterator import BatchIterator
 
-    original, taken = Feed.take, []
+    original, taken = BatchIterator.take, []
 
     def take(self):
         taken.append(1)
@@ -149,7 +149,7 @@ def train_and_signal(config, number):
             os.kill(os.getpid(), number)  # some systems signal twice
         return original(self)
 
-    Feed.take = take
+    BatchIterator.take = take
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, has it ignored
     return train(config)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.system.files import check_space
 
 
@@ -39,7 +39,7 @@ class LocalFolder:
         disks = world.gather(world.together(lambda: self._first(root)))
         self._sharing = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
 
-    def prepare(self, final: Path, nbytes: int, alone: int) -> None:
+    def prepare(self, final: Path, nbytes: int, main_only_nbytes: int) -> None:
         """Empty it, and look whether its disk has room for what all processes that share it may write.
 
         Args:
@@ -51,7 +51,9 @@ class LocalFolder:
             CheckpointError: on every process, if any cannot begin.
         """
         self._world.together(lambda: lost(self._empty, final, self.path))
-        needed = (nbytes - alone) * len(self._sharing) // self._world.size + (alone if self._world.is_main else 0)
+        needed = (nbytes - main_only_nbytes) * len(self._sharing) // self._world.size + (
+            main_only_nbytes if self._world.is_main else 0
+        )
         speaks = self._sharing[0] == self._world.rank  # one for each disk, when all have emptied their parts
         self._world.together(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), final, self.path))
 

@@ -38,7 +38,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor that is made when asked for: its ``shape`` and ``dtype``, known before, and its values.
 
     ``stretches`` gives the values, flattened and in order, in one piece or several; nothing has to be copied to join them.
@@ -48,7 +48,7 @@ class Lazy:
     dtype: torch.dtype
     stretches: Callable[[], Iterable[Tensor]]
 
-    def to(self, dtype: torch.dtype | None) -> Lazy:
+    def to(self, dtype: torch.dtype | None) -> LazyTensor:
         """The same rounded to ``dtype``, if it has a fraction to round; None changes nothing."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
@@ -79,7 +79,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 class Reading(Mapping[str, Tensor]):
     """Lazy tensors as a plain mapping; each is made anew whenever it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -92,7 +92,7 @@ class Reading(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file.
 
     Args:
@@ -135,14 +135,16 @@ def _write(file: BinaryIO, content: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str], max_bytes: float = math.inf) -> None:
+def write_folder(
+    folder: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], max_bytes: float = math.inf
+) -> None:
     """Write ``model.safetensors``, or numbered files of at most ``max_bytes`` each (but for larger tensors) and their index.
 
     Raises:
         OSError: the disk.
         UserError: a dtype that the format does not know.
     """
-    shards: list[dict[str, Lazy]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if shards[-1] and filled + tensor.nbytes > max_bytes:

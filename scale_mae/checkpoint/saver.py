@@ -37,7 +37,7 @@ from scale_mae.checkpoint.store import (
     step_of,
 )
 from scale_mae.config import Config, UserError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.system.files import check_space, flush, sha256
 from scale_mae.system.versions import versions
 
@@ -46,7 +46,7 @@ BLOCK = 1 << 22  # bytes copied at once
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """How a save ended.
 
     Attributes:
@@ -80,7 +80,7 @@ class Saver:
         zero_stage: of DeepSpeed.
         nbytes: what a checkpoint takes at most.
         alone: of these, what the first process alone writes.
-        keep_every: ``checkpoint.keep_every`` in steps.
+        keep_every: ``checkpoint.keep_interval`` in steps.
         failures: saves that were lost before this process began; goes on counting.
 
     Attributes:
@@ -98,15 +98,15 @@ class Saver:
         *,
         zero_stage: int,
         nbytes: int,
-        alone: int,
+        main_only_nbytes: int,
         keep_every: int | None = None,
         failures: int = 0,
     ) -> None:
         self.config, self.world, self.zero_stage, self.keep_every = config, world, zero_stage, keep_every
-        self.nbytes, self.alone = nbytes, alone
+        self.nbytes, self.main_only_nbytes = nbytes, main_only_nbytes
         self.folder, self.failures = run_dir / FOLDER, failures
         self.error: CheckpointError | None = None
-        self._ended: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._publishing: threading.Thread | None = None
         # of the save under way
         self._notes: list[str] = []
@@ -136,7 +136,7 @@ class Saver:
             else:
                 # rounds of their own: who cannot even begin must not be missed in the barriers of ``write``
                 final = self.folder / checkpoint_name(step)
-                local.prepare(final, self.nbytes, self.alone)
+                local.prepare(final, self.nbytes, self.main_only_nbytes)
                 written = self.world.together(lambda: lost(lambda: write(local.path), final, local.path))
         except CheckpointError as loss:
             error = loss
@@ -144,12 +144,12 @@ class Saver:
                 local.clear()  # a part of it would only fill the disk
         stalled = time.perf_counter() - began
         if path or error:
-            self._end(Saved(path, error, stalled, stalled))
+            self._end(SaveResult(path, error, stalled, stalled))
         else:
             self._publishing = threading.Thread(target=self._publish, args=(step, written, began, stalled), daemon=True)
             self._publishing.start()
 
-    def ended(self) -> list[Saved]:
+    def ended(self) -> list[SaveResult]:
         """Saves that have ended since the last call, on this process."""
         return [self._ended.get() for _ in range(self._ended.qsize())]
 
@@ -185,9 +185,9 @@ class Saver:
         except Exception as trouble:  # in a thread of its own nobody would hear of it
             path, error = None, CheckpointError(f"{self.folder / checkpoint_name(step)}: not published ({trouble})")
         local.clear()
-        self._end(Saved(path, error, time.perf_counter() - began, stalled))
+        self._end(SaveResult(path, error, time.perf_counter() - began, stalled))
 
-    def _end(self, saved: Saved) -> None:
+    def _end(self, saved: SaveResult) -> None:
         self.error = saved.error
         self.failures += saved.path is None
         self._ended.put(replace(saved, notes=tuple(self._notes), nbytes=self._written, step=self._step))
@@ -267,7 +267,7 @@ class Saver:
     def _prune(self, newest: Path) -> None:
         """Delete what is no longer kept. The newest is whole by now; one that is newer by name is from before a resume."""
         older = {step_of(c): c for c in checkpoints(newest.parent.parent) if c.name <= newest.name}
-        kept = retained(list(older), self.config.checkpoint.keep, self.keep_every)
+        kept = retained(list(older), self.config.checkpoint.keep_latest, self.keep_every)
         for step in older.keys() - kept:
             hidden = older[step].with_name(f".{older[step].name}.tmp")  # a name first: half of one must not look like one
             try:

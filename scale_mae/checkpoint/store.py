@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.data.workers import Threads
+from scale_mae.data.workers import DaemonThreadPool
 from scale_mae.system.files import sha256
 from scale_mae.system.resources import available_cores
 
@@ -156,7 +156,7 @@ class Verification:
 
     def __init__(self, checkpoint: Path, notes: Sequence[str] = ()) -> None:
         self.checkpoint, self.notes, self._manifest = checkpoint, list(notes), read_manifest(checkpoint)
-        threads, files = Threads(available_cores(), "checksum"), self._manifest.files
+        threads, files = DaemonThreadPool(available_cores(), "checksum"), self._manifest.files
         self._checks = [threads.submit(_verify_file, checkpoint / name, facts, True) for name, facts in files.items()]
         threads.finish()
 

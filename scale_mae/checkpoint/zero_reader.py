@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.zero_files import open_files, release
 from scale_mae.checkpoint.zero_layout import Cut, Layout, Partitioned, Unsharded
@@ -145,9 +145,9 @@ class ZeroReader(Mapping[str, Tensor]):
         """
         yield from self._stretches(name, key) if name in self._trained else [self[name].reshape(-1)]
 
-    def lazy(self, name: str) -> Lazy:
+    def lazy(self, name: str) -> LazyTensor:
         """A tensor that is read when asked for."""
-        return Lazy(self.shape(name), self.dtype(name), partial(self.stretches, name))
+        return LazyTensor(self.shape(name), self.dtype(name), partial(self.stretches, name))
 
     def _stretches(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         own = self._own_names.get(name, name)

@@ -17,10 +17,10 @@ from scale_mae.config.sections import (
     ClassifyConfig,
     DataConfig,
     EngineConfig,
-    HealConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
+    RollbackConfig,
     RunConfig,
     Section,
     TrainConfig,
@@ -52,7 +52,7 @@ class Config(Section):
     """When to save and how much to keep."""
     log: LogConfig = LogConfig()
     """How often to look, and where it is told."""
-    heal: HealConfig = HealConfig()
+    rollback: RollbackConfig = RollbackConfig()
     """When a run goes back to its last good checkpoint."""
 
     @model_validator(mode="after")
@@ -63,11 +63,17 @@ class Config(Section):
             raise ValueError(f"optim.name=lars needs whole parameters, which engine.deepspeed={stage} cuts up; use zero0")
         if (self.classify.mixup or self.classify.cutmix) and batch % 2:
             raise ValueError(f"train.micro_batch={batch} is odd; classify.mixup and cutmix mix pairs of images")
-        frozen = self.classify.train_blocks is not None and self.train.precision != "fp32"
-        if frozen and self.train.recompute == "offload":  # fairscale would recompute what is not frozen in another precision
-            raise ValueError("train.recompute=offload does not go with classify.train_blocks in 16 bits; use recompute=full")
-        if self.engine.compile and self.train.recompute == "offload":
-            raise ValueError("engine.compile=True does nothing for train.recompute=offload; use recompute=full or no compile")
+        frozen = self.classify.trainable_blocks is not None and self.train.precision != "fp32"
+        if (
+            frozen and self.train.activation_checkpointing == "offload"
+        ):  # fairscale would recompute what is not frozen in another precision
+            raise ValueError(
+                "train.activation_checkpointing=offload does not go with classify.trainable_blocks in 16 bits; use full"
+            )
+        if self.engine.compile and self.train.activation_checkpointing == "offload":
+            raise ValueError(
+                "engine.compile=True does nothing for train.activation_checkpointing=offload; use full, or do not compile"
+            )
         return self
 
     def _fits_task(self) -> None:
@@ -80,10 +86,10 @@ class Config(Section):
             own: tuple[str, ...] = ("mask_ratio", "target", "decoder_width", "decoder_depth", "decoder_heads")
             unused = {f"model.{key}" for key in own if getattr(self.model, key) != getattr(ModelConfig(), key)}
         if task == "linprobe":
-            own = ("train_blocks", "drop_path", "smoothing", "mixup", "cutmix", "erasing")
+            own = ("trainable_blocks", "drop_path", "label_smoothing", "mixup", "cutmix", "random_erasing")
             unused |= {f"classify.{key}" for key in own if getattr(c, key) != getattr(ClassifyConfig(), key)}
-        elif len(c.sweep) > 1:
-            unused |= {"classify.sweep"}
+        elif len(c.lr_multipliers) > 1:
+            unused |= {"classify.lr_multipliers"}
         if unused:
             raise ValueError(f"{sorted(unused)[0]} means nothing to run.task={task}; leave it out")
 
@@ -132,7 +138,7 @@ class Config(Section):
             "fp16": "train.precision",
             "optimizer": "optim.*",
             "scheduler": "optim.*",
-            "activation_checkpointing": "train.recompute",
+            "activation_checkpointing": "train.activation_checkpointing",
         }
         for key in owned.keys() & content.keys():
             raise ConfigError(f"engine.deepspeed={name} sets {key}, which {owned[key]} decides; remove it from the JSON")

@@ -53,7 +53,7 @@ class RunConfig(Section):
     classifier on a frozen encoder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, sample order, crops, flips and masks."""
-    watchdog: float = Field(15.0, ge=0, json_schema_extra={"free": True})
+    watchdog_minutes: float = Field(15.0, ge=0, json_schema_extra={"free": True})
     """Minutes without a step or a checkpoint after which every process writes the stacks of its threads and ends. Time before
     the first step does not count. 0: never."""
 
@@ -123,7 +123,7 @@ class DataConfig(Section):
     """Least and largest width-to-height ratio of a random crop."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
-    jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
+    color_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
     """Strength of brightness, contrast and saturation jitter, for augmentation=random_crop_jitter only."""
     randaugment: Annotated[MaybePath, AfterValidator(_policy)] = None
     """RandAugment after crop and flip, in timm's notation, e.g. rand-m9-mstd0.5-inc1. Empty: none."""
@@ -136,7 +136,7 @@ class DataConfig(Section):
     prefetch: int | None = Field(None, gt=0, json_schema_extra={"free": True})
     """Micro-batches decoded ahead of the step that needs them. Empty: enough to keep all threads busy, within an eighth of
     the memory."""
-    max_failures: float = Field(0.001, ge=0, le=1, json_schema_extra={"free": True})
+    max_failure_ratio: float = Field(0.001, ge=0, le=1, json_schema_extra={"free": True})
     """Share of the last 100,000 images that may be unreadable (each is replaced by another) before the run stops."""
 
     @model_validator(mode="after")
@@ -171,11 +171,11 @@ class OptimConfig(Section):
     """AdamW's epsilon."""
     momentum: Beta = 0.9
     """Momentum of LARS."""
-    trust: float = Field(0.001, gt=0)
+    trust_coefficient: float = Field(0.001, gt=0)
     """Trust coefficient of LARS."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Learning rate of each block as a share of that of the block above it; the head has the full one. 1: the same for all."""
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights, taken after each step, which is evaluated and exported besides. Empty: none."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it. Empty: no clipping."""
@@ -184,40 +184,40 @@ class OptimConfig(Section):
 class ClassifyConfig(Section):
     """What makes a classifier of an encoder, for run.task=finetune and linprobe only."""
 
-    val: MaybePath = None
+    val_source: MaybePath = None
     """Labelled images to evaluate on: a source with the classes of data.source. Empty: no evaluation."""
-    every: Duration = Field("1 epochs", json_schema_extra={"free": True})
+    eval_interval: Duration = Field("1 epochs", json_schema_extra={"free": True})
     """Time between evaluations; the last step is always followed by one."""
     crop_pct: float | None = Field(None, gt=0, le=1, json_schema_extra={"free": True})
     """Share of the scaled short side that is evaluated. Empty: as published, 224/256 up to 224 pixels, all of it above."""
     pool: Literal["mean", "token"] = "mean"
     """What the head sees: the mean of the patch tokens, normalised after; or the class token."""
-    train_blocks: float | None = Field(None, ge=0)
+    trainable_blocks: float | None = Field(None, ge=0)
     """Last blocks of the encoder that are trained, with the norm after them and the head; 0.5 is the MLP of the last. Empty:
     everything. Of a linear probe nothing is trained but the head."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: probability of leaving out the last block's branches, from 0 for the first block in equal steps."""
-    smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing."""
     mixup: float = Field(0.0, ge=0)
     """Alpha of mixup. 0: none."""
     cutmix: float = Field(0.0, ge=0)
     """Alpha of CutMix. 0: none."""
-    mix_switch: float = Field(0.5, ge=0, le=1)
+    mixup_switch_prob: float = Field(0.5, ge=0, le=1)
     """Probability of CutMix where both are on."""
-    erasing: float = Field(0.0, ge=0, le=1)
+    random_erasing: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing of an image, filled with noise a pixel."""
-    sweep: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    lr_multipliers: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """Linear probes trained at once on the same features, each at such a multiple of the learning rate; the best is kept."""
 
     @model_validator(mode="after")
     def _trains(self) -> ClassifyConfig:
-        if self.train_blocks is not None and self.train_blocks % 1 not in (0, 0.5):
+        if self.trainable_blocks is not None and self.trainable_blocks % 1 not in (0, 0.5):
             raise ValueError(
-                f"classify.train_blocks={self.train_blocks}: whole blocks, or a half for the MLP of the first of them"
+                f"classify.trainable_blocks={self.trainable_blocks}: whole blocks, or a half for the MLP of the first of them"
             )
-        if not self.sweep:
-            raise ValueError("classify.sweep is empty; leave it out for one probe")
+        if not self.lr_multipliers:
+            raise ValueError("classify.lr_multipliers is empty; leave it out for one probe")
         return self
 
 
@@ -232,10 +232,12 @@ class TrainConfig(Section):
     """Images of one forward pass of one process; accumulation = global_batch / (micro_batch * processes)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; weights and moments are kept in fp32, fp16 scales its loss dynamically."""
-    recompute: Literal["none", "full", "every_k", "selective", "offload"] = Field("none", json_schema_extra={"free": True})
+    activation_checkpointing: Literal["none", "full", "every_k", "selective", "offload"] = Field(
+        "none", json_schema_extra={"free": True}
+    )
     """Activations recomputed in the backward pass: none, those of every block, of every k-th block, of all but the matrix
     products, or of every block with the block inputs kept in host memory."""
-    recompute_every: int = Field(2, gt=0, json_schema_extra={"free": True})
+    activation_checkpointing_every: int = Field(2, gt=0, json_schema_extra={"free": True})
     """k of recompute=every_k."""
 
 
@@ -251,11 +253,11 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """When to save and how much to keep."""
 
-    every: Duration = Field("20 epochs", json_schema_extra={"free": True})
+    interval: Duration = Field("20 epochs", json_schema_extra={"free": True})
     """Time between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
-    keep: int = Field(3, gt=0, json_schema_extra={"free": True})
+    keep_latest: int = Field(3, gt=0, json_schema_extra={"free": True})
     """Newest checkpoints kept."""
-    keep_every: Duration | None = Field(None, json_schema_extra={"free": True})
+    keep_interval: Duration | None = Field(None, json_schema_extra={"free": True})
     """Kept for good besides: the first checkpoint of every such stretch of the schedule. Empty: none."""
     local_dir: MaybePath = Field(None, json_schema_extra={"free": True})
     """Folder on each node's own disk. A save then waits for that disk only; a thread copies it to the run directory.
@@ -265,28 +267,28 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """How often to look, and where it is told."""
 
-    every: int = Field(20, gt=0, json_schema_extra={"free": True})
+    interval: int = Field(20, gt=0, json_schema_extra={"free": True})
     """Steps between log lines; the only moments at which the host waits for the accelerator."""
-    port: int | None = Field(0, ge=0, lt=65536, json_schema_extra={"free": True})
+    metrics_port: int | None = Field(0, ge=0, lt=65536, json_schema_extra={"free": True})
     """Port of each node's Prometheus exporter. 0: any free one, which Prometheus learns from the discovery folder. Empty: no
     exporter."""
     discovery_dir: MaybePath = Field(None, json_schema_extra={"free": True})
     """Shared folder that Prometheus' file-based discovery watches. Empty: ``prometheus`` beside the run directory."""
-    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), json_schema_extra={"free": True})
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), json_schema_extra={"free": True})
     """Where metrics go besides; the package of that name must be installed."""
 
 
-class HealConfig(Section):
+class RollbackConfig(Section):
     """When a run goes back to its last good checkpoint and leaves out the images between. Steps with non-finite gradients
     are skipped always."""
 
-    spike: float | None = Field(12.0, gt=0, json_schema_extra={"free": True})
+    spike_threshold: float | None = Field(12.0, gt=0, json_schema_extra={"free": True})
     """A loss so many deviations (found from the median absolute one) above the window's median is too high. Empty: never."""
     window: int = Field(200, ge=20, json_schema_extra={"free": True})
     """Steps of that window; nothing is judged until it is full."""
-    spike_steps: int = Field(5, gt=0, json_schema_extra={"free": True})
+    max_spikes: int = Field(5, gt=0, json_schema_extra={"free": True})
     """Steps that are too high before a run goes back; a good step between them takes back one."""
-    skipped_steps: int = Field(10, gt=0, json_schema_extra={"free": True})
+    max_skipped_steps: int = Field(10, gt=0, json_schema_extra={"free": True})
     """Steps in a row with non-finite gradients before a run goes back."""
-    rollbacks: int = Field(3, ge=0, json_schema_extra={"free": True})
+    max_rollbacks: int = Field(3, ge=0, json_schema_extra={"free": True})
     """Times that a run goes back before it stops."""

@@ -11,7 +11,7 @@ from scale_mae.data.storage import DataError, Status
 WINDOW = 100_000  # images
 
 
-class Failure(NamedTuple):
+class DecodeFailure(NamedTuple):
     """An image that was replaced by another one."""
 
     position: int
@@ -24,7 +24,7 @@ class Failure(NamedTuple):
         return f"{self.where}: {self.cause.text} ({self.reason}); replaced by {self.replaced_by}"
 
 
-class Tally:
+class FailureCounter:
     """Failures of all processes of a run; travels in its checkpoints.
 
     Attributes:
@@ -41,7 +41,7 @@ class Tally:
         """What a checkpoint keeps."""
         return {"causes": {int(cause): number for cause, number in self.causes.items()}, "recent": list(self._recent)}
 
-    def add(self, images: int, failures: Sequence[Failure]) -> None:
+    def add(self, images: int, failures: Sequence[DecodeFailure]) -> None:
         """Count failures found until ``images`` images had been seen."""
         self.causes.update(failure.cause for failure in failures)
         if failures:
@@ -49,7 +49,7 @@ class Tally:
         while self._recent and self._recent[0][0] <= images - WINDOW:
             self._recent.popleft()
 
-    def check(self, images: int, failures: Sequence[Failure]) -> None:
+    def check(self, images: int, failures: Sequence[DecodeFailure]) -> None:
         """Hold what was last added against the ceiling. Data that was put right is no longer held against a run.
 
         Raises:
@@ -60,5 +60,5 @@ class Tally:
             causes = ", ".join(f"{number} {cause.text}" for cause, number in self.causes.most_common())
             raise DataError(
                 f"{recent} of the last {min(images, WINDOW)} images could not be used ({causes} so far), more than "
-                f"data.max_failures={self._ceiling:g} of {WINDOW}; the last one: {failures[-1]}"
+                f"data.max_failure_ratio={self._ceiling:g} of {WINDOW}; the last one: {failures[-1]}"
             )

@@ -22,7 +22,7 @@ from scale_mae.data.pillow import Header, examine
 from scale_mae.data.sources import Listing, list_images
 from scale_mae.data.storage import DataError, ImageError, Status
 from scale_mae.data.workers import run_each, shared, start_workers
-from scale_mae.system.lock import alone
+from scale_mae.system.lock import exclusive_lock
 from scale_mae.system.resources import available_cores
 
 CHUNK = 200  # images of one task
@@ -47,7 +47,7 @@ def build(
     """
     out, source = Path(out), os.path.abspath(source) if os.path.exists(source) else source
     partial = out.with_name(out.name + ".partial")
-    with alone(partial.with_name(f"{partial.name}.lock"), f"{out} is being built"):
+    with exclusive_lock(partial.with_name(f"{partial.name}.lock"), f"{out} is being built"):
         if not partial.exists():
             _write_listing(source, partial, verify)
         metadata, rows, paths = map_file(partial, "r+")

@@ -21,13 +21,13 @@ from scale_mae.config.sections import DataConfig
 from scale_mae.data import pillow
 from scale_mae.data.crops import Ints
 from scale_mae.data.decoders import Decoder
-from scale_mae.data.failure_counter import Failure
+from scale_mae.data.failure_counter import DecodeFailure
 from scale_mae.data.index import Index
 from scale_mae.data.pillow import Crop
 from scale_mae.data.randaugment import RandAugment, on_host
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError, ImageError, Status
-from scale_mae.data.workers import Threads
+from scale_mae.data.workers import DaemonThreadPool
 from scale_mae.system.resources import available_cores, available_memory, processes_here
 
 PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
@@ -51,12 +51,12 @@ class Batch(NamedTuple):
     noise: Tensor | None
     jitter: Tensor | None
     samples: Ints
-    failures: Sequence[Failure]
+    failures: Sequence[DecodeFailure]
     seed: int
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """The part of every step that one process computes."""
 
     rank: int
@@ -98,7 +98,7 @@ class Loader:
 
     index: Index
     plan: SamplePlan
-    share: Share
+    share: BatchShard
     config: DataConfig
     decoder: Decoder
     image_size: tuple[int, int]
@@ -115,9 +115,13 @@ class Loader:
         threads = decoding_threads(self.config)
         ahead = self.config.prefetch or default_prefetch(self.share.micro_batch, threads, self.image_size)
         # planning has a thread of its own, so that the others never run out of images while a batch is put together
-        pool, planner, assembler = Threads(threads, "decode"), Threads(1, "plan"), Threads(1, "batch")
+        pool, planner, assembler = (
+            DaemonThreadPool(threads, "decode"),
+            DaemonThreadPool(1, "plan"),
+            DaemonThreadPool(1, "batch"),
+        )
         # and so has RandAugment, because storage may keep all the decoding ones waiting
-        painters = Threads(threads if self._augment else 0, "augment")
+        painters = DaemonThreadPool(threads if self._augment else 0, "augment")
         futures = (
             assembler.submit(self._assemble, planner.submit(self._stage, positions, pool, threads), painters, threads)
             for positions in self._positions(first_step, last_step)
@@ -146,7 +150,7 @@ class Loader:
             for micro_step in range(share.accumulation):
                 yield self.plan.positions(step, share.rank, share.ranks, micro_step, share.micro_batch)
 
-    def _stage(self, positions: Ints, pool: Threads, threads: int) -> _Staged:
+    def _stage(self, positions: Ints, pool: DaemonThreadPool, threads: int) -> _Staged:
         samples = self.plan.samples(positions)
         entries = self.index.entries[samples]
         crops = self.plan.crops(positions, entries["width"], entries["height"], self.config, self.image_size)
@@ -179,7 +183,7 @@ class Loader:
         error = ImageError(Status.UNREADABLE, f"no answer for {sum(PATIENCE):g} s")
         return [error if result is None else result for chunk, _ in tasks for result in chunk.results]
 
-    def _assemble(self, staged: Future[_Staged], painters: Threads, threads: int) -> tuple[Batch, list[Future[None]]]:
+    def _assemble(self, staged: Future[_Staged], painters: DaemonThreadPool, threads: int) -> tuple[Batch, list[Future[None]]]:
         """A batch, and what has to be done before its images are final."""
         positions, samples, tasks = staged.result()
         prepared = self._collect(tasks)
@@ -189,13 +193,13 @@ class Loader:
         if self._augment and images is not None and images.is_cuda:
             images = on_host(images)
         errors |= {rows[place]: error for place, error in late.items()}
-        failures: list[Failure] = []
+        failures: list[DecodeFailure] = []
         if errors or images is None:
             images, failures = self._replace(positions, samples, images, rows, errors)
         noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches)) if self.patches else None
         jitter = None
         if self.config.augmentation == "random_crop_jitter":
-            jitter = torch.from_numpy(self.plan.jitter(positions, self.config.jitter))
+            jitter = torch.from_numpy(self.plan.jitter(positions, self.config.color_jitter))
         if self.pin_memory:
             noise, jitter = (None if drawn is None else drawn.pin_memory() for drawn in (noise, jitter))
             images = images if images.is_cuda else images.pin_memory()
@@ -206,20 +210,20 @@ class Loader:
 
     def _replace(
         self, positions: Ints, samples: Ints, decoded: Tensor | None, rows: Sequence[int], errors: dict[int, ImageError]
-    ) -> tuple[Tensor, list[Failure]]:
+    ) -> tuple[Tensor, list[DecodeFailure]]:
         """All images of a batch in place, ``[B, H, W, 3]``; changes ``samples`` where others stand in."""
         device = decoded.device if decoded is not None else torch.device("cpu")
         images = torch.empty((len(positions), *self.image_size, 3), dtype=torch.uint8, device=device)
         if decoded is not None:
             images[list(rows)] = decoded
-        failures: list[Failure] = []
+        failures: list[DecodeFailure] = []
         for row, error in sorted(errors.items()):
             samples[row], pixels, found = self._substitute(int(positions[row]), int(samples[row]), error)
             images[row] = torch.from_numpy(pixels.copy()).to(device)
             failures += found
         return images, failures
 
-    def _substitute(self, position: int, sample: int, error: ImageError) -> tuple[int, NDArray[np.uint8], list[Failure]]:
+    def _substitute(self, position: int, sample: int, error: ImageError) -> tuple[int, NDArray[np.uint8], list[DecodeFailure]]:
         """The first usable image among the position's substitutes, its pixels, and every failure on the way."""
         failures, tried = [], {sample}
         for substitute in self.plan.substitutes(position):
@@ -227,7 +231,7 @@ class Loader:
                 continue
             tried.add(substitute)
             where, instead = self.index.where(sample), self.index.where(substitute)
-            failures.append(Failure(position, where, error.cause, error.reason, instead))
+            failures.append(DecodeFailure(position, where, error.cause, error.reason, instead))
             try:
                 # in a thread of its own, because a shard that does not answer may hold the substitute too
                 future = _in_new_thread(self._decode_at, position, substitute)
@@ -254,7 +258,7 @@ def _in_time(future: Future[None], deadline: float) -> bool:
 
 
 def _in_new_thread(action: Callable[..., Any], *args: Any) -> Future[Any]:
-    thread = Threads(1, "retry")  # the pool's threads may all be waiting for storage
+    thread = DaemonThreadPool(1, "retry")  # the pool's threads may all be waiting for storage
     future = thread.submit(action, *args)
     thread.finish()
     return future

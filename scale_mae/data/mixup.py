@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_mae.config.sections import ClassifyConfig
 
 
-class Mixing:
+class BatchAugmentation:
     """Changes a batch by what its seed draws, whatever the state of other generators, and without waiting for the device.
 
     A batch is mixed with itself in reverse order, so that the result depends on how the images of a step are cut into
@@ -30,12 +30,12 @@ class Mixing:
     """
 
     def __init__(self, config: ClassifyConfig, classes: int) -> None:
-        self._smoothing, self._classes = config.smoothing, classes
-        self._erasing = RandomErasing(config.erasing, mode="pixel", max_count=1) if config.erasing else None
+        self._smoothing, self._classes = config.label_smoothing, classes
+        self._erasing = RandomErasing(config.random_erasing, mode="pixel", max_count=1) if config.random_erasing else None
         self._mixup: Mixup | None = None
         if config.mixup or config.cutmix:
-            alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.mix_switch}
-            self._mixup = Mixup(**alphas, mode="batch", label_smoothing=config.smoothing, num_classes=classes)
+            alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.mixup_switch_prob}
+            self._mixup = Mixup(**alphas, mode="batch", label_smoothing=config.label_smoothing, num_classes=classes)
 
     def __call__(self, images_B3HW: Tensor, labels_B: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Images and soft targets ``[B, C]`` in fp32, whose rows add up to 1.

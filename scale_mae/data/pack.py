@@ -26,7 +26,7 @@ from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.sources import CLASSES, NO_LABEL
 from scale_mae.data.storage import DataError, ImageError
 from scale_mae.data.workers import run_each, shared
-from scale_mae.system.lock import alone
+from scale_mae.system.lock import exclusive_lock
 from scale_mae.system.resources import available_cores
 
 TRIED = 100  # images encoded for trial, to learn how large they become
@@ -84,7 +84,7 @@ def pack(
     settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
     packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
     try:
-        with alone(folder / f"{NAME}.lock", f"{folder} is being packed"):
+        with exclusive_lock(folder / f"{NAME}.lock", f"{folder} is being packed"):
             packing = replace(packing, per_shard=_begin(packing, settings))
             _write_missing(packing, workers, progress or (lambda done, total: None))
             left_out = [line for path in sorted(folder.glob(f"*{LEFT_OUT}")) for line in path.read_text("utf-8").splitlines()]

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_mae.data.storage import DataError
-from scale_mae.data.workers import Threads
+from scale_mae.data.workers import DaemonThreadPool
 
 
 class RandAugment:
@@ -61,7 +61,9 @@ class RandAugment:
             image = timms.ops[number](image)
         return np.asarray(image)
 
-    def start(self, images_BHW3: Tensor, seeds_B2: NDArray[np.uint64], pool: Threads, tasks: int) -> list[Future[None]]:
+    def start(
+        self, images_BHW3: Tensor, seeds_B2: NDArray[np.uint64], pool: DaemonThreadPool, tasks: int
+    ) -> list[Future[None]]:
         """Change the images of a batch in place, in up to ``tasks`` tasks of a pool; done when all that is returned is.
 
         Args:

@@ -77,7 +77,7 @@ def _start(given: Any) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an orphan would hold on to the locks of its parent
 
 
-class Threads:
+class DaemonThreadPool:
     """A pool of threads like concurrent.futures' own, except that a thread which hangs in a read does not keep the process
     from ending."""
 

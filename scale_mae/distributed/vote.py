@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 
 
 class Vote(IntEnum):
@@ -19,7 +19,7 @@ class Vote(IntEnum):
     FAILED = 2
 
 
-class Ballot:
+class StopVote:
     """Agreement without waiting: a vote is cast while the accelerator computes and counted before the next forward pass.
 
     Votes travel between hosts, so counting them never waits for the accelerator.

@@ -46,8 +46,12 @@ def _recomputed(block: nn.Module, **options: Any) -> None:
     block.forward = MethodType(forward, block)  # in place: names of parameters stay
 
 
-def apply_recompute(
-    blocks: list[nn.Module], policy: str, every: int = TrainConfig().recompute_every, *, draws_random: bool = False
+def apply_activation_checkpointing(
+    blocks: list[nn.Module],
+    policy: str,
+    every: int = TrainConfig().activation_checkpointing_every,
+    *,
+    draws_random: bool = False,
 ) -> None:
     """Set the policy of transformer blocks, in place.
 

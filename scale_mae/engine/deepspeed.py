@@ -19,12 +19,12 @@ from torch import Tensor
 from scale_mae.checkpoint import resume
 from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.config import Config, ConfigError
-from scale_mae.distributed.world import World
-from scale_mae.engine.activation_checkpointing import apply_recompute
+from scale_mae.distributed.process_group import World
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 from scale_mae.engine.ema import EMA, MovingAverage
 from scale_mae.engine.gradient_check import FiniteGuard
 from scale_mae.engine.optimizer import build_optimizer, parameter_groups, set_lr, states_kept
-from scale_mae.engine.trainable import Trainee
+from scale_mae.engine.trainable import TrainableModule
 
 
 def engine_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Engine:
         ConfigError: a precision that the device lacks, or a DeepSpeed file that it refuses.
     """
 
-    def __init__(self, model: Trainee, config: Config, world: World) -> None:
+    def __init__(self, model: TrainableModule, config: Config, world: World) -> None:
         self.config, self.world = config, world
         if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError(f"train.precision=fp16 is not supported by this {world.device.type}; use bf16 or fp32")
@@ -81,11 +81,16 @@ class Engine:
         # DeepSpeed would compile a shared-memory collective at every start on a CPU; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         blocks = model.recomputable
-        apply_recompute(blocks, config.train.recompute, config.train.recompute_every, draws_random=model.draws_random)
+        apply_activation_checkpointing(
+            blocks,
+            config.train.activation_checkpointing,
+            config.train.activation_checkpointing_every,
+            draws_random=model.draws_random,
+        )
         if config.engine.compile:
             for block in blocks:
                 block.compile()
-        self.model: Trainee = model.to(world.device)
+        self.model: TrainableModule = model.to(world.device)
         self._names = [group.names for group in parameter_groups(self.model, config.optim)]  # DeepSpeed cuts them up
         try:
             with warnings.catch_warnings():
@@ -113,8 +118,8 @@ class Engine:
         self._own_norm = torch.zeros(())
         norm = (lambda: self._own_norm) if self._plain else (lambda: self._optimizer._global_grad_norm)
         self._guard = FiniteGuard(self._engine.basic_optimizer, norm, world.device)
-        if config.optim.ema:
-            MovingAverage(self._engine.basic_optimizer, config.optim.ema)
+        if config.optim.ema_decay:
+            MovingAverage(self._engine.basic_optimizer, config.optim.ema_decay)
         resume.clear_padding(self._engine, world.rank)
 
     @property
@@ -174,10 +179,10 @@ class Engine:
                 saved meanwhile. Before the first step the average is the weights.
 
         Raises:
-            ValueError: ``optim.ema`` keeps no average.
+            ValueError: ``optim.ema_decay`` keeps no average.
         """
-        if ema and not self.config.optim.ema:
-            raise ValueError("there is no moving average of the weights without optim.ema")
+        if ema and not self.config.optim.ema_decay:
+            raise ValueError("there is no moving average of the weights without optim.ema_decay")
         with ExitStack() as back, torch.no_grad():
             back.callback(self.model.train, self.model.training)
             self.model.eval()

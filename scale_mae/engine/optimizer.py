@@ -13,7 +13,7 @@ from scale_mae.config import Config, UserError
 from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.ema import EMA
 from scale_mae.engine.lars import LARS, MOMENTUM
-from scale_mae.engine.trainable import Trainee
+from scale_mae.engine.trainable import TrainableModule
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -37,7 +37,7 @@ class Group:
     lr_scale: float
 
 
-def parameter_groups(model: Trainee, config: OptimConfig) -> list[Group]:
+def parameter_groups(model: TrainableModule, config: OptimConfig) -> list[Group]:
     """Groups without weight decay, then those with it; of each kind, by multiple of the learning rate, in the model's order.
 
     A multiple is ``layer_decay`` to the power of the layers above (Bao et al. 2022, BEiT), times the model's own ``lr_scales``.
@@ -66,7 +66,7 @@ def _layer(name: str, depth: int) -> int:
     return int(rest.split(".")[0]) + 1 if first == "blocks" else depth + 1
 
 
-def build_optimizer(model: Trainee, config: OptimConfig, *, fused: bool = True) -> Optimizer:
+def build_optimizer(model: TrainableModule, config: OptimConfig, *, fused: bool = True) -> Optimizer:
     """AdamW or LARS over :func:`parameter_groups`; its learning rate is set before every step.
 
     Args:
@@ -79,7 +79,7 @@ def build_optimizer(model: Trainee, config: OptimConfig, *, fused: bool = True) 
         for g in parameter_groups(model, config)
     ]
     if config.name == "lars":
-        return LARS(groups, momentum=config.momentum, trust=config.trust)
+        return LARS(groups, momentum=config.momentum, trust=config.trust_coefficient)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
 
 
@@ -92,7 +92,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def states_kept(config: OptimConfig) -> tuple[str, ...]:
     """Names of the tensors, as large as the parameters, that the optimizer keeps beside them."""
     moments = (MOMENTUM,) if config.name == "lars" else ("exp_avg", "exp_avg_sq")
-    return (*moments, EMA) if config.ema else moments
+    return (*moments, EMA) if config.ema_decay else moments
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,16 @@ class Schedule:
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_schedule(config: Config, dataset_size: int) -> Schedule:
+def build_schedule(config: Config, dataset_size: int) -> Schedule:
     """Learning-rate schedule in steps.
 
     Raises:
         UserError: a length of zero, or a warm-up longer than the run.
     """
     total = config.steps(config.train.duration, dataset_size)
-    lengths = {"checkpoint.every": config.checkpoint.every, "classify.every": config.classify.every}
-    if config.checkpoint.keep_every:
-        lengths["checkpoint.keep_every"] = config.checkpoint.keep_every
+    lengths = {"checkpoint.interval": config.checkpoint.interval, "classify.eval_interval": config.classify.eval_interval}
+    if config.checkpoint.keep_interval:
+        lengths["checkpoint.keep_interval"] = config.checkpoint.keep_interval
     for key, length in {"train.duration": config.train.duration, **lengths}.items():
         if config.steps(length, dataset_size) < 1:
             raise UserError(f"{key} is no step at all; give at least '1 steps'")

@@ -11,7 +11,7 @@ from torch import nn
 from scale_mae.model.sizes import Flops
 
 
-class Trainee(Protocol):
+class TrainableModule(Protocol):
     """A ``torch.nn.Module`` whose parameters are exactly what is trained; what is frozen is a buffer.
 
     Called with the tensors of a micro-batch, it returns something with a ``loss``, a scalar.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from scale_mae.config import UserError
 from scale_mae.data.transforms import normalise
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.datasets import Part
 from scale_mae.evaluation.image_loader import CONTENT_BITS, View, views
@@ -40,26 +40,26 @@ class Score:
 
 @torch.inference_mode()
 def score(
-    subject: Subject, part: Part, view: View, ranks: World, batch: int, progress: Callable[[int, int], None] | None = None
+    subject: Subject, part: Part, view: View, world: World, batch: int, progress: Callable[[int, int], None] | None = None
 ) -> Score:
     """Score a part of a set; see :func:`scores`."""
 
     def logits(images_BHW3: Tensor) -> Tensor:
-        outputs: Tensor = subject.model(normalise(images_BHW3.to(ranks.device), subject.mean, subject.std))
+        outputs: Tensor = subject.model(normalise(images_BHW3.to(world.device), subject.mean, subject.std))
         return outputs[None]
 
-    return scores(logits, part, view, ranks, batch, progress)[0]
+    return scores(logits, part, view, world, batch, progress)[0]
 
 
 def scores(
     logits: Callable[[Tensor], Tensor],
     part: Part,
     view: View,
-    ranks: World,
+    world: World,
     batch: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Score classifiers that look at the same images. All processes call it; each takes every ``ranks.size``-th image, none is
+    """Score classifiers that look at the same images. All processes call it; each takes every ``world.size``-th image, none is
     repeated to fill a batch.
 
     Args:
@@ -67,7 +67,7 @@ def scores(
             often on all processes, as models whose weights lie on several need it.
         part: the images.
         view: makes pixels of encoded images.
-        ranks: the processes.
+        world: the processes.
         batch: images at a time, a process.
         progress: called with (images done by this process, all of them).
 
@@ -78,12 +78,12 @@ def scores(
         UserError: an image cannot be read, an output is not finite, or an image was counted twice or not at all; on every
             process.
     """
-    mine = range(ranks.rank, len(part.index), ranks.size)
-    found = ranks.gather(ranks.together(lambda: _placed(logits, part, view, mine, batch, ranks.size, progress)))
+    mine = range(world.rank, len(part.index), world.size)
+    found = world.gather(world.together(lambda: _placed(logits, part, view, mine, batch, world.size, progress)))
     count = len(found[0][0])
     places, losses = np.full((count, len(part.index)), -1, np.int64), np.zeros((count, len(part.index)))
     for rank, (place, loss, _) in enumerate(found):
-        places[:, rank :: ranks.size], losses[:, rank :: ranks.size] = place, loss
+        places[:, rank :: world.size], losses[:, rank :: world.size] = place, loss
     counted = sum(place.shape[1] for place, _, _ in found)
     if counted != len(part.index) or (places < 0).any():
         raise UserError(f"{part.name}: {counted} images were scored, but it has {len(part.index)}")

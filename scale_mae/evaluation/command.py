@@ -16,11 +16,11 @@ from scale_mae.distributed.launcher import rank_and_size
 from scale_mae.weights.command import warn
 
 if TYPE_CHECKING:
-    from scale_mae.distributed.world import World
+    from scale_mae.distributed.process_group import World
     from scale_mae.evaluation.classifier import Subject
     from scale_mae.evaluation.features import Source
     from scale_mae.evaluation.results import Result
-    from scale_mae.system.progress import Bar
+    from scale_mae.system.progress import ProgressBar
 
 SET_NAMES = (
     *("imagenet1k", "imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch"),
@@ -83,15 +83,15 @@ def _number(text: str) -> int:
 
 
 @contextmanager
-def _together(what: str, out: str | None) -> Iterator[tuple[World, Bar, Callable[[str], None]]]:
+def _together(what: str, out: str | None) -> Iterator[tuple[World, ProgressBar, Callable[[str], None]]]:
     """The processes, a bar that the first of them shows, and how it tells things; ``out`` is what they will write."""
-    from scale_mae.distributed.world import world
-    from scale_mae.system.progress import Bar
+    from scale_mae.distributed.process_group import process_group
+    from scale_mae.system.progress import ProgressBar
 
     main = rank_and_size()[0] == 0
-    with world() as ranks, Bar(what, shown=main) as bar:
-        ranks.on_main(lambda: _check_writable(out))
-        yield ranks, bar, lambda text: print(text, flush=True) if main else None
+    with process_group() as world, ProgressBar(what, shown=main) as bar:
+        world.on_main(lambda: _check_writable(out))
+        yield world, bar, lambda text: print(text, flush=True) if main else None
 
 
 def _check_writable(out: str | None) -> None:
@@ -114,18 +114,18 @@ def _check_writable(out: str | None) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _frozen(args: argparse.Namespace, ranks: World) -> tuple[Subject, Source, Source]:
+def _frozen(args: argparse.Namespace, world: World) -> tuple[Subject, Source, Source]:
     """The encoder and the two sources of ``knn`` and ``logistic``."""
     from scale_mae.evaluation.classifier import load_subject
     from scale_mae.evaluation.features import Source
 
-    subject = ranks.together(lambda: load_subject(args.encoder, warn))
-    return subject, *ranks.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
+    subject = world.together(lambda: load_subject(args.encoder, warn))
+    return subject, *world.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
 
 
-def _finish(result: Result, out: str | None, ranks: World, tell: Callable[[str], None]) -> None:
+def _finish(result: Result, out: str | None, world: World, tell: Callable[[str], None]) -> None:
     if out:
-        ranks.on_main(lambda: result.write(out))
+        world.on_main(lambda: result.write(out))
         tell(f"{out}: written")
 
 
@@ -135,17 +135,17 @@ def evaluate(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.evaluate import evaluate
     from scale_mae.evaluation.published_results import beside
 
-    with _together("images", args.out) as (ranks, bar, tell):
-        subject = ranks.together(lambda: load_classifier(args.model, warn, args.size))
+    with _together("images", args.out) as (world, bar, tell):
+        subject = world.together(lambda: load_classifier(args.model, warn, args.size))
         options = {"crop_pct": args.crop_pct, "batch": args.batch_size, "classes": args.classes, "seed": args.seed}
-        result, unlike = evaluate(subject, args.on, args.root, ranks, **options, progress=bar.move, tell=tell)
+        result, unlike = evaluate(subject, args.on, args.root, world, **options, progress=bar.move, tell=tell)
         scores = ", ".join(
             f"{name} {value:.4f}" if name.startswith("loss") else f"{name} {value:.2%}" for name, value in result.scores.items()
         )
         tell(f"{args.on}: {scores} ({result.data['images']} images, {subject.architecture})")
         if (table := beside(args.on, subject.architecture, result.scores, unlike)) is not None:
             tell("\n" + table.render())
-        _finish(result, args.out, ranks, tell)
+        _finish(result, args.out, world, tell)
     return 0
 
 
@@ -154,17 +154,17 @@ def knn(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.knn import knn_accuracy
     from scale_mae.weights.encoders import untrained_encoder
 
-    with _together("images", args.out) as (ranks, bar, tell):
-        subject, train, val = _frozen(args, ranks)
-        begun = ranks.together(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
-        result = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
+    with _together("images", args.out) as (world, bar, tell):
+        subject, train, val = _frozen(args, world)
+        begun = world.together(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
+        result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.move)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
         if begun:
             subject.model.load_state_dict(begun)
-            untrained = knn_accuracy(subject, train, val, ranks, args.k, args.batch_size, args.seed, bar.move)
+            untrained = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.move)
             tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
             result.scores["untrained_top1"] = untrained.scores["top1"]
-        _finish(result, args.out, ranks, tell)
+        _finish(result, args.out, world, tell)
     return 0
 
 
@@ -172,12 +172,12 @@ def logistic(args: argparse.Namespace) -> int:
     """``scale-mae logistic``."""
     from scale_mae.evaluation.logistic_regression import logistic_accuracy
 
-    with _together("images", args.out) as (ranks, bar, tell):
-        subject, train, val = _frozen(args, ranks)
-        result = logistic_accuracy(subject, train, val, ranks, args.batch_size, args.seed, bar.move)
+    with _together("images", args.out) as (world, bar, tell):
+        subject, train, val = _frozen(args, world)
+        result = logistic_accuracy(subject, train, val, world, args.batch_size, args.seed, bar.move)
         chosen = result.parts["chosen"]["l2"]
         tell(f"logistic regression top-1 {result.scores['top1']:.2%} ({result.data['images']} images, L2 {chosen:g})")
-        _finish(result, args.out, ranks, tell)
+        _finish(result, args.out, world, tell)
     return 0
 
 
@@ -186,9 +186,9 @@ def embed(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.classifier import load_subject
     from scale_mae.evaluation.embed import embed
 
-    with _together("images", args.out) as (ranks, bar, tell):
-        subject = ranks.together(lambda: load_subject(args.encoder, warn, args.size))
-        told = embed(subject, args.source, args.out, ranks, pool=args.pool, batch=args.batch_size, progress=bar.move)
+    with _together("images", args.out) as (world, bar, tell):
+        subject = world.together(lambda: load_subject(args.encoder, warn, args.size))
+        told = embed(subject, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.move)
         tell(told)
     return 0
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scale_mae.checkpoint.safetensors_io import Lazy, write_tensors
+from scale_mae.checkpoint.safetensors_io import LazyTensor, write_tensors
 from scale_mae.config import UserError
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import list_source
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Pool, Progress, features
-from scale_mae.system.lock import alone
+from scale_mae.system.lock import exclusive_lock
 
 PIECE = 1024  # images
 PLAN, JOINED = "plan.json", "joined.tmp"
@@ -40,7 +40,7 @@ def embed(
     subject: Subject,
     source: str,
     out: str | Path,
-    ranks: World,
+    world: World,
     *,
     pool: Pool = "mean",
     batch: int = 64,
@@ -53,7 +53,7 @@ def embed(
         source: class folders, tar shards, a list, an index, ...; labels are kept where there are any.
         out: ``.npy`` (``[N, D]`` fp32; names and labels beside it in ``.tsv``), ``.safetensors`` (``features``, ``labels``,
             and the names in ``paths`` and ``path_ends``) or ``.parquet`` (a row an image).
-        ranks: the processes.
+        world: the processes.
         pool: how tokens become one vector.
         batch: images at a time, a process.
         progress: called with (images done by this process, all of its own).
@@ -65,22 +65,22 @@ def embed(
         UserError: an image cannot be read, the unfinished work there is another's, or something cannot be written.
     """
     out, began = Path(out), time.monotonic()
-    ranks.on_main(lambda: _writer(out))
+    world.on_main(lambda: _writer(out))
     pieces = out.with_name(out.name + ".pieces")
-    index = ranks.on_main(lambda: list_source(source))
+    index = world.on_main(lambda: list_source(source))
     plan = {"weights": subject.digest or subject.path, "size": subject.size, "pool": pool, "batch": batch, "piece": PIECE}
     plan |= {"images": len(index), "listing": _listing_digest(index)}
     with ExitStack() as held:
-        lock = alone(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
-        ranks.on_main(lambda: held.enter_context(lock))
-        done = ranks.on_main(lambda: _begin(pieces, plan))
+        lock = exclusive_lock(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
+        world.on_main(lambda: held.enter_context(lock))
+        done = world.on_main(lambda: _begin(pieces, plan))
         starts = [start for start in range(0, len(index), PIECE) if start not in done]
-        mine = starts[ranks.rank :: ranks.size]
-        subject.model.to(ranks.device)
-        ranks.together(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
+        mine = starts[world.rank :: world.size]
+        subject.model.to(world.device)
+        world.together(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
         seconds = time.monotonic() - began
         facts = {"scale_mae_embed": json.dumps(plan | {"source": source, "architecture": subject.architecture})}
-        ranks.on_main(lambda: _join(index, pieces, out, facts))
+        world.on_main(lambda: _join(index, pieces, out, facts))
     made = len(index) - sum(min(PIECE, len(index) - start) for start in done)
     kept = f", {len(index) - made} of them from an earlier run" if done else ""
     return f"{out}: {len(index)} images{kept}; {made / max(seconds, 1e-9):.1f} images/s"
@@ -186,9 +186,9 @@ def _write_safetensors(
 ) -> None:
     """Names are tensors, as in an index: all UTF-8 texts in one, and where each ends. A header may not have so many bytes."""
 
-    def lazily(array: NDArray[Any]) -> Lazy:
+    def lazily(array: NDArray[Any]) -> LazyTensor:
         tensor = torch.from_numpy(array)
-        return Lazy(array.shape, tensor.dtype, lambda: [tensor.reshape(-1)])
+        return LazyTensor(array.shape, tensor.dtype, lambda: [tensor.reshape(-1)])
 
     texts = [name.encode() for name in names]
     arrays: dict[str, NDArray[Any]] = {

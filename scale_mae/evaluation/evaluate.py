@@ -9,7 +9,7 @@ from statistics import fmean
 
 from scale_mae.config import UserError
 from scale_mae.data.crops import REFERENCE_SIDE, reference_crop
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.accuracy import Score, score
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.dataset_checks import deviations
@@ -27,7 +27,7 @@ def evaluate(
     subject: Subject,
     name: str,
     root: str,
-    ranks: World,
+    world: World,
     *,
     crop_pct: float | None = None,
     batch: int = 64,
@@ -42,7 +42,7 @@ def evaluate(
         subject: with a head; the model is moved to this process's device.
         name: of :data:`scale_mae.evaluation.datasets.SETS`.
         root: the set's folder; of ``folder`` any labelled source.
-        ranks: the processes.
+        world: the processes.
         crop_pct: share of the scaled short side that is cut out; None: as the model's own config has it, else as the
             reference does.
         batch: images at a time, a process.
@@ -58,13 +58,13 @@ def evaluate(
         UserError: see :func:`scale_mae.evaluation.datasets.parts_of` and :func:`scale_mae.evaluation.accuracy.score`.
     """
     began, (view, how) = time.monotonic(), _view(name, subject, crop_pct)
-    subject.model.to(ranks.device)
-    parts, deviating = _listed(name, root, subject, classes, ranks)
+    subject.model.to(world.device)
+    parts, deviating = _listed(name, root, subject, classes, world)
     for text in deviating:
         tell(f"{name}: {text}")
     found: dict[str, Score] = {}
-    for part in _from_main(parts, ranks):
-        found[part.name] = score(subject, part, view, ranks, batch, progress)
+    for part in _from_main(parts, world):
+        found[part.name] = score(subject, part, view, world, batch, progress)
         if name == "imagenet_c":
             tell(f"{part.name}: top-1 {found[part.name].top1:.2%} ({found[part.name].images} images)")
     data = {
@@ -78,12 +78,12 @@ def evaluate(
         data,
         _scores(name, found),
         _parts(name, found),
-        made_by(ranks.size, str(ranks.device.type), time.monotonic() - began),
+        made_by(world.size, str(world.device.type), time.monotonic() - began),
     )
     return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop(subject.size))) + deviating
 
 
-def _listed(name: str, root: str, subject: Subject, classes: str | None, ranks: World) -> tuple[list[Part], list[str]]:
+def _listed(name: str, root: str, subject: Subject, classes: str | None, world: World) -> tuple[list[Part], list[str]]:
     """The parts, for now on rank 0 alone (those of ImageNet-C take 400 MB), and how they deviate from the published set."""
     parts: list[Part] = []
 
@@ -92,7 +92,7 @@ def _listed(name: str, root: str, subject: Subject, classes: str | None, ranks: 
         parts.extend(parts_of(name, root, names, subject.classes))
         return deviations(parts, SETS[name])
 
-    return parts, ranks.on_main(look)
+    return parts, world.on_main(look)
 
 
 def _unlike(name: str, subject: Subject, found: dict[str, Score], cropped: bool) -> list[str]:
@@ -120,9 +120,9 @@ def _view(name: str, subject: Subject, crop_pct: float | None) -> tuple[View, di
     return central_view(size, share), {"size": size, "crop_pct": share, "resize": resized, "crop": "centre"}
 
 
-def _from_main(parts: list[Part], ranks: World) -> Iterator[Part]:
+def _from_main(parts: list[Part], world: World) -> Iterator[Part]:
     """Rank 0 has them and hands out one at a time."""
-    while (part := ranks.on_main(lambda: parts.pop(0) if parts else None)) is not None:
+    while (part := world.on_main(lambda: parts.pop(0) if parts else None)) is not None:
         yield part
 
 

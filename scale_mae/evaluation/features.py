@@ -15,7 +15,7 @@ from scale_mae.data.index_builder import list_source
 from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.storage import DataError
 from scale_mae.data.transforms import normalise
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Encoder, Subject
 from scale_mae.evaluation.image_loader import CONTENT_BITS, views, whole_view
 from scale_mae.evaluation.results import content_digest
@@ -98,25 +98,25 @@ def features(
     return Features(rows, torch.cat(found), content % 2**CONTENT_BITS)
 
 
-def own_features(subject: Subject, index: Index, ranks: World, batch: int, progress: Progress | None = None) -> Features:
-    """Features of every ``ranks.size``-th image. All processes call it; what one cannot read is an error on all."""
-    subject.model.to(ranks.device)
-    rows = range(ranks.rank, len(index), ranks.size)
-    return ranks.together(lambda: features(subject, index, rows, batch, progress=progress))
+def own_features(subject: Subject, index: Index, world: World, batch: int, progress: Progress | None = None) -> Features:
+    """Features of every ``world.size``-th image. All processes call it; what one cannot read is an error on all."""
+    subject.model.to(world.device)
+    rows = range(world.rank, len(index), world.size)
+    return world.together(lambda: features(subject, index, rows, batch, progress=progress))
 
 
-def gathered(found: Features, ranks: World) -> Tensor:
+def gathered(found: Features, world: World) -> Tensor:
     """The features of all processes in the order of the index, ``[N, D]``, on every process."""
-    parts = ranks.gather(found.values)
+    parts = world.gather(found.values)
     whole = torch.empty(sum(len(part) for part in parts), parts[0].shape[1])
     for rank, part in enumerate(parts):
-        whole[rank :: ranks.size] = part
+        whole[rank :: world.size] = part
     return whole
 
 
-def data_facts(train: Source, val: Source, ranks: World, found: tuple[Features, Features]) -> dict[str, object]:
+def data_facts(train: Source, val: Source, world: World, found: tuple[Features, Features]) -> dict[str, object]:
     """What a result file says of the two sources; ``images`` is the number classified."""
-    sums = [sum(ranks.gather(each.content)) % 2**CONTENT_BITS for each in found]
+    sums = [sum(world.gather(each.content)) % 2**CONTENT_BITS for each in found]
     return {
         "train": train.name,
         "val": val.name,

@@ -16,7 +16,7 @@ from torch import Tensor
 from scale_mae.data import pillow
 from scale_mae.data.index import Index
 from scale_mae.data.storage import DataError, ImageError
-from scale_mae.data.workers import Threads
+from scale_mae.data.workers import DaemonThreadPool
 from scale_mae.system.resources import available_cores, processes_here
 
 AHEAD = 3  # batches
@@ -47,7 +47,7 @@ def whole_view(size: int) -> View:
 
 
 @dataclass(frozen=True)
-class Viewed:
+class EvaluationImages:
     """Some images.
 
     Attributes:
@@ -67,14 +67,14 @@ def content_of(data: bytes, label: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=CONTENT_BITS // 8, salt=b"%d" % label).digest(), "little")
 
 
-def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator[Viewed]:
+def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator[EvaluationImages]:
     """The images of ``rows`` in that order, ``batch`` at a time, read and decoded in threads while the model computes.
 
     Raises:
         DataError: an image cannot be read or decoded; names it.
     """
     threads = max(1, available_cores() // processes_here())
-    pool = Threads(threads, "decode")
+    pool = DaemonThreadPool(threads, "decode")
     labels = index.entries["label"]
 
     def load(row: int) -> tuple[NDArray[np.uint8], int]:
@@ -97,6 +97,6 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
             loaded = [future.result() for future in futures]  # type: ignore[attr-defined]
             pending.extend(begin(1))
             images = torch.from_numpy(np.stack([pixels for pixels, _ in loaded]))
-            yield Viewed(part, images, sum(content for _, content in loaded) % 2**CONTENT_BITS)
+            yield EvaluationImages(part, images, sum(content for _, content in loaded) % 2**CONTENT_BITS)
     finally:
         pool.close()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from scale_mae.data.storage import DataError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Progress, Source, check_classes, data_facts, gathered, own_features
 from scale_mae.evaluation.results import Result, made_by, model_facts
@@ -48,7 +48,7 @@ def knn_accuracy(
     subject: Subject,
     train: Source,
     val: Source,
-    ranks: World,
+    world: World,
     k: int = 20,
     batch: int = 64,
     seed: int | None = None,
@@ -61,7 +61,7 @@ def knn_accuracy(
         subject: the encoder.
         train: labelled images to compare with.
         val: labelled images to classify.
-        ranks: the processes.
+        world: the processes.
         k: neighbours.
         batch: images at a time, a process.
         seed: of the encoder's training, if its weights do not say.
@@ -76,18 +76,18 @@ def knn_accuracy(
     if len(train.index) < k:
         raise DataError(f"{train.name}: holds {len(train.index)} images, fewer than k={k}")
     check_classes(train, val)
-    own, asked = (own_features(subject, source.index, ranks, batch, progress) for source in (train, val))
-    queries = normalize(gathered(asked, ranks), dim=1).to(ranks.device)
-    best, classes = nearest(normalize(own.values, dim=1), train.labels[ranks.rank :: ranks.size], queries, k)
-    found = ranks.gather((best.cpu(), classes.cpu()))
+    own, asked = (own_features(subject, source.index, world, batch, progress) for source in (train, val))
+    queries = normalize(gathered(asked, world), dim=1).to(world.device)
+    best, classes = nearest(normalize(own.values, dim=1), train.labels[world.rank :: world.size], queries, k)
+    found = world.gather((best.cpu(), classes.cpu()))
     merged = _largest(torch.cat([each for each, _ in found], dim=1), torch.cat([each for _, each in found], dim=1), k)
     predicted = decide(*merged, int(train.labels.max()) + 1)
     protocol = {"name": "knn", "k": k, "temperature": TEMPERATURE, "size": subject.size, "pool": "mean"}
     return Result(
         protocol,
         model_facts(subject, seed),
-        data_facts(train, val, ranks, (own, asked)),
+        data_facts(train, val, world, (own, asked)),
         {"top1": (predicted == val.labels).double().mean().item()},
         {},
-        made_by(ranks.size, ranks.device.type, time.monotonic() - began),
+        made_by(world.size, world.device.type, time.monotonic() - began),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from scale_mae.data.storage import DataError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Progress, Source, check_classes, data_facts, gathered, own_features
 from scale_mae.evaluation.results import Result, made_by, model_facts
@@ -68,7 +68,7 @@ def logistic_accuracy(
     subject: Subject,
     train: Source,
     val: Source,
-    ranks: World,
+    world: World,
     batch: int = 64,
     seed: int | None = None,
     progress: Progress | None = None,
@@ -79,7 +79,7 @@ def logistic_accuracy(
         subject: the encoder.
         train: labelled images to learn from.
         val: labelled images to classify.
-        ranks: the processes.
+        world: the processes.
         batch: images at a time, a process.
         seed: of the encoder's training, if its weights do not say.
         progress: called with (images of a source done by this process, all of them).
@@ -91,11 +91,11 @@ def logistic_accuracy(
     check_classes(train, val)
     if len(train.index) < 2 * HELD_OUT:
         raise DataError(f"{train.name}: holds {len(train.index)} images, too few to learn from")
-    found = tuple(own_features(subject, source.index, ranks, batch, progress) for source in (train, val))
-    known, asked = (gathered(each, ranks).to(ranks.device) for each in found)
+    found = tuple(own_features(subject, source.index, world, batch, progress) for source in (train, val))
+    known, asked = (gathered(each, world).to(world.device) for each in found)
     deviation, mean = torch.std_mean(known, dim=0)
     known, asked = ((each - mean) / deviation.clamp_min(1e-6) for each in (known, asked))
-    labels, wanted = train.labels.to(ranks.device), val.labels.to(ranks.device)
+    labels, wanted = train.labels.to(world.device), val.labels.to(world.device)
     classes = int(max(labels.max(), wanted.max())) + 1
 
     def learn() -> tuple[float, float, float]:
@@ -103,12 +103,12 @@ def logistic_accuracy(
         outputs = logits(fit(known, labels, classes, l2), asked)
         return l2, (outputs.argmax(dim=1) == wanted).double().mean().item(), cross_entropy(outputs, wanted).item()
 
-    l2, top1, loss = ranks.on_main(learn)
+    l2, top1, loss = world.on_main(learn)
     return Result(
         {"name": "logistic", "size": subject.size, "pool": "mean", "penalties": list(PENALTIES), "held_out": HELD_OUT},
         model_facts(subject, seed),
-        data_facts(train, val, ranks, (found[0], found[1])),
+        data_facts(train, val, world, (found[0], found[1])),
         {"top1": top1, "loss": loss},
         {"chosen": {"l2": l2}},
-        made_by(ranks.size, ranks.device.type, time.monotonic() - began),
+        made_by(world.size, world.device.type, time.monotonic() - began),
     )

@@ -25,7 +25,7 @@ from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.hardware import REASONS, Nvml
 from scale_mae.metrics.meter import Metrics
 from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.step_timer import STILL, Stopwatch
+from scale_mae.metrics.step_timer import STILL, StepTimer
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -59,11 +59,11 @@ COUNTERS = {  # of the run: name -> (count, what it says)
     "checkpoints": ("checkpoints", "Checkpoints written."),
     "checkpoint_failures": ("checkpoint_failures", "Checkpoints lost."),
 }
-HISTOGRAM = ("step", "data_wait", "forward_backward", "optimizer", *STILL)
+HISTOGRAM = ("step", "data_loading", "forward_backward", "optimizer", *STILL)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What an exporter says of the run that never changes in its life.
 
     Attributes:
@@ -99,11 +99,11 @@ class Exporter(Collector):
 
     def __init__(
         self,
-        run: Run,
+        run: RunInfo,
         node: Node,
         nvml: Nvml,
         counters: Counters,
-        watch: Stopwatch,
+        watch: StepTimer,
         port: int,
         discovery_dir: Path,
         *,
@@ -121,7 +121,7 @@ class Exporter(Collector):
             self._server, self._thread = start_http_server(port, registry=registry)
         except OSError as error:
             self._server, self._thread = start_http_server(0, registry=registry)
-            self.problems.append(f"log.port={port} cannot be used ({error.strerror}); metrics are at port {self.port}")
+            self.problems.append(f"log.metrics_port={port} cannot be used ({error.strerror}); metrics are at port {self.port}")
         self._announce()
 
     @property
@@ -271,7 +271,7 @@ def _derived(metrics: Metrics) -> Iterator[Metric]:
             if (value := metrics.get(key)) is not None:
                 family.add_metric([which], value)
     yield from (seconds, number)
-    now, age, left, joules = (metrics.get(key) for key in ("time", "checkpoint_age_s", "time_left_s", "energy_j"))
+    now, age, left, joules = (metrics.get(key) for key in ("time", "checkpoint_age_s", "eta_s", "energy_j"))
     saved = None if now is None or age is None else now - age
     yield _gauge("checkpoint_timestamp_seconds", "When the newest checkpoint had its name.", value=saved)
     end = None if now is None or left is None else now + left

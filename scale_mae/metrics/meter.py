@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from scale_mae.metrics.hardware import Memory
-from scale_mae.metrics.step_timer import OWN, Laps, phases
+from scale_mae.metrics.step_timer import OWN, PhaseSeconds, phases
 
 Metrics = dict[str, int | float | None]
 SMOOTHING = 100.0  # steps after which a loss has 1/e of its weight left in the smoothed one
 
 
-class Vitals(NamedTuple):
+class ProcessStats(NamedTuple):
     """What each process tells of itself at a log step.
 
     Attributes:
@@ -70,8 +70,8 @@ class Meter:
         lr: float,
         grad_norm: float | None,
         loss_scale: float,
-        laps: Sequence[Laps],
-        vitals: Sequence[Vitals],
+        laps: Sequence[PhaseSeconds],
+        vitals: Sequence[ProcessStats],
     ) -> Metrics:
         """Metrics of a stretch of steps.
 
@@ -107,7 +107,7 @@ class Meter:
             **_ranks(vitals),
             "memory_gib": peak_memory() / 2**30,
             "loss_scale": loss_scale,
-            "time_left_s": (self.total_steps - step) * self.global_batch / images_per_s,
+            "eta_s": (self.total_steps - step) * self.global_batch / images_per_s,
             "time": time.time(),
         }
 
@@ -120,20 +120,20 @@ class Meter:
         return self.smoothed
 
 
-def own_seconds(laps: Sequence[Laps]) -> float:
+def own_seconds(laps: Sequence[PhaseSeconds]) -> float:
     """Seconds a step that this process took without waiting for others."""
     return sum(step.get(name, 0.0) for step in laps for name in OWN) / max(1, len(laps))
 
 
-def _ranks(vitals: Sequence[Vitals]) -> Metrics:
+def _ranks(vitals: Sequence[ProcessStats]) -> Metrics:
     """The slowest and the fastest process, and the most memory that any has."""
     own = [vital.own_s for vital in vitals]
     slowest, fastest = own.index(max(own)), own.index(min(own))
     return {
-        "rank_slowest": slowest,
-        "rank_slowest_s": own[slowest],
-        "rank_fastest": fastest,
-        "rank_fastest_s": own[fastest],
+        "slowest_rank": slowest,
+        "slowest_rank_s": own[slowest],
+        "fastest_rank": fastest,
+        "fastest_rank_s": own[fastest],
         **most_memory([vital.memory for vital in vitals]),
     }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scale_mae.distributed.launcher import node_number
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.metrics.hardware import Nvml
 from scale_mae.metrics.meter import Metrics
 

@@ -183,7 +183,7 @@ class JsonSink:
 
 def describe(metrics: Metrics, total_steps: int) -> str:
     """One line for people."""
-    left = int(metrics["time_left_s"] or 0)
+    left = int(metrics["eta_s"] or 0)
     loss, norm = metrics["loss"], metrics["grad_norm"]
     loss_text = "not finite" if loss is None else f"{loss:.4f}"
     return (
@@ -193,7 +193,7 @@ def describe(metrics: Metrics, total_steps: int) -> str:
     )
 
 
-def make_log(run_dir: Path, total_steps: int, first_step: int, more: Sequence[Sink] = ()) -> Log:
+def build_log(run_dir: Path, total_steps: int, first_step: int, more: Sequence[Sink] = ()) -> Log:
     """Console, ``log.txt`` and ``log.jsonl``, and whatever is asked for besides."""
     return Log(
         [

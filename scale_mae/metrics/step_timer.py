@@ -25,7 +25,7 @@ import torch
 from torch.nn import Module
 
 PHASES: Mapping[str, tuple[str, ...]] = {
-    "data_wait": ("data", "vote"),
+    "data_loading": ("data", "vote"),
     "forward_backward": ("forward", "backward"),
     "optimizer": ("optimizer",),
     "checkpoint": ("checkpoint",),
@@ -36,16 +36,16 @@ STILL = ("checkpoint", "evaluation")  # training stands still in these phases; m
 OWN = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
 PENDING = 4096  # events after which those that have come to pass are read early
 
-Laps = dict[str, float]
+PhaseSeconds = dict[str, float]
 
 
-def phases(laps: Laps) -> dict[str, float]:
+def phases(laps: PhaseSeconds) -> dict[str, float]:
     """Seconds of a step by phase; ``step`` is all but checkpoint and evaluation."""
     found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
     return {"step": sum(laps.values()) - sum(found[name] for name in STILL), **found}
 
 
-class Stopwatch:
+class StepTimer:
     """Laps of steps.
 
     Args:
@@ -62,8 +62,8 @@ class Stopwatch:
         self._on_device = device.type == "cuda"
         self._spare: list[Any] = []
         self._pending: deque[tuple[str, Any, bool]] = deque()
-        self._steps: list[Laps] = []
-        self._laps: Laps = defaultdict(float)
+        self._steps: list[PhaseSeconds] = []
+        self._laps: PhaseSeconds = defaultdict(float)
         self._last = self._mark()
 
     def lap(self, name: str) -> None:
@@ -86,13 +86,13 @@ class Stopwatch:
         if len(self._pending) > PENDING:
             self._settle(wait=False)
 
-    def read(self) -> list[Laps]:
+    def read(self) -> list[PhaseSeconds]:
         """Seconds by name of each step that has ended since the last reading. This waits for the device."""
         self._settle(wait=True)
         steps, self._steps = self._steps, []
         return steps
 
-    def rest(self) -> Laps:
+    def rest(self) -> PhaseSeconds:
         """Seconds by name since the last step, when no other is to come. This waits for the device."""
         self._settle(wait=True)
         rest, self._laps = dict(self._laps), defaultdict(float)

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow, for those who ask for them (``log.sinks``).
+"""TensorBoard, Weights & Biases and MLflow, for those who ask for them (``log.trackers``).
 
 Each works in a thread of its own, beginning with the import of its package: a server that is slow or cannot be reached holds up
 no step. A run that is started again goes on in the same place.
@@ -26,7 +26,7 @@ PATIENCE = 20.0  # seconds that the end of a run waits for a tracker; a job may 
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Whether what ``log.sinks`` asks for is installed.
+    """Whether what ``log.trackers`` asks for is installed.
 
     Raises:
         UserError: it is not.
@@ -34,19 +34,19 @@ def check_packages(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(
-                f"log.sinks={name} needs a package that is missing; pip install 'scale-mae[sinks]', or leave it out"
+                f"log.trackers={name} needs a package that is missing; pip install 'scale-mae[sinks]', or leave it out"
             )
 
 
-def make_trackers(config: Config, run_id: str, first_step: int) -> list[Tracker]:
-    """The trackers that ``log.sinks`` asks for.
+def build_trackers(config: Config, run_id: str, first_step: int) -> list[Tracker]:
+    """The trackers that ``log.trackers`` asks for.
 
     Args:
         config: told to each.
         run_id: name of the run, the same over restarts.
         first_step: where this process group begins.
     """
-    return [TRACKERS[name](config, run_id, first_step) for name in config.log.sinks]
+    return [TRACKERS[name](config, run_id, first_step) for name in config.log.trackers]
 
 
 class Tracker(Sink, ABC):

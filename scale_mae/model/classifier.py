@@ -105,7 +105,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         """
         depth, whole, half = len(self.blocks), int(train_blocks), train_blocks % 1
         if train_blocks > depth:
-            raise ValueError(f"classify.train_blocks={train_blocks:g}, but the encoder has {depth} blocks")
+            raise ValueError(f"classify.trainable_blocks={train_blocks:g}, but the encoder has {depth} blocks")
         _to_buffers(self.patch_embed)
         for name in ("cls_token", "pos_embed"):
             _to_buffer(self, name)

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 from scale_mae.config import UserError
 from scale_mae.distributed.launcher import rank_and_size
-from scale_mae.distributed.world import own_device, world
+from scale_mae.distributed.process_group import local_device, process_group
 from scale_mae.doctor import report as print_findings
 from scale_mae.preflight import diagnosis, measurements
-from scale_mae.preflight.options import Demands
-from scale_mae.preflight.rendezvous import GRACE, LostError, Outcome, RollCall, expected, node_name, within
+from scale_mae.preflight.options import PreflightOptions
+from scale_mae.preflight.rendezvous import GRACE, CallResult, LostError, Rendezvous, expected, node_name, within
 
 V = TypeVar("V")
 CHECK = 20.0  # seconds that one check of one process may take
@@ -34,13 +34,13 @@ CHECK = 20.0  # seconds that one check of one process may take
 class Local:
     """What a process finds without the others; the folders are looked at by the first of each node."""
 
-    seen: Outcome[measurements.Seen]
-    product: Outcome[measurements.Product]
-    written: Outcome[measurements.Written] | None
-    free: Outcome[dict[str, int]] | None
+    seen: CallResult[measurements.NodeState]
+    product: CallResult[measurements.Product]
+    written: CallResult[measurements.Written] | None
+    free: CallResult[dict[str, int]] | None
 
 
-def preflight(demands: Demands) -> int:
+def preflight(demands: PreflightOptions) -> int:
     """Check all nodes; 0 when they are fit, else 1, with the names of bad ones in ``slurm/bad_nodes``.
 
     Raises:
@@ -49,11 +49,11 @@ def preflight(demands: Demands) -> int:
     rank, _ = rank_and_size()
     if rank == 0:
         within(CHECK, lambda: _write(demands.mark, "here"))
-    device = own_device()
+    device = local_device()
     seen = within(CHECK, lambda: measurements.look(device))
     with ExitStack() as deadline, ExitStack() as held:
         try:
-            run = _Run(demands, RollCall(demands.timeout), device)
+            run = _Run(demands, Rendezvous(demands.timeout), device)
             _ = run.arrive() and run.look(seen) and run.join(held) and run.pair() and run.reduce()
             return run.end(deadline)
         except LostError as error:
@@ -69,7 +69,7 @@ def preflight(demands: Demands) -> int:
 class _Run:
     """One process's part; rank 0 judges each stage into ``report``."""
 
-    def __init__(self, demands: Demands, call: RollCall, device: Any) -> None:
+    def __init__(self, demands: PreflightOptions, call: Rendezvous, device: Any) -> None:
         self.demands, self.call, self.device = demands, call, device
         self.began = time.monotonic()
         self.node, self.nodes = node_name(), [""] * call.size
@@ -102,7 +102,7 @@ class _Run:
             )
         return not self.missing
 
-    def look(self, seen: Outcome[measurements.Seen]) -> bool:
+    def look(self, seen: CallResult[measurements.NodeState]) -> bool:
         """The clocks, read when all have just been told to go on; then what each finds alone. Whether to connect."""
         stamp = time.time()
         if not self._settle("clocks", stamp, float, lambda all_: diagnosis.clocks(self.report, self._by_node(all_)), GRACE):
@@ -144,7 +144,7 @@ class _Run:
         """Open the process groups that training opens."""
         error = ""
         try:
-            held.enter_context(world(timedelta(seconds=self.demands.timeout), self.call.store.clone()))
+            held.enter_context(process_group(timedelta(seconds=self.demands.timeout), self.call.store.clone()))
         except RuntimeError as failure:
             error = str(failure).splitlines()[0]
 
@@ -177,7 +177,7 @@ class _Run:
         """All pairs at once; on rank 0 adds to ``speeds`` (GB/s) and ``errors``."""
         mine = within(CHECK, lambda: measurements.exchange(pairs, self.call.rank, self.device, CHECK / 2))
 
-        def take(all_: list[Outcome[float | None]]) -> None:
+        def take(all_: list[CallResult[float | None]]) -> None:
             for a, b in pairs:
                 names, reasons = (self.nodes[a], self.nodes[b]), [all_[r].error for r in (a, b) if all_[r].error]
                 for name in names:
@@ -185,7 +185,7 @@ class _Run:
                 if reasons:
                     errors[names] = reasons[0]
 
-        return self._settle(stage, mine, Outcome[float | None], take, CHECK + GRACE)
+        return self._settle(stage, mine, CallResult[float | None], take, CHECK + GRACE)
 
     def reduce(self) -> bool:
         """Bandwidth of the collective that training lives on."""
@@ -194,10 +194,10 @@ class _Run:
             return True
         mine = within(CHECK, lambda: measurements.all_reduce(size, self.device))
 
-        def take(all_: list[Outcome[float]]) -> None:
+        def take(all_: list[CallResult[float]]) -> None:
             diagnosis.all_reduce(self.report, all_, measurements.transfer_bytes(self.device))
 
-        return self._settle("all-reduce", mine, Outcome[float], take, CHECK + GRACE)
+        return self._settle("all-reduce", mine, CallResult[float], take, CHECK + GRACE)
 
     def end(self, held: ExitStack) -> int:
         """Print, name bad nodes in a file, and leave."""
@@ -211,8 +211,8 @@ class _Run:
         _leave_in_time(held, code)
         # rank 0's node may be one that cannot write
         writer = next((rank for rank, node in enumerate(self.nodes) if node and node not in bad), 0)
-        outcome = within(CHECK / 2, lambda: _name_bad(self.demands, bad)) if writer == self.call.rank else Outcome(None)
-        left = self.call.leave(outcome, Outcome[None], [rank for rank in range(self.call.size) if rank not in self.missing])
+        outcome = within(CHECK / 2, lambda: _name_bad(self.demands, bad)) if writer == self.call.rank else CallResult(None)
+        left = self.call.leave(outcome, CallResult[None], [rank for rank in range(self.call.size) if rank not in self.missing])
         if self.call.rank == 0:
             written = left.get(writer)
             if written is None or written.error:
@@ -250,7 +250,7 @@ class _Run:
         return {name: values[self.nodes.index(name)] for name in dict.fromkeys(self.nodes)}
 
 
-def _without_rank_0(demands: Demands, error: str) -> int:
+def _without_rank_0(demands: PreflightOptions, error: str) -> int:
     """Rank 0 does not answer. Unless it turns out to have ended, which means that this process is apart, its node is bad."""
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline:
@@ -272,7 +272,7 @@ def _leave_in_time(held: ExitStack, code: int) -> None:
     held.callback(timer.cancel)
 
 
-def _name_bad(demands: Demands, names: list[str]) -> None:
+def _name_bad(demands: PreflightOptions, names: list[str]) -> None:
     if names:
         _write(demands.bad_nodes, "".join(f"{name}\n" for name in names))
     else:
@@ -286,7 +286,7 @@ def _write(path: Path, text: str) -> None:
     staging.rename(path)
 
 
-def _finish(demands: Demands) -> None:
+def _finish(demands: PreflightOptions) -> None:
     """Say that rank 0 has ended, and clear what killed attempts left."""
     for old in demands.folder.glob("preflight-*"):
         if old != demands.mark:

@@ -8,11 +8,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from scale_mae.preflight.options import Demands
+from scale_mae.preflight.options import PreflightOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``scale-mae preflight``, named as the attributes of :class:`Demands`."""
+    """Those of ``scale-mae preflight``, named as the attributes of :class:`PreflightOptions`."""
     add = parser.add_argument
     add("--run-dir", required=True, type=Path, metavar="DIR", help="shared by all nodes")
     add("--local-dir", type=Path, metavar="DIR", help="of each node (checkpoint.local_dir)")
@@ -35,7 +35,7 @@ def run_command(args: argparse.Namespace) -> int:
     from scale_mae.preflight.checks import preflight
     from scale_mae.preflight.rendezvous import hanging
 
-    code = preflight(Demands(**{field.name: getattr(args, field.name) for field in fields(Demands)}))
+    code = preflight(PreflightOptions(**{field.name: getattr(args, field.name) for field in fields(PreflightOptions)}))
     if hanging():
         sys.stdout.flush()
         os._exit(code)  # an orderly end would wait for what does not answer

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import harmonic_mean, median
 
 from scale_mae.doctor import GIB, Finding
-from scale_mae.preflight.measurements import Gpu, Product, Seen, Written
-from scale_mae.preflight.rendezvous import Outcome
+from scale_mae.preflight.measurements import Gpu, NodeState, Product, Written
+from scale_mae.preflight.rendezvous import CallResult
 
 SKEW = 2.0  # seconds
 EQUAL_SPEED = 0.7  # of the median
@@ -87,7 +87,7 @@ def absent(report: Report, missing: list[int], expected: Mapping[str, int], what
         )
 
 
-def accelerators(report: Report, seen: list[Outcome[Seen]]) -> None:
+def accelerators(report: Report, seen: list[CallResult[NodeState]]) -> None:
     """Equal on all nodes, and nothing known against any."""
     report.blame(
         _first(report, {rank: f"its GPU does not answer ({s.error})" for rank, s in enumerate(seen) if s.value is None}),
@@ -121,7 +121,7 @@ def accelerators(report: Report, seen: list[Outcome[Seen]]) -> None:
         report.say("ok" if usual[0] else "note", f"{_kind(usual)} on every node")
 
 
-def arithmetic(report: Report, products: list[Outcome[Product]], on_gpu: bool) -> None:
+def arithmetic(report: Report, products: list[CallResult[Product]], on_gpu: bool) -> None:
     """Products right on every rank, and about equally fast."""
     report.blame(
         _first(report, {r: f"a matrix product failed ({p.error})" for r, p in enumerate(products) if p.value is None}),
@@ -153,7 +153,7 @@ def arithmetic(report: Report, products: list[Outcome[Product]], on_gpu: bool) -
 
 
 def shared_directory(
-    report: Report, written: dict[str, Outcome[Written]], unseen: list[str], folder: str, min_mbps: float | None
+    report: Report, written: dict[str, CallResult[Written]], unseen: list[str], folder: str, min_mbps: float | None
 ) -> None:
     """Writable from every node, the same one for all, fast enough: as is wanted, else not far slower than for others."""
     elsewhere = "mount it on every node, or choose another --run-dir"
@@ -187,7 +187,7 @@ def shared_directory(
             report.say("ok", told)
 
 
-def room(report: Report, free: dict[str, Outcome[dict[str, int]]], need_gb: float) -> None:
+def room(report: Report, free: dict[str, CallResult[dict[str, int]]], need_gb: float) -> None:
     """Enough space on the disks of every node."""
     report.blame({n: f"its disks do not answer ({f.error})" for n, f in free.items() if f.value is None}, "leave it out")
     known = {node: f.value for node, f in free.items() if f.value}
@@ -250,7 +250,7 @@ def pairs(report: Report, speeds: dict[str, list[float]], errors: dict[tuple[str
         report.say("ok", f"pairs of nodes exchange at least {min(best.values()):.3g} GB/s each way")
 
 
-def all_reduce(report: Report, speeds: list[Outcome[float]], transferred: int) -> None:
+def all_reduce(report: Report, speeds: list[CallResult[float]], transferred: int) -> None:
     """Bus bandwidth of all, in GB/s, of an all-reduce of so many bytes."""
     failed = {rank: f"an all-reduce failed ({s.error})" for rank, s in enumerate(speeds) if s.value is None}
     report.blame(_first(report, failed), "leave it out", "run again with NCCL_DEBUG=INFO (TORCH_CPP_LOG_LEVEL=INFO on CPUs)")

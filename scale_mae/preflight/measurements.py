@@ -35,7 +35,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Seen:
+class NodeState:
     """All accelerators that a process sees, and what is wrong with its own."""
 
     gpus: tuple[Gpu, ...]
@@ -60,13 +60,13 @@ class Written:
     read_mbps: float
 
 
-def look(device: torch.device) -> Seen:
+def look(device: torch.device) -> NodeState:
     """The accelerators. To be called before this process uses its own: what is on it then belongs to others."""
     if device.type != "cuda":
-        return Seen((), ())
+        return NodeState((), ())
     all_facts = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     gpus = tuple(Gpu(str(facts.uuid), facts.name, facts.total_memory) for facts in all_facts)
-    return Seen(gpus, tuple(nvml_troubles(gpus[device.index or 0].uuid)))
+    return NodeState(gpus, tuple(nvml_troubles(gpus[device.index or 0].uuid)))
 
 
 def nvml_troubles(uuid: str) -> Iterator[str]:

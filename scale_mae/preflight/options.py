@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Demands:
+class PreflightOptions:
     """What to look at and what is enough.
 
     Attributes:

@@ -39,23 +39,23 @@ class LostError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class CallResult(Generic[T]):
     """What an action gave, or why it gave nothing."""
 
     value: T | None
     error: str = ""
 
 
-def within(seconds: float, action: Callable[[], T]) -> Outcome[T]:
+def within(seconds: float, action: Callable[[], T]) -> CallResult[T]:
     """Run an action in a thread and wait a limited time. One that hangs is left behind; it ends with the process."""
-    outcomes: queue.Queue[Outcome[T]] = queue.Queue()
+    outcomes: queue.Queue[CallResult[T]] = queue.Queue()
 
     def run() -> None:
         try:
-            outcomes.put(Outcome(action()))
+            outcomes.put(CallResult(action()))
         except Exception as error:  # whatever a broken device or file system raises is what was to be found out
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            outcomes.put(Outcome(None, (reason.strip().splitlines() or [""])[0] or type(error).__name__))
+            outcomes.put(CallResult(None, (reason.strip().splitlines() or [""])[0] or type(error).__name__))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -63,7 +63,7 @@ def within(seconds: float, action: Callable[[], T]) -> Outcome[T]:
         return outcomes.get(timeout=seconds)
     except queue.Empty:
         _hanging.append(thread)
-        return Outcome(None, f"no end in {seconds:g} s")
+        return CallResult(None, f"no end in {seconds:g} s")
 
 
 def hanging() -> bool:
@@ -71,7 +71,7 @@ def hanging() -> bool:
     return any(thread.is_alive() for thread in _hanging)
 
 
-class RollCall:
+class Rendezvous:
     """The processes of a job, before and beside any process group.
 
     Args:

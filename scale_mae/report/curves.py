@@ -10,7 +10,7 @@ from scale_mae.report.charts import Chart, Mark, Series, Style
 from scale_mae.report.record import Floats, Lines, Record, column
 
 PHASES = {  # of a step, and what its time is called in the log
-    "data wait": "data_wait_s",
+    "data wait": "data_loading_s",
     "forward and backward": "forward_backward_s",
     "optimizer": "optimizer_s",
     "checkpoint": "checkpoint_s",
@@ -53,7 +53,7 @@ class Curves:
         words = "Over all parameters, before clipping."
         charts += self._simple("gradient-norm", "Gradient norm", words, "norm", {"gradient norm": "grad_norm"})
         if self._log.has("val_top1"):
-            words = "On classify.val, of the newest evaluation at each logged step."
+            words = "On classify.val_source, of the newest evaluation at each logged step."
             charts += self._simple("accuracy", "Accuracy", words, "share", {"top-1": "val_top1", "top-5": "val_top5"})
         if len(set(self._log.column("loss_scale")[np.isfinite(self._log.column("loss_scale"))].tolist())) > 1:
             charts += self._simple("loss-scale", "Loss scale", "Of fp16.", "factor", {"loss scale": "loss_scale"})
@@ -66,7 +66,7 @@ class Curves:
         words = "Operations of the model (MFU), and with recomputation (HFU), over what the device can do at its peak."
         charts += self._simple("utilisation", "Use of the device", words, "share of peak", {"MFU": "mfu", "HFU": "hfu"})
         charts += self._phases()
-        ranks = {"slowest": "rank_slowest_s", "fastest": "rank_fastest_s"}
+        ranks = {"slowest": "slowest_rank_s", "fastest": "fastest_rank_s"}
         words = "Its own work in a step, waiting for data and the forward pass, on the slowest and on the fastest process."
         return charts + self._simple("ranks", "Slowest and fastest process", words, "seconds a step", ranks)
 

@@ -39,13 +39,13 @@ def _of_event(record: Record, event: dict[str, Any], number: int) -> Mark | None
             return None  # the first start is no incident
         words = f"restart {event.get('restarts', '')} on {event.get('world_size', '?')} processes, {at}"
         return Mark("restart", record.images_at(step), step, words)
-    if kind in ("rollback", "gave_up"):
+    if kind in ("rollback", "rollback_failed"):
         step, bad = _int(event.get("detected")), event.get("skipped_steps") or ["?", "?"]
         words = (
             f"rollback {event.get('number', '')}: {event.get('reason', '')}; back from step {step} to {event.get('to', '?')}, "
             f"samples of steps {bad[0]} to {bad[-1]} left out, {at}"
         )
-        if kind == "gave_up":
+        if kind == "rollback_failed":
             words = f"gave up: {event.get('reason', '')}; samples of steps {bad[0]} to {bad[-1]} led there, {at}"
         return Mark(kind.replace("_", " "), record.images_at(step), step, words)
     if kind == "stop":
@@ -56,7 +56,7 @@ def _of_event(record: Record, event: dict[str, Any], number: int) -> Mark | None
 
 
 def _skips(record: Record) -> Iterator[Mark]:
-    events = record.events("skipped")
+    events = record.events("steps_skipped")
     for event in events:
         total, at = event.get("total"), when(event.get("time"))
         for first, last in _unbroken(event.get("steps", [])):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.runs import history
-from scale_mae.slurm.status import METRICS, Standing, is_run, standing
+from scale_mae.slurm.status import METRICS, RunStatus, is_run, run_status
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
@@ -154,7 +154,7 @@ class Record:
     config: Config | None
     log: Lines
     history: list[dict[str, Any]]
-    standing: Standing
+    run_status: RunStatus
     config_problem: str = ""
 
     @property
@@ -194,5 +194,5 @@ def read_record(run: Path) -> Record:
     if config is None:
         problem = problem or "config.yaml is missing or damaged"
     return Record(
-        run, config, read_lines(run / METRICS), [_event(event) for event in history.read(run)], standing(run), problem
+        run, config, read_lines(run / METRICS), [_event(event) for event in history.read(run)], run_status(run), problem
     )

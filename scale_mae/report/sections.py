@@ -21,7 +21,7 @@ KILOWATT_HOUR = 3.6e6  # joules
 
 def summary(record: Record) -> Markup:
     """State, progress and the newest numbers."""
-    log, s = record.log, record.standing
+    log, s = record.log, record.run_status
     last = log.lines[-1] if len(log) else {}
     pairs: dict[str, object] = {"state": s.state}
     parts: list[object] = []
@@ -37,7 +37,7 @@ def summary(record: Record) -> Markup:
             "loss": _figure(last.get("loss"), "{:.4f}"),
             "loss, smoothed": _figure(float(smoothed) if np.isfinite(smoothed) else None, "{:.4f}"),
             "images/s": _figure(last.get("images_per_s"), "{:,.0f}"),
-            "time left": duration(last["time_left_s"]) if last.get("time_left_s") else None,
+            "time left": duration(last["eta_s"]) if last.get("eta_s") else None,
             "newest log line": f"{when(last.get('time'))} UTC" if last.get("time") else None,
         }
         if total:
@@ -65,7 +65,7 @@ def what_ran(record: Record) -> Markup:
             "images": config.data.source,
             "schedule": f"{train.duration}, warm-up {config.optim.warmup}, peak learning rate {config.peak_lr:.4g}",
             "batch": f"{train.global_batch:,} images, {train.micro_batch} at once on a process",
-            "arithmetic": f"{train.precision}, {config.engine.deepspeed}, recomputation: {train.recompute}",
+            "arithmetic": f"{train.precision}, {config.engine.deepspeed}, recomputation: {train.activation_checkpointing}",
             "seed": config.run.seed,
         }
         parts += [facts(pairs), disclosure("The whole config", tag("pre", config.to_yaml(), tabindex="0"))]
@@ -98,18 +98,18 @@ def _pretraining(config: Config) -> dict[str, object]:
 
 
 def _classifier(config: Config) -> dict[str, object]:
-    c, blocks = config.classify, config.classify.train_blocks
+    c, blocks = config.classify, config.classify.trainable_blocks
     found: dict[str, object] = {
         "begins with": config.model.init_from or "random weights",
-        "evaluated on": f"{c.val}, every {c.every}" if c.val else "nothing",
+        "evaluated on": f"{c.val_source}, every {c.eval_interval}" if c.val_source else "nothing",
     }
     if config.run.task == "linprobe":
-        return found | {"learning rates": ", ".join(f"x {rate:g}" for rate in c.sweep)}
+        return found | {"learning rates": ", ".join(f"x {rate:g}" for rate in c.lr_multipliers)}
     return found | {
         "trained": "all blocks" if blocks is None else f"the last {blocks:g} blocks",
         "layer decay": config.optim.layer_decay,
-        "regularisation": f"drop path {c.drop_path}, smoothing {c.smoothing}, mixup {c.mixup}, CutMix {c.cutmix}, "
-        f"erasing {c.erasing}, RandAugment {config.data.randaugment or 'none'}",
+        "regularisation": f"drop path {c.drop_path}, smoothing {c.label_smoothing}, mixup {c.mixup}, CutMix {c.cutmix}, "
+        f"erasing {c.random_erasing}, RandAugment {config.data.randaugment or 'none'}",
     }
 
 
@@ -169,7 +169,7 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
         keys = ("step", "world_size", "device", "host", "job_id")
         rows = [[n + 1, when(e.get("time")), *(e.get(key) for key in keys)] for n, e in enumerate(starts)]
         parts.append(table("Starts", header, rows))
-    elif record.standing.restarts is None:
+    elif record.run_status.restarts is None:
         parts.append(note("history.jsonl tells of no start, so how often the run was started again is not known."))
     kept, left = shown(marks)
     if kept:
@@ -179,7 +179,7 @@ def incidents(record: Record, marks: Sequence[Mark]) -> Markup:
             if event.get("samples"):
                 listed = ", ".join(map(str, event["samples"]))
                 parts.append(disclosure(f"Samples left out by rollback {event.get('number', '')}", tag("p", listed)))
-        for event in record.events("gave_up"):
+        for event in record.events("rollback_failed"):
             parts.append(disclosure("Samples that led to giving up", tag("p", ", ".join(map(str, event.get("samples", []))))))
     else:
         parts.append(note("No restart, no rollback and no skipped step is recorded."))
@@ -207,7 +207,7 @@ def reconstructions(pictures: Sequence[Picture] | None, problems: Sequence[str])
 def evaluations(record: Record) -> Markup:
     """Accuracies of a classifier on the images it was evaluated on."""
     names = {"val_top1": "top-1", "val_top5": "top-5", "val_ema_top1": "top-1 of the moving average", "val_loss": "loss"}
-    found = record.events("evaluated")
+    found = record.events("evaluation")
     shown = [key for key in names if any(key in event for event in found)]
     rows = []
     for event in found:
@@ -215,8 +215,8 @@ def evaluations(record: Record) -> Markup:
         told = ["-" if v is None else f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in zip(shown, values, strict=True)]
         rows.append([number(event.get("step", 0)), number(event.get("val_images", 0)), *told])
     header = ["step", "images", *(names[key] for key in shown)]
-    failed = [note(f"Step {event.get('step', 0):,}: {event.get('why', '')}") for event in record.events("not_evaluated")]
-    shown_rows = table("On classify.val", header, rows) if rows else note("None so far.")
+    failed = [note(f"Step {event.get('step', 0):,}: {event.get('why', '')}") for event in record.events("evaluation_failed")]
+    shown_rows = table("On classify.val_source", header, rows) if rows else note("None so far.")
     return section("evaluations", "Evaluations", shown_rows, *failed)
 
 

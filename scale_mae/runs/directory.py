@@ -13,7 +13,7 @@ from scale_mae.data.index_builder import build
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.exit_status import StoppedError
-from scale_mae.system.progress import Bar
+from scale_mae.system.progress import ProgressBar
 
 QUICK = 5.0  # seconds; what takes longer shows its progress
 
@@ -85,7 +85,7 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
         notes.append(f"uses {path}, built {made}; images added to data.source since then are not in it")
         return path
     began = time.perf_counter()
-    with Bar(f"images looked at for {path}, because data.source brings no index") as bar:
+    with ProgressBar(f"images looked at for {path}, because data.source brings no index") as bar:
 
         def progress(done: int, total: int) -> None:
             if stop.received:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from scale_mae.config import UserError
 
-FILE = "outcome"
+FILE = "exit_status"
 
 
 class StoppedError(UserError):
     """A signal came before the first step."""
 
 
-class Outcome:
-    """One line in the file ``outcome``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: why``. There is none
+class ExitStatus:
+    """One line in the file ``exit_status``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: why``. There is none
     while a run goes on, nor after it was killed.
 
     Args:

@@ -62,9 +62,9 @@ def submit(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     """``scale-mae status``."""
-    from scale_mae.slurm.status import find_runs, show, standing
+    from scale_mae.slurm.status import find_runs, run_status, show
 
-    found = [standing(run) for run in find_runs(Path(args.run))]
+    found = [run_status(run) for run in find_runs(Path(args.run))]
     if args.json:
         print(json.dumps([asdict(one) for one in found], indent=2, default=str))
     else:

@@ -23,14 +23,14 @@ from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
 from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
-from scale_mae.system.lock import holder
+from scale_mae.system.lock import lock_holder
 
 METRICS, LOCK = "log.jsonl", "run.lock"
 STATE_WIDTH = 80  # of several runs
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """How a run stands.
 
     Attributes:
@@ -40,7 +40,7 @@ class Standing:
         total_steps: of the schedule.
         loss: at that line.
         images_per_s: likewise.
-        time_left_s: likewise.
+        eta_s: likewise.
         checkpoint: newest; None: there is none.
         checkpoint_age_s: since it was committed.
         restarts: times that it was started again, as its history tells; None: that tells of no start, though steps were logged.
@@ -52,7 +52,7 @@ class Standing:
     total_steps: int | None = None
     loss: float | None = None
     images_per_s: float | None = None
-    time_left_s: float | None = None
+    eta_s: float | None = None
     checkpoint: str | None = None
     checkpoint_age_s: float | None = None
     restarts: int | None = 0
@@ -75,13 +75,13 @@ def find_runs(path: Path) -> list[Path]:
     return found
 
 
-def standing(run: Path) -> Standing:
+def run_status(run: Path) -> RunStatus:
     """How a run stands."""
     last, kept = _last_metrics(run), checkpoints(run)
-    facts: dict[str, Any] = {key: last.get(key) for key in ("step", "total_steps", "loss", "images_per_s", "time_left_s")}
+    facts: dict[str, Any] = {key: last.get(key) for key in ("step", "total_steps", "loss", "images_per_s", "eta_s")}
     if kept:
         facts |= {"checkpoint": kept[-1].name, "checkpoint_age_s": time.time() - kept[-1].stat().st_mtime}
-    return Standing(run, _state(run), **facts, restarts=_restarts(run, logged=bool(last)))
+    return RunStatus(run, _state(run), **facts, restarts=_restarts(run, logged=bool(last)))
 
 
 def _restarts(run: Path, *, logged: bool) -> int | None:
@@ -101,7 +101,7 @@ def _state(run: Path) -> str:
             if state == "PENDING":
                 return f"waiting (job {number}: {reason})"
             return f"{state.lower()} (job {number}{stopping})"
-    if who := holder(run / LOCK):
+    if who := lock_holder(run / LOCK):
         return f"running ({who})"
     try:
         return (run / exit_status.FILE).read_text().strip() or "unknown"
@@ -153,7 +153,7 @@ def cancel(run: Path) -> str:
             call("scancel", "--signal=TERM", str(number))
         told = [f"job {number} stops after a checkpoint" for number in running]
         return "; ".join(told + [f"job {number} taken from the queue" for number in others])
-    who = holder(run / LOCK) or ""
+    who = lock_holder(run / LOCK) or ""
     found = re.match(r"process (\d+) on (\S+?)(,|$)", who)
     if not found:
         raise UserError(f"{run}: nothing of this run is running or waiting")
@@ -163,7 +163,7 @@ def cancel(run: Path) -> str:
     return f"{who} stops after a checkpoint"
 
 
-def show(found: list[Standing]) -> None:
+def show(found: list[RunStatus]) -> None:
     """Print a table, or for a single run a line a fact."""
     rows = [_row(one) for one in found]
     if len(rows) == 1:
@@ -179,7 +179,7 @@ def show(found: list[Standing]) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _row(s: Standing) -> dict[str, str]:
+def _row(s: RunStatus) -> dict[str, str]:
     share = f" ({s.step / s.total_steps:.0%})" if s.step is not None and s.total_steps else ""
     age = f"{s.checkpoint}, {duration(s.checkpoint_age_s)} ago" if s.checkpoint and s.checkpoint_age_s is not None else "-"
     return {
@@ -188,7 +188,7 @@ def _row(s: Standing) -> dict[str, str]:
         "step": f"{s.step} of {s.total_steps}{share}" if s.step is not None else "-",
         "loss": "-" if s.loss is None else f"{s.loss:.4f}",
         "images/s": "-" if s.images_per_s is None else f"{s.images_per_s:.0f}",
-        "time left": "-" if s.time_left_s is None else duration(s.time_left_s),
+        "time left": "-" if s.eta_s is None else duration(s.eta_s),
         "checkpoint": age,
         "restarts": "-" if s.restarts is None else str(s.restarts),
     }

@@ -82,7 +82,7 @@ def prepare(config: Config, site: Site) -> Job:
 def unseen(config: Config) -> list[str]:
     """What a config names and this host does not see, a line each. The nodes may: their disks can be others than this one's."""
     found = []
-    for key, source in {"data.source": config.data.source, "classify.val": config.classify.val}.items():
+    for key, source in {"data.source": config.data.source, "classify.val_source": config.classify.val_source}.items():
         try:
             if source is not None:
                 find(source)

@@ -20,7 +20,7 @@ def _to_stderr(message: str) -> None:
 
 
 @contextmanager
-def alone(lock: Path, what: str, warn: Callable[[str], None] = _to_stderr) -> Iterator[None]:
+def exclusive_lock(lock: Path, what: str, warn: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Hold a lock. The kernel (on NFS the server) lets go of it when this process ends, however it ends.
 
     Args:
@@ -59,7 +59,7 @@ def alone(lock: Path, what: str, warn: Callable[[str], None] = _to_stderr) -> It
 
 
 def _lock(file: TextIO) -> None:
-    """Take the lock; who only looks at it (:func:`holder`) has it for a moment."""
+    """Take the lock; who only looks at it (:func:`lock_holder`) has it for a moment."""
     for last in (False, False, False, True):
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def _lock(file: TextIO) -> None:
             time.sleep(0.1)
 
 
-def holder(lock: Path) -> str | None:
+def lock_holder(lock: Path) -> str | None:
     """Who holds a lock, such as ``process 12 on node7, Slurm job 3``; None: nobody."""
     try:
         with open(lock) as file:

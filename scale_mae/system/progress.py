@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 EVERY = 10.0  # seconds between lines
 
 
-class Bar:
+class ProgressBar:
     """Shows (done, total) of ``what`` on standard error; not ``shown``, it shows nothing: several processes need one bar."""
 
     def __init__(self, what: str, *, shown: bool = True) -> None:
@@ -28,7 +28,7 @@ class Bar:
         self._progress = Progress(*columns, console=Console(stderr=True)) if shown and sys.stderr.isatty() else None
         self._began, self._first, self._last, self._total = 0.0, 0, 0, -1
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._progress:
             self._task = self._progress.add_task(self._what, total=None)
             self._progress.start()

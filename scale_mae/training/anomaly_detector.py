@@ -1,6 +1,7 @@
 """Is a run healthy? Told from every step's loss and from the steps that were left out, one after another.
 
-A loss is too high when it lies ``heal.spike`` deviations above the median of the last ``heal.window`` good ones. The deviation
+A loss is too high when it lies ``rollback.spike_threshold`` deviations above the median of the last ``rollback.window``
+good ones. The deviation
 is 1.4826 times the median absolute one: for a normal distribution the standard deviation, and not moved by single outliers
 (Rousseeuw and Croux 1993). A bad step, too high or left out, never enters the window. A good step takes back one that was
 too high, no more, so that a loss which is too high most of the time is not forgiven for the rest. The verdict on a step
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from scale_mae.config.sections import HealConfig
+from scale_mae.config.sections import RollbackConfig
 
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LEAST = 1e-3  # of the median: a smaller deviation counts as this, so that losses that hardly differ are not all spikes
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Anomaly:
     """A run has gone bad.
 
     Attributes:
@@ -37,7 +38,7 @@ class Verdict:
     reason: str
 
 
-class Health:
+class AnomalyDetector:
     """Judges steps.
 
     Args:
@@ -45,7 +46,7 @@ class Health:
         state: from a checkpoint.
     """
 
-    def __init__(self, config: HealConfig, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: RollbackConfig, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"losses": [], "first": 0, "high": 0, "skipped": 0}
         self._config = config
         self._losses: deque[float] = deque(state["losses"], maxlen=config.window)
@@ -60,7 +61,7 @@ class Health:
         """What a checkpoint keeps."""
         return {"losses": list(self._losses), "first": self._first, "high": self._high, "skipped": self._skipped}
 
-    def add(self, step: int, loss: float, skipped: bool) -> Verdict | None:
+    def add(self, step: int, loss: float, skipped: bool) -> Anomaly | None:
         """Judge the next step.
 
         Args:
@@ -78,15 +79,15 @@ class Health:
             self._first = step
         self._high += high
         self._skipped += skipped
-        if self._high >= self._config.spike_steps:
-            return Verdict(self._first, step, "the loss was too high")
-        if self._skipped >= self._config.skipped_steps:
-            return Verdict(self._first, step, "gradients were not finite")
+        if self._high >= self._config.max_spikes:
+            return Anomaly(self._first, step, "the loss was too high")
+        if self._skipped >= self._config.max_skipped_steps:
+            return Anomaly(self._first, step, "gradients were not finite")
         return None
 
     def _is_high(self, loss: float) -> bool:
-        if self._config.spike is None or len(self._losses) < self._config.window:
+        if self._config.spike_threshold is None or len(self._losses) < self._config.window:
             return False
         middle = median(self._losses)
         deviation = NORMAL * median(abs(other - middle) for other in self._losses)
-        return loss - middle > self._config.spike * max(deviation, LEAST * abs(middle))
+        return loss - middle > self._config.spike_threshold * max(deviation, LEAST * abs(middle))

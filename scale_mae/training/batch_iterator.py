@@ -10,13 +10,13 @@ from scale_mae.config import Config
 from scale_mae.data import decoders
 from scale_mae.data.loader import Batch, decoding_threads
 from scale_mae.data.storage import DataError
+from scale_mae.distributed.process_group import World
 from scale_mae.distributed.stop_request import StopRequest
-from scale_mae.distributed.vote import Ballot, Vote
-from scale_mae.distributed.world import World
-from scale_mae.metrics.step_timer import Stopwatch
+from scale_mae.distributed.vote import StopVote, Vote
+from scale_mae.metrics.step_timer import StepTimer
 
 
-class Feed:
+class BatchIterator:
     """Batches with agreement: a process that cannot load one, or was told to stop, tells all before the next forward pass.
 
     A context: at its end nothing is loaded any more, and the vote that was under way has been counted.
@@ -24,14 +24,14 @@ class Feed:
     The vote for the next batch is cast while the accelerator works on the present one.
     """
 
-    def __init__(self, batches: Generator[Batch, None, None], ranks: World, stop: StopRequest, watch: Stopwatch) -> None:
-        self._batches, self._ranks, self._stop, self._watch = batches, ranks, stop, watch
-        self._ballot = Ballot(ranks)
+    def __init__(self, batches: Generator[Batch, None, None], world: World, stop: StopRequest, watch: StepTimer) -> None:
+        self._batches, self._world, self._stop, self._watch = batches, world, stop, watch
+        self._ballot = StopVote(world)
         self._batch: Batch | None = None
         self._problem: DataError | None = None
         self.advance()
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> BatchIterator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -61,22 +61,22 @@ class Feed:
         vote = self._ballot.count()
         self._watch.lap("vote")
         if vote is Vote.FAILED:
-            raise next(problem for problem in self._ranks.gather(self._problem) if problem)
+            raise next(problem for problem in self._world.gather(self._problem) if problem)
         assert self._batch is not None  # the loop asks for no more than the loader has
         return self._batch, vote
 
 
-def make_decoder(config: Config, ranks: World) -> tuple[decoders.Decoder, decoders.Name, str]:
+def build_decoder(config: Config, world: World) -> tuple[decoders.Decoder, decoders.Name, str]:
     """The same kind of decoder on every process, its name, and why it is that. All processes call it.
 
     Raises:
         DataError: the one asked for does not work on some process.
     """
     size, batch, threads = config.model.image_size, config.train.micro_batch, decoding_threads(config.data)
-    name, why = ranks.on_main(lambda: decoders.choose(config.data.decoder, ranks.device))
+    name, why = world.on_main(lambda: decoders.choose(config.data.decoder, world.device))
     try:
-        return ranks.together(lambda: decoders.make(name, size, batch, threads, ranks.device)), name, why
+        return world.together(lambda: decoders.make(name, size, batch, threads, world.device)), name, why
     except DataError as error:
         if config.data.decoder != "auto":
             raise
-        return decoders.make("pillow", size, batch, threads, ranks.device), "pillow", str(error)
+        return decoders.make("pillow", size, batch, threads, world.device), "pillow", str(error)

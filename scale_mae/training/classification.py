@@ -18,22 +18,22 @@ from scale_mae.config import Config, UserError
 from scale_mae.data.crops import reference_crop
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
-from scale_mae.data.mixup import Mixing
+from scale_mae.data.mixup import BatchAugmentation
 from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.transforms import normalise
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.evaluation.accuracy import Score, scores
 from scale_mae.evaluation.datasets import Part, parts_of
 from scale_mae.evaluation.image_loader import central_view
 from scale_mae.evaluation.results import Result, content_digest, made_by
 from scale_mae.metrics.meter import Metrics
-from scale_mae.weights.classifier_initialization import first_classifier
+from scale_mae.weights.classifier_initialization import build_initial_classifier
 from scale_mae.weights.importing import read_weights
 from scale_mae.weights.metadata import recipe_of
 
 
-class Classification:
+class ClassificationTask:
     """A classifier; see :class:`scale_mae.training.tasks.Task`.
 
     Raises:
@@ -43,18 +43,18 @@ class Classification:
 
     patches = 0
 
-    def __init__(self, config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> None:
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> None:
+        self._config, self._world = config, world
         self._labels = index.entries["label"]
-        self.classes = ranks.on_main(lambda: _classes(config.data.source, index))
+        self.classes = world.on_main(lambda: _classes(config.data.source, index))
         self._train_digest = index.digest
-        self._val = ranks.on_main(lambda: _validation(config, self.classes))
-        self.model, self._began = first_classifier(config, len(self.classes), ranks, notes, resumed=resumed)
-        self._mixing = Mixing(config.classify, len(self.classes))
+        self._val = world.on_main(lambda: _validation(config, self.classes))
+        self.model, self._began = build_initial_classifier(config, len(self.classes), world, notes, resumed=resumed)
+        self._mixing = BatchAugmentation(config.classify, len(self.classes))
         self._best = 0  # of the probes
         self._results = Path(config.run.dir) / "results" / f"{config.run.task}.json"
         self.what = f"{config.model.size} that tells {len(self.classes)} classes apart"
-        self._every = config.steps(config.classify.every, len(index))
+        self._every = config.steps(config.classify.eval_interval, len(index))
 
     def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
         """Images and the probability of each class, erased and mixed as asked for."""
@@ -66,17 +66,17 @@ class Classification:
         return self._mixing(images_B3HW, labels.to(images_B3HW.device, non_blocking=True), batch.seed)
 
     def due(self, step: int, total: int) -> bool:
-        """Every ``classify.every``, and at the end."""
+        """Every ``classify.eval_interval``, and at the end."""
         return self._val is not None and (step == total or step % self._every == 0)
 
     def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
-        """Accuracy on ``classify.val``; written to ``results/`` in the run directory too."""
+        """Accuracy on ``classify.val_source``; written to ``results/`` in the run directory too."""
         began = time.monotonic()
         self._settle()
         found = self._score(engine, beat, ema=False)
         self._best = max(range(len(found)), key=lambda n: found[n].top1)
         told = {"": found[self._best]}
-        if self._config.optim.ema is not None:
+        if self._config.optim.ema_decay is not None:
             told["ema_"] = self._score(engine, beat, ema=True)[self._best]
         metrics: Metrics = {"val_step": step, "val_images": found[0].images}
         lines = []
@@ -86,7 +86,7 @@ class Classification:
             lines.append(
                 f"step {step}: top-1{of} {each.top1:.2%}, top-5 {each.top5:.2%}, loss {each.loss:.4f}, {each.images} images"
             )
-        rates = self._config.classify.sweep
+        rates = self._config.classify.lr_multipliers
         if len(rates) > 1:
             each_rate = ", ".join(f"x {rate:g}: {score.top1:.2%}" for rate, score in zip(rates, found, strict=True))
             lines.append(f"top-1 by learning rate, best x {rates[self._best]:g}: {each_rate}")
@@ -111,15 +111,15 @@ class Classification:
     def _settle(self) -> None:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
         if own := self.model.statistics():
-            mean = torch.cat(own) / self._ranks.size
-            self._ranks.reduce(mean)
+            mean = torch.cat(own) / self._world.size
+            self._world.reduce(mean)
             for statistic, value in zip(own, torch.split(mean, [len(t) for t in own]), strict=True):
                 statistic.copy_(value)
 
     def _score(self, engine: Engine, beat: Callable[[], None], *, ema: bool) -> list[Score]:
         config, val = self._config, self._val
         assert val is not None
-        side, device = config.model.image_size[0], self._ranks.device
+        side, device = config.model.image_size[0], self._world.device
         with engine.evaluating(ema=ema):
 
             def logits(images_BHW3: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Classification:
                 return outputs if outputs.dim() == 3 else outputs[None]
 
             view, batch = central_view(side, config.classify.crop_pct or reference_crop(side)), config.train.micro_batch
-            return scores(logits, val, view, self._ranks, batch, lambda done, total: beat())
+            return scores(logits, val, view, self._world, batch, lambda done, total: beat())
 
     def _write(self, found: list[Score], told: dict[str, Score], step: int, seconds: float) -> list[str]:
         """The result file of the newest evaluation; what there is to tell of it."""
@@ -139,7 +139,13 @@ class Classification:
         trained |= {"trained_on": self._train_digest, "began_with": self._began}
         named = {f"{kind}{key}": value for kind, each in told.items() for key, value in _plain(each).items()}
         result = Result(
-            {"name": config.run.task, "set": c.val, "size": side, "crop_pct": c.crop_pct or reference_crop(side), **trained},
+            {
+                "name": config.run.task,
+                "set": c.val_source,
+                "size": side,
+                "crop_pct": c.crop_pct or reference_crop(side),
+                **trained,
+            },
             {
                 "path": config.run.dir,
                 "kind": f"scale-mae run, step {step}",
@@ -150,12 +156,12 @@ class Classification:
                 "seed": config.run.seed,
                 "began_with": config.model.init_from,
             },
-            {"root": c.val, "images": found[0].images, "digest": content_digest([found[0].content])},
+            {"root": c.val_source, "images": found[0].images, "digest": content_digest([found[0].content])},
             named,
-            {f"lr x {rate:g}": _plain(each) for rate, each in zip(c.sweep, found, strict=True)},
-            made_by(self._ranks.size, self._ranks.device.type, seconds),
+            {f"lr x {rate:g}": _plain(each) for rate, each in zip(c.lr_multipliers, found, strict=True)},
+            made_by(self._world.size, self._world.device.type, seconds),
         )
-        return self._ranks.on_main(lambda: _written(result, self._results))
+        return self._world.on_main(lambda: _written(result, self._results))
 
 
 def _written(result: Result, path: Path) -> list[str]:
@@ -184,15 +190,15 @@ def _classes(source: str, index: Index) -> list[str]:
 
 def _validation(config: Config, classes: list[str]) -> Part | None:
     """The images to evaluate on, looked at before training, so that what is missing is not found out after it."""
-    source, size = config.classify.val, config.model.image_size
+    source, size = config.classify.val_source, config.model.image_size
     if source is None:
         return None
     if size[0] != size[1]:
-        raise UserError(f"model.image_size={list(size)}: evaluation takes squares; leave classify.val out")
+        raise UserError(f"model.image_size={list(size)}: evaluation takes squares; leave classify.val_source out")
     try:
         (part,) = parts_of("folder", source, classes, len(classes))
     except UserError as error:
-        raise UserError(f"classify.val={error}") from None
+        raise UserError(f"classify.val_source={error}") from None
     if strange := [name for name in part.index.classes if name not in classes and not all(map(str.isdigit, classes))]:
-        raise UserError(f"classify.val={source}: {strange[0]} is no class of data.source (such as {classes[0]})")
+        raise UserError(f"classify.val_source={source}: {strange[0]} is no class of data.source (such as {classes[0]})")
     return part

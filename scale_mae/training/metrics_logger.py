@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.checkpoint import store
-from scale_mae.checkpoint.saver import Saved, Saver
+from scale_mae.checkpoint.saver import Saver, SaveResult
 from scale_mae.data.decoders import Decoder
-from scale_mae.data.failure_counter import Failure, Tally
+from scale_mae.data.failure_counter import DecodeFailure, FailureCounter
 from scale_mae.data.storage import Status
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.metrics.hardware import memory
-from scale_mae.metrics.meter import Metrics, Vitals, most_memory, own_seconds
+from scale_mae.metrics.meter import Metrics, ProcessStats, most_memory, own_seconds
 from scale_mae.metrics.sinks import to_stderr
-from scale_mae.metrics.step_timer import STILL, Laps, phases
+from scale_mae.metrics.step_timer import STILL, PhaseSeconds, phases
 from scale_mae.runs import history
-from scale_mae.training.monitoring import Instruments
-from scale_mae.training.time_limit import Pace
+from scale_mae.training.monitoring import Monitoring
+from scale_mae.training.time_limit import StopTimeEstimator
 
 
 @dataclass
-class Newest:
+class NewestCheckpoint:
     """The newest checkpoint. None: not known, or there is none."""
 
     step: int | None = None
@@ -33,7 +33,7 @@ class Newest:
     nbytes: int | None = None
 
     @classmethod
-    def of(cls, checkpoint: Path | None) -> Newest:
+    def of(cls, checkpoint: Path | None) -> NewestCheckpoint:
         """What a checkpoint that was found says of itself."""
         if checkpoint is None:
             return cls()
@@ -42,12 +42,12 @@ class Newest:
         return cls(store.step_of(checkpoint), made, None, sum(int(facts["bytes"]) for facts in files))
 
 
-class Teller:
+class MetricsLogger:
     """Gathers from all processes and tells on the first one. All processes call the same methods at the same steps.
 
     Args:
         instruments: what is measured, and where it is told.
-        ranks: the processes.
+        world: the processes.
         tally: of replaced images.
         saver: asked how its saves ended.
         pace: told how long they took.
@@ -60,25 +60,25 @@ class Teller:
 
     def __init__(
         self,
-        instruments: Instruments,
-        ranks: World,
-        tally: Tally,
+        instruments: Monitoring,
+        world: World,
+        tally: FailureCounter,
         saver: Saver,
-        pace: Pace,
+        pace: StopTimeEstimator,
         decoder: Decoder,
         save_every: int,
         newest: Path | None,
         skipped_steps: int,
         rollbacks: int,
     ) -> None:
-        self._instruments, self._ranks, self.decoder = instruments, ranks, decoder
+        self._instruments, self._world, self.decoder = instruments, world, decoder
         self.log, self.tally, self.saver, self.pace = instruments.log, tally, saver, pace
         self._save_every, self._newest = save_every, self._find(newest)
         self._global_batch = instruments.meter.global_batch
-        self._failures: list[Failure] = []
+        self._failures: list[DecodeFailure] = []
         self._failure_metrics: Metrics = {}
         self._judged: Metrics = {}  # the newest evaluation
-        self._laps: list[Laps] = []  # of steps since the last log line
+        self._laps: list[PhaseSeconds] = []  # of steps since the last log line
         self._energy = instruments.nvml.energy(instruments.gpu)
         self._lost: set[str] = set()  # files that could not be written, told once
         self._follow(skipped_steps, 0, rollbacks)
@@ -88,7 +88,7 @@ class Teller:
         """What a checkpoint keeps."""
         return self._instruments.state()
 
-    def went_back(self, checkpoint: Path, state: Mapping[str, Any], tally: Tally, decoder: Decoder) -> None:
+    def went_back(self, checkpoint: Path, state: Mapping[str, Any], tally: FailureCounter, decoder: Decoder) -> None:
         """The run goes on from an earlier checkpoint: what is counted goes on, what is known of its state does not.
 
         Args:
@@ -101,14 +101,16 @@ class Teller:
         decoder.fallbacks = self.decoder.fallbacks
         self._newest, self.tally, self.decoder = self._find(checkpoint), tally, decoder
 
-    def _find(self, checkpoint: Path | None) -> Newest:
-        return Newest.of(checkpoint) if self._ranks.is_main else Newest()  # a file that a thousand need not read
+    def _find(self, checkpoint: Path | None) -> NewestCheckpoint:
+        return (
+            NewestCheckpoint.of(checkpoint) if self._world.is_main else NewestCheckpoint()
+        )  # a file that a thousand need not read
 
-    def add(self, failures: Sequence[Failure]) -> None:
+    def add(self, failures: Sequence[DecodeFailure]) -> None:
         """Remember what this process had to replace."""
         self._failures += failures
 
-    def failures(self, step: int) -> list[Failure]:
+    def failures(self, step: int) -> list[DecodeFailure]:
         """Name and count the images of all processes that had to be replaced since the last call, and the steps."""
         self._laps += self._count()
         return self._gather(step, None)[0]
@@ -132,7 +134,7 @@ class Teller:
         back.
 
         Raises:
-            DataError: more images were replaced than ``data.max_failures`` allows.
+            DataError: more images were replaced than ``data.max_failure_ratio`` allows.
         """
         instruments, laps = self._instruments, self._laps + self._count()
         self._laps = []
@@ -151,16 +153,16 @@ class Teller:
         self._judged = metrics
         for line in lines:
             self.log.say(line)
-        self.record("evaluated", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
+        self.record("evaluation", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
 
     def not_judged(self, step: int, why: str) -> None:
         """An evaluation failed."""
         self.log.say(f"step {step}: not evaluated, training goes on: {why}")
-        self.record("not_evaluated", step=step, why=why)
+        self.record("evaluation_failed", step=step, why=why)
 
     def record(self, event: str, **facts: Any) -> None:
         """Add to the run's history; see :mod:`scale_mae.runs.history`."""
-        if self._ranks.is_main:
+        if self._world.is_main:
             self._write(history.FILE, lambda: history.append(self._instruments.run.dir, event, **facts))
 
     def rest(self) -> None:
@@ -173,8 +175,8 @@ class Teller:
         self._persist()
         self.record("stop", step=step, reason=reason)
 
-    def _gather(self, step: int, vitals: Vitals | None) -> tuple[list[Failure], list[Vitals]]:
-        found = self._ranks.gather((self._failures, self.decoder.fallbacks, vitals))
+    def _gather(self, step: int, vitals: ProcessStats | None) -> tuple[list[DecodeFailure], list[ProcessStats]]:
+        found = self._world.gather((self._failures, self.decoder.fallbacks, vitals))
         self._failures = []
         failures = [failure for failures, _, _ in found for failure in failures]
         for failure in failures:
@@ -187,7 +189,7 @@ class Teller:
         }
         return failures, [vital for _, _, vital in found if vital]
 
-    def _count(self) -> list[Laps]:
+    def _count(self) -> list[PhaseSeconds]:
         """Laps of the steps since the last call, counted."""
         laps, counters = self._instruments.watch.read(), self._instruments.counters
         counters.add("steps", len(laps))
@@ -196,16 +198,16 @@ class Teller:
             self._observe(step_laps, phases(step_laps))
         return laps
 
-    def _observe(self, laps: Laps, wanted: Iterable[str]) -> None:
+    def _observe(self, laps: PhaseSeconds, wanted: Iterable[str]) -> None:
         found = phases(laps)
         for phase in wanted:
             if found[phase] > 0 or phase not in STILL:
                 self._instruments.counters.observe(f"step_seconds/{phase}", found[phase])
 
-    def _vitals(self, laps: Sequence[Laps]) -> Vitals:
+    def _vitals(self, laps: Sequence[PhaseSeconds]) -> ProcessStats:
         before, self._energy = self._energy, self._instruments.nvml.energy(self._instruments.gpu)
         used = None if before is None or self._energy is None else self._energy - before
-        return Vitals(own_seconds(laps), memory(self._ranks.device), used)
+        return ProcessStats(own_seconds(laps), memory(self._world.device), used)
 
     def _follow(self, skipped_steps: int, fallbacks: int, rollbacks: int) -> None:
         counters = self._instruments.counters
@@ -228,7 +230,7 @@ class Teller:
             "checkpoint_failures": self.saver.failures,
         }
 
-    def _counted(self, vitals: Sequence[Vitals]) -> Metrics:
+    def _counted(self, vitals: Sequence[ProcessStats]) -> Metrics:
         counters, places = self._instruments.counters, self._instruments.node.places
         for place in set(places):
             joules = vitals[places.index(place)].energy  # a GPU that processes share counts once
@@ -245,16 +247,16 @@ class Teller:
             "energy_j": sum(energy) if energy else None,
         }
 
-    def _saved(self, saved: Saved) -> None:
+    def _saved(self, saved: SaveResult) -> None:
         if saved.path is None:
             self.record("checkpoint", step=saved.step, error=str(saved.error))
             return
-        self._newest = Newest(saved.step, time.time(), saved.seconds, saved.nbytes)
+        self._newest = NewestCheckpoint(saved.step, time.time(), saved.seconds, saved.nbytes)
         self._instruments.counters.add("checkpoints")
         self.record("checkpoint", step=saved.step, seconds=saved.seconds, stalled=saved.stalled, bytes=saved.nbytes)
 
     def _persist(self) -> None:
-        if self._ranks.is_main:
+        if self._world.is_main:
             self._write("counters.json", lambda: self._instruments.counters.save(self._instruments.run.dir))
 
     def _write(self, name: str, action: Any) -> None:

@@ -13,21 +13,21 @@ import torch
 
 from scale_mae import __version__
 from scale_mae.config import Config
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.engine.activation_checkpointing import recomputed_flops
-from scale_mae.engine.trainable import Trainee
+from scale_mae.engine.trainable import TrainableModule
 from scale_mae.metrics.counters import Counters, restore
-from scale_mae.metrics.exporter import Exporter, Run
+from scale_mae.metrics.exporter import Exporter, RunInfo
 from scale_mae.metrics.hardware import Nvml, peak_flops
 from scale_mae.metrics.meter import Meter
 from scale_mae.metrics.node import Node, address, find_node, run_id
-from scale_mae.metrics.sinks import Log, Sink, make_log, to_stderr
-from scale_mae.metrics.step_timer import Stopwatch
-from scale_mae.metrics.trackers import make_trackers
+from scale_mae.metrics.sinks import Log, Sink, build_log, to_stderr
+from scale_mae.metrics.step_timer import StepTimer
+from scale_mae.metrics.trackers import build_trackers
 
 
 @dataclass(frozen=True)
-class Instruments:
+class Monitoring:
     """See this module's text.
 
     Attributes:
@@ -41,8 +41,8 @@ class Instruments:
         log: sinks of this process; most processes have none.
     """
 
-    run: Run
-    watch: Stopwatch
+    run: RunInfo
+    watch: StepTimer
     meter: Meter
     counters: Counters
     node: Node
@@ -59,9 +59,9 @@ class Instruments:
         }
 
 
-def make_instruments(
-    config: Config, world: World, model: Trainee, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
-) -> Instruments:
+def build_monitoring(
+    config: Config, world: World, model: TrainableModule, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
+) -> Monitoring:
     """Put everything together. All processes call it.
 
     Args:
@@ -71,39 +71,39 @@ def make_instruments(
         images: of the data set.
         total_steps: of the schedule.
         step: where the run stands.
-        saved: :meth:`Instruments.state` of the checkpoint that it goes on from.
+        saved: :meth:`Monitoring.state` of the checkpoint that it goes on from.
     """
     run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
     name, counters = world.on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
     node = find_node(world, nvml)
-    watch = Stopwatch(world.device)
+    watch = StepTimer(world.device)
     model.register_forward_hook(watch.after_forward)
     flops = model.flops()
-    recomputed = recomputed_flops(flops, config.train.recompute, config.train.recompute_every)
+    recomputed = recomputed_flops(flops, config.train.activation_checkpointing, config.train.activation_checkpointing_every)
     peak = None
     if world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
     meter = Meter(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
     meter.restore(saved)
-    run = Run(name, run_dir, _facts(config, counters))
+    run = RunInfo(name, run_dir, _facts(config, counters))
     sinks: list[Sink] = []
     problems: list[str] = []
-    if config.log.port is not None and (world.local_rank == 0 or world.is_main):
+    if config.log.metrics_port is not None and (world.local_rank == 0 or world.is_main):
         discovery = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
         try:
-            exporter = Exporter(run, node, nvml, counters, watch, config.log.port, discovery, is_first=world.is_main)
+            exporter = Exporter(run, node, nvml, counters, watch, config.log.metrics_port, discovery, is_first=world.is_main)
             sinks, problems = [exporter], exporter.problems
         except OSError as error:
             problems = [f"no metrics for Prometheus from node {node.number}: {error}"]
     if world.is_main:
-        sinks += make_trackers(config, name, step)
-    log = make_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
+        sinks += build_trackers(config, name, step)
+    log = build_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
     for problem in problems:
         (log.say if world.is_main else to_stderr)(problem)
-    return Instruments(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
+    return Monitoring(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
 
 
-def start_facts(instruments: Instruments, world: World, zero_stage: int, versions: dict[str, str]) -> dict[str, Any]:
+def start_facts(instruments: Monitoring, world: World, zero_stage: int, versions: dict[str, str]) -> dict[str, Any]:
     """What the history says of a process group that begins."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     return {

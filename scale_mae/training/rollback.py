@@ -16,12 +16,12 @@ from torch import Tensor
 
 from scale_mae.checkpoint import store
 from scale_mae.config import UserError
-from scale_mae.config.sections import HealConfig
+from scale_mae.config.sections import RollbackConfig
 from scale_mae.data.index import Index
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.runs import history
-from scale_mae.training.anomaly_detector import Health, Verdict
+from scale_mae.training.anomaly_detector import Anomaly, AnomalyDetector
 
 ADVICE = "lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16"
 RECORDED, NAMED = 20, 3  # samples in the history, and in a message
@@ -31,13 +31,13 @@ class RollbackError(UserError):
     """A run has gone bad and has nothing left to go back to, or went back too often."""
 
 
-class Recovery:
+class RollbackController:
     """Watches the steps, and decides where a run goes back to. All processes call the same methods at the same steps.
 
     Args:
         run_dir: the run directory.
         config: what is bad, and how often a run may go back.
-        ranks: the processes.
+        world: the processes.
         plan: of samples, nothing left out.
         index: names the samples.
         say: told of steps that were left out.
@@ -54,21 +54,21 @@ class Recovery:
     def __init__(
         self,
         run_dir: Path,
-        config: HealConfig,
-        ranks: World,
+        config: RollbackConfig,
+        world: World,
         plan: SamplePlan,
         index: Index,
         say: Callable[[str], None],
         *,
         resumed: bool,
     ) -> None:
-        self.plan, self.health, self.loss = plan, Health(config), float("nan")
-        self.verdict: Verdict | None = None
+        self.plan, self.health, self.loss = plan, AnomalyDetector(config), float("nan")
+        self.verdict: Anomaly | None = None
         self._say = say
-        self._dir, self._config, self._ranks, self._index = run_dir, config, ranks, index
+        self._dir, self._config, self._world, self._index = run_dir, config, world, index
         self._steps: list[int] = []
         self._seen: list[Tensor] = []
-        self._past: list[dict[str, Any]] = ranks.on_main(lambda: _past(run_dir)) if resumed else []
+        self._past: list[dict[str, Any]] = world.on_main(lambda: _past(run_dir)) if resumed else []
         self.rollbacks = len(self._past)
         for event in self._past:
             self.plan = self.plan.without(*event["positions"])
@@ -80,7 +80,7 @@ class Recovery:
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's :meth:`state`; None: it is of a version that had none."""
         state = state or {"health": None, "skips": [], "rollbacks": 0}
-        self.health, self.verdict = Health(self._config, state["health"]), None
+        self.health, self.verdict = AnomalyDetector(self._config, state["health"]), None
         self.rollbacks = max(self.rollbacks, state["rollbacks"])  # should somebody have deleted the history
         for first, stop in state["skips"]:
             self.plan = self.plan.without(first, stop)
@@ -96,7 +96,7 @@ class Recovery:
         self._steps.append(step)
         self._seen.append(torch.stack([loss, skipped]))
 
-    def judge(self) -> Verdict | None:
+    def judge(self) -> Anomaly | None:
         """The verdict on the run, after a look at the steps since the last call; that waits for the accelerator."""
         steps, seen = self._steps, self._seen
         self._steps, self._seen = [], []
@@ -104,7 +104,7 @@ class Recovery:
             return self.verdict
         # added up in fp64, so that the result does not depend on the order, which depends on how many are added at once
         sums = torch.stack(seen).double().flatten()
-        means = (torch.tensor(self._ranks.reduce(sums)).view(-1, 2) / self._ranks.size).float().tolist()
+        means = (torch.tensor(self._world.reduce(sums)).view(-1, 2) / self._world.size).float().tolist()
         self.loss = means[-1][0]
         for step, (loss, skipped) in zip(steps, means, strict=True):
             self.verdict = self.verdict or self.health.add(step, loss, skipped > 0)
@@ -114,11 +114,11 @@ class Recovery:
     def _tell(self, skipped: list[int]) -> None:
         if skipped:
             self._say(f"left out, as gradients were not finite: step {', '.join(map(str, skipped))}")
-            if self._ranks.is_main:
+            if self._world.is_main:
                 with suppress(OSError):  # a full disk; the line in the log may still be there
-                    history.append(self._dir, "skipped", steps=skipped)
+                    history.append(self._dir, "steps_skipped", steps=skipped)
 
-    def go_back(self, verdict: Verdict, step: int, notes: list[str]) -> Path:
+    def go_back(self, verdict: Anomaly, step: int, notes: list[str]) -> Path:
         """Leave out what led to a verdict; the checkpoint to go on from, which is to be loaded and its state restored.
 
         Args:
@@ -129,14 +129,14 @@ class Recovery:
         Raises:
             RollbackError: it may not, or cannot; names steps and samples.
         """
-        checkpoint, event = self._ranks.on_main(lambda: self._decide(verdict, step, notes))
+        checkpoint, event = self._world.on_main(lambda: self._decide(verdict, step, notes))
         self._past.append(event)
         self.rollbacks = event["number"]
         self.plan = self.plan.without(*event["positions"])
         return checkpoint
 
-    def _decide(self, verdict: Verdict, step: int, notes: list[str]) -> tuple[Path, dict[str, Any]]:
-        allowed = self.rollbacks < self._config.rollbacks
+    def _decide(self, verdict: Anomaly, step: int, notes: list[str]) -> tuple[Path, dict[str, Any]]:
+        allowed = self.rollbacks < self._config.max_rollbacks
         checkpoint = self._choose(verdict.first - 1, notes) if allowed else None
         # The step before the first bad one may have spoilt the weights; if the checkpoint holds it, it was found good.
         to = store.step_of(checkpoint) if checkpoint else 0
@@ -158,9 +158,9 @@ class Recovery:
         if checkpoint is None:
             why = "there is no checkpoint before them to go back to"
             if not allowed:
-                why = f"the run went back {self.rollbacks} times before, as often as heal.rollbacks allows"
+                why = f"the run went back {self.rollbacks} times before, as often as rollback.max_rollbacks allows"
             with suppress(OSError):  # the error says the most of it
-                history.append(self._dir, "gave_up", **facts)
+                history.append(self._dir, "rollback_failed", **facts)
             raise RollbackError(f"{what}; {why}; {self._dir / history.FILE} tells of all; {ADVICE}")
         event = {"number": self.rollbacks + 1, "to": to, **facts}
         self._discard_after(checkpoint)

@@ -11,18 +11,18 @@ from torch import Tensor
 from scale_mae.config import Config
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.trainable import Trainee
+from scale_mae.engine.trainable import TrainableModule
 from scale_mae.metrics.meter import Metrics
-from scale_mae.weights.initialization import first_model
+from scale_mae.weights.initialization import build_initial_model
 
 
 class Task(Protocol):
     """See this module's text."""
 
     @property
-    def model(self) -> Trainee:
+    def model(self) -> TrainableModule:
         """On the host, the same on every process."""
 
     @property
@@ -58,11 +58,11 @@ class Task(Protocol):
         """Go on from the state of a checkpoint, which :meth:`state` is part of."""
 
 
-class Pretraining:
+class PretrainingTask:
     """A masked autoencoder; see :class:`Task`. Its loss is all there is to judge it by."""
 
-    def __init__(self, config: Config, ranks: World, notes: list[str], *, resumed: bool) -> None:
-        self.model = first_model(config, ranks, notes, resumed=resumed)
+    def __init__(self, config: Config, world: World, notes: list[str], *, resumed: bool) -> None:
+        self.model = build_initial_model(config, world, notes, resumed=resumed)
         self.patches, self.what = self.model.patches, config.model.size
 
     def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
@@ -89,14 +89,14 @@ class Pretraining:
         """Nothing."""
 
 
-def make_task(config: Config, index: Index, ranks: World, notes: list[str], *, resumed: bool) -> Task:
+def build_task(config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> Task:
     """The task of a run; what is to be told of its beginning is appended to ``notes``. All processes call it.
 
     Raises:
         UserError: weights to begin with that do not fit, or images without labels.
     """
     if config.run.task == "pretrain":
-        return Pretraining(config, ranks, notes, resumed=resumed)
-    from scale_mae.training.classification import Classification  # which brings timm's augmentations, seconds to import
+        return PretrainingTask(config, world, notes, resumed=resumed)
+    from scale_mae.training.classification import ClassificationTask  # which brings timm's augmentations, seconds to import
 
-    return Classification(config, index, ranks, notes, resumed=resumed)
+    return ClassificationTask(config, index, world, notes, resumed=resumed)

@@ -10,7 +10,7 @@ SLOW = 2e8  # bytes a second that a save is expected to write, until one has bee
 SAVES, STEPS = 3, 20  # of which the slowest counts: one that hung long ago must not stop every job early for ever
 
 
-class Pace:
+class StopTimeEstimator:
     """The seconds that recent saves and steps took.
 
     Args:

@@ -15,28 +15,28 @@ import torch
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.saver import Saver
 from scale_mae.config import Config, UserError
-from scale_mae.data.failure_counter import Tally
+from scale_mae.data.failure_counter import FailureCounter
 from scale_mae.data.index import Index
-from scale_mae.data.loader import Loader, Share
+from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.data.transforms import normalise
+from scale_mae.distributed.process_group import World
 from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.distributed.vote import Vote
-from scale_mae.distributed.world import World
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.optimizer import make_schedule
+from scale_mae.engine.optimizer import build_schedule
 from scale_mae.metrics.sinks import to_stderr
 from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
 from scale_mae.system.files import checkpoint_bytes
 from scale_mae.system.versions import versions
-from scale_mae.training.anomaly_detector import Verdict
-from scale_mae.training.batch_iterator import Feed, make_decoder
-from scale_mae.training.metrics_logger import Teller
-from scale_mae.training.monitoring import make_instruments, start_facts
-from scale_mae.training.rollback import ADVICE, Recovery
-from scale_mae.training.tasks import make_task
-from scale_mae.training.time_limit import Pace
+from scale_mae.training.anomaly_detector import Anomaly
+from scale_mae.training.batch_iterator import BatchIterator, build_decoder
+from scale_mae.training.metrics_logger import MetricsLogger
+from scale_mae.training.monitoring import build_monitoring, start_facts
+from scale_mae.training.rollback import ADVICE, RollbackController
+from scale_mae.training.tasks import build_task
+from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import Watchdog
 
 
@@ -45,7 +45,7 @@ class NonFiniteError(UserError):
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """How a call of :func:`scale_mae.pretrain` and its like ended.
 
     Attributes:
@@ -61,59 +61,59 @@ class Result:
     stopped: str
 
 
-class Run:
+class Trainer:
     """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
 
-    def __init__(self, config: Config, ranks: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
-        self.config, self.ranks, self.stop, self.watchdog = config, ranks, stop, watchdog
-        accumulation = config.accumulation(ranks.size)
+    def __init__(self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
+        self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
+        accumulation = config.accumulation(world.size)
         self.dir, notes = Path(config.run.dir), [*said]
 
         # What there is: the run directory, its newest checkpoint, the images
-        checkpoint = ranks.on_main(lambda: prepare_directory(self.dir, config, notes))
-        path = ranks.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
-        self.index = index = ranks.together(lambda: Index.open(path))
+        checkpoint = world.on_main(lambda: prepare_directory(self.dir, config, notes))
+        path = world.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
+        self.index = index = world.together(lambda: Index.open(path))
 
         # What comes when
-        self.schedule = make_schedule(config, len(index))
-        self.save_every = config.steps(config.checkpoint.every, len(index))
+        self.schedule = build_schedule(config, len(index))
+        self.save_every = config.steps(config.checkpoint.interval, len(index))
         plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
-        self.recovery = Recovery(self.dir, config.heal, ranks, plan, index, self._say, resumed=bool(checkpoint))
+        self.recovery = RollbackController(self.dir, config.rollback, world, plan, index, self._say, resumed=bool(checkpoint))
 
         # The model and its engine, at the step where the run stands
-        self.task = make_task(config, index, ranks, notes, resumed=bool(checkpoint))
+        self.task = build_task(config, index, world, notes, resumed=bool(checkpoint))
         parameters = sum(p.numel() for p in self.task.model.parameters())
-        self.engine = Engine(self.task.model, config, ranks)
+        self.engine = Engine(self.task.model, config, world)
         self.step = self.saved = failed_saves = 0
         recent_saves: list[float] = []
         measured: dict[str, Any] | None = None
-        self.tally = Tally(config.data.max_failures)
+        self.tally = FailureCounter(config.data.max_failure_ratio)
         if checkpoint:
             state = self._load(checkpoint)
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
-        nbytes, alone = checkpoint_bytes(parameters, config.train.precision, self.engine.stage)
-        sizes = {"zero_stage": self.engine.stage, "nbytes": nbytes, "alone": alone}
-        keep_every = config.steps(config.checkpoint.keep_every, len(index)) if config.checkpoint.keep_every else None
-        self.saver = Saver(self.dir, config, ranks, **sizes, keep_every=keep_every, failures=failed_saves)
-        self.pace = Pace(16 * parameters, recent_saves)
+        nbytes, main_only_nbytes = checkpoint_bytes(parameters, config.train.precision, self.engine.stage)
+        sizes = {"zero_stage": self.engine.stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
+        keep_every = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
+        self.saver = Saver(self.dir, config, world, **sizes, keep_every=keep_every, failures=failed_saves)
+        self.pace = StopTimeEstimator(16 * parameters, recent_saves)
 
         # Batches, measurements, and where they are told
-        pin_memory = ranks.device.type == "cuda"
-        share = Share(ranks.rank, ranks.size, config.train.micro_batch, accumulation)
-        decoder, chosen, why = make_decoder(config, ranks)
-        shape, warn = (config.model.image_size, self.task.patches), functools.partial(_warn, ranks.rank)
+        pin_memory = world.device.type == "cuda"
+        share = BatchShard(world.rank, world.size, config.train.micro_batch, accumulation)
+        decoder, chosen, why = build_decoder(config, world)
+        shape, warn = (config.model.image_size, self.task.patches), functools.partial(_warn, world.rank)
         self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
-        instruments = make_instruments(
-            config, ranks, self.task.model, len(index), self.schedule.total_steps, self.step, measured
+        instruments = build_monitoring(
+            config, world, self.task.model, len(index), self.schedule.total_steps, self.step, measured
         )
         self.watch, self.log = instruments.watch, instruments.log
-        told = (instruments, ranks, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
-        self.teller = Teller(*told, self.engine.skipped_steps, self.recovery.rollbacks)
-        self.teller.record("start", step=self.step, **start_facts(instruments, ranks, self.engine.stage, versions()))
+        told = (instruments, world, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
+        self.teller = MetricsLogger(*told, self.engine.skipped_steps, self.recovery.rollbacks)
+        self.teller.record("start", step=self.step, **start_facts(instruments, world, self.engine.stage, versions()))
         notes.append(
-            f"{self.task.what}, on {len(index)} images, {ranks.size} processes on {ranks.device.type}, "
+            f"{self.task.what}, on {len(index)} images, {world.size} processes on {world.device.type}, "
             f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
             f"steps {self.step} to {self.schedule.total_steps} of {config.train.global_batch} images "
             f"({accumulation} x {config.train.micro_batch} a process), "
@@ -127,7 +127,7 @@ class Run:
         state = self.engine.load(checkpoint)
         check_same_data(state["data"], self.index, checkpoint)
         self.step = self.saved = int(state["step"])
-        self.tally = Tally(self.config.data.max_failures, state["failures"])
+        self.tally = FailureCounter(self.config.data.max_failure_ratio, state["failures"])
         self.recovery.restore(state.get("recovery"))
         self.task.restore(state)
         return state
@@ -135,7 +135,7 @@ class Run:
     def _say(self, message: str) -> None:
         self.log.say(message)
 
-    def loop(self) -> Result:
+    def loop(self) -> TrainingResult:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
         total, stopped, vote = self.schedule.total_steps, "", Vote.GO_ON
         with self.log, ExitStack() as last, self.saver:
@@ -154,14 +154,14 @@ class Run:
                 self.log.say(stopped)
             if self.saver.error:
                 raise self.saver.error
-            if self.ranks.is_main and (saved := store.checkpoints(self.dir)):
+            if self.world.is_main and (saved := store.checkpoints(self.dir)):
                 self.task.saved(saved[-1])
-        return Result(self.dir, self.step, self.step >= total, stopped)
+        return TrainingResult(self.dir, self.step, self.step >= total, stopped)
 
     def _train(self) -> Vote:
         """Step until the schedule ends, a signal comes, or the run has gone bad."""
         total, recovery, vote, due = self.schedule.total_steps, self.recovery, Vote.GO_ON, False
-        with Feed(self.loader.batches(self.step, total), self.ranks, self.stop, self.watch) as feed:
+        with BatchIterator(self.loader.batches(self.step, total), self.world, self.stop, self.watch) as feed:
             try:
                 while self.step < total and vote is Vote.GO_ON and not recovery.verdict:
                     self.stop.lead, began = self.pace.lead, time.perf_counter()
@@ -179,17 +179,17 @@ class Run:
                 raise
         return vote
 
-    def _one_step(self, feed: Feed) -> Vote:
+    def _one_step(self, feed: BatchIterator) -> Vote:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
-        step, config, ranks = self.step, self.config, self.ranks
+        step, config, world = self.step, self.config, self.world
         lr = self.schedule.lr(step)
-        accumulation, loss, norm, vote = config.accumulation(ranks.size), torch.zeros((), device=ranks.device), None, Vote.GO_ON
-        logged = (step + 1) % config.log.every == 0 or step + 1 == self.schedule.total_steps
+        accumulation, loss, norm, vote = config.accumulation(world.size), torch.zeros((), device=world.device), None, Vote.GO_ON
+        logged = (step + 1) % config.log.interval == 0 or step + 1 == self.schedule.total_steps
         for micro_step in range(accumulation):
             batch, each = feed.take()
             vote = max(vote, each)
-            images = batch.images.to(ranks.device, non_blocking=True)
-            jitter = None if batch.jitter is None else batch.jitter.to(ranks.device, non_blocking=True)
+            images = batch.images.to(world.device, non_blocking=True)
+            jitter = None if batch.jitter is None else batch.jitter.to(world.device, non_blocking=True)
             images = normalise(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
@@ -225,7 +225,7 @@ class Run:
         self.watchdog.beat()
         self.watch.beat()
 
-    def _go_back(self, verdict: Verdict) -> None:
+    def _go_back(self, verdict: Anomaly) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.
 
         Raises:
@@ -245,7 +245,7 @@ class Run:
         self.watchdog.beat()
         state = self._load(checkpoint)
         self.watchdog.beat()
-        decoder, _, _ = make_decoder(self.config, self.ranks)  # its loader has closed the old one
+        decoder, _, _ = build_decoder(self.config, self.world)  # its loader has closed the old one
         self.teller.went_back(checkpoint, state.get("metrics") or {}, self.tally, decoder)
         self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
         self.watch.lap("checkpoint")  # training stood still
@@ -258,7 +258,7 @@ class Run:
         self.watch.lap("other")
         self.saver.drain()  # what the last one came to belongs into this one
         self.teller.saves()
-        if not all(self.ranks.gather(self.engine.weights_are_finite())):
+        if not all(self.world.gather(self.engine.weights_are_finite())):
             whole = [None, *store.checkpoints(self.dir)]  # saves that were lost are none of them
             raise NonFiniteError(
                 f"weights are not finite after step {self.step}; nothing saved from it (last checkpoint: {whole[-1]}); {ADVICE}"

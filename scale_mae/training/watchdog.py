@@ -57,7 +57,7 @@ class Watchdog:
 
     def _tell(self) -> None:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        lines = [f"no progress for {self.limit / 60:g} minutes (run.watchdog); the end in {GRACE:g} s; all threads:"]
+        lines = [f"no progress for {self.limit / 60:g} minutes (run.watchdog_minutes); the end in {GRACE:g} s; all threads:"]
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines.append(f"thread {names.get(ident, ident)}, innermost call last:")

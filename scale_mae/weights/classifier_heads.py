@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
@@ -45,7 +45,7 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> H
     Args:
         config: of the run.
         reader: of the checkpoint.
-        probe: one of ``classify.sweep``, counted from 0; None: the best.
+        probe: one of ``classify.lr_multipliers``, counted from 0; None: the best.
 
     Raises:
         UserError: ``probe`` of what has no probes, or not so many.
@@ -57,7 +57,7 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> H
         began_with = str(told["began_with"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{reader.folder}: damaged (it does not say what its classes are)") from None
-    probes = len(config.classify.sweep) if config.run.task == "linprobe" else 0
+    probes = len(config.classify.lr_multipliers) if config.run.task == "linprobe" else 0
     if probe is not None and not 0 <= probe < probes:
         there = f"the run has probes 0 to {probes - 1}" if probes else f"run.task={config.run.task} has none"
         raise UserError(f"--probe {probe}: {there}")
@@ -70,12 +70,12 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> H
     return head
 
 
-def chosen(tensors: Mapping[str, Lazy], head: Head) -> dict[str, Lazy]:
+def chosen(tensors: Mapping[str, LazyTensor], head: Head) -> dict[str, LazyTensor]:
     """A checkpoint's tensors without the probes that are not meant."""
     return {n: t for n, t in tensors.items() if not n.startswith(PROBES) or n.startswith(f"{head.layer}.")}
 
 
-def plain(tensors: Mapping[str, Lazy], head: Head) -> dict[str, Lazy]:
+def plain(tensors: Mapping[str, LazyTensor], head: Head) -> dict[str, LazyTensor]:
     """A checkpoint's tensors as those of a timm classifier, whose head is one linear layer."""
     if head.probe is None:
         return dict(tensors)
@@ -87,7 +87,7 @@ def plain(tensors: Mapping[str, Lazy], head: Head) -> dict[str, Lazy]:
 
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith((NORM, PROBES))}
     for which, part in enumerate(("weight", "bias")):
-        found[f"head.{part}"] = Lazy(layer[which].shape, torch.float32, partial(folded, which))
+        found[f"head.{part}"] = LazyTensor(layer[which].shape, torch.float32, partial(folded, which))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, ConfigError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.model.classifier import Classifier, build_classifier
 from scale_mae.model.positions import resize_table
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
@@ -78,13 +78,15 @@ def origin_of(weights: Weights) -> str:
     return ", ".join([*told, *([f"trained as {origin.training}"] if origin.training else [])])
 
 
-def first_classifier(config: Config, classes: int, ranks: World, notes: list[str], *, resumed: bool) -> tuple[Classifier, str]:
+def build_initial_classifier(
+    config: Config, classes: int, world: World, notes: list[str], *, resumed: bool
+) -> tuple[Classifier, str]:
     """The classifier that a run begins with, on the host, the same on every process. All call it.
 
     Args:
         config: ``model.init_from`` names the encoder's weights; without it they are random, a function of ``run.seed``.
         classes: to tell apart.
-        ranks: the processes.
+        world: the processes.
         notes: what to tell of it is appended.
         resumed: a checkpoint is going to fill the model, so the weights of the beginning are not looked at.
 
@@ -105,14 +107,14 @@ def first_classifier(config: Config, classes: int, ranks: World, notes: list[str
         return begin_with_encoder(model, weights)
 
     if source and not resumed:
-        notes.append(begin_everywhere(source, ranks, notes, begin))
+        notes.append(begin_everywhere(source, world, notes, begin))
     try:
         if config.run.task == "linprobe":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed)
-                model.probe(config.classify.sweep)
-        elif config.classify.train_blocks is not None:
-            model.freeze(config.classify.train_blocks)
+                model.probe(config.classify.lr_multipliers)
+        elif config.classify.trainable_blocks is not None:
+            model.freeze(config.classify.trainable_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return model, began[0]

@@ -26,7 +26,7 @@ def add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> N
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights (default: %(default)s)")
     sub.add_argument("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
     sub.add_argument("--pool", choices=["token", "avg"], help="of an encoder (default: token)")
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     sub.add_argument("--probe", type=int, metavar="N", help="of a linear probe's sweep, from 0 (default: the best)")
     sub.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import FOLDER, Verification, begin, is_ours, locate, step_of
 from scale_mae.config import UserError
 from scale_mae.runs import history
 from scale_mae.weights.export_formats import FORMATS, SAFETENSORS
-from scale_mae.weights.export_source import DTYPES, Source, Wish, open_foreign, open_ours
+from scale_mae.weights.export_source import DTYPES, ExportRequest, Source, open_foreign, open_ours
 from scale_mae.weights.metadata import FACTS_FILE, Pool
 from scale_mae.weights.publish import publish
 
@@ -66,7 +66,7 @@ def convert(
         UserError: no usable checkpoint, a format that cannot express it, ``out`` not writable, or outputs that differ.
     """
     out = Path(out)
-    path, wish = Path(checkpoint), Wish(to, dtype, image_size, pool, ema, probe)
+    path, wish = Path(checkpoint), ExportRequest(to, dtype, image_size, pool, ema, probe)
     folder = _check_request(wish, out, max_shard_gb)
     export = partial(_export, to=to, folder=folder, out=out, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
     if path.is_dir() and not is_ours(path):
@@ -82,7 +82,7 @@ def convert(
 
 
 def _export_sound(
-    path: Path, wish: Wish, export: Callable[..., None], begun: Verification, warn: Callable[[str], None]
+    path: Path, wish: ExportRequest, export: Callable[..., None], begun: Verification, warn: Callable[[str], None]
 ) -> Path:
     """Export the checkpoint whose checksums are being taken, mostly they are right; if not, the one before. Returns which."""
     found, notes = begun.checkpoint, begun.notes
@@ -129,7 +129,7 @@ def _export(source: Source, sound: Callable[[], object], *, to: str, folder: boo
     publish(out, layout.copies * sum(t.nbytes for t in values), write, check)
 
 
-def _check_request(wish: Wish, out: Path, max_shard_gb: float | None) -> bool:
+def _check_request(wish: ExportRequest, out: Path, max_shard_gb: float | None) -> bool:
     """Refuse what cannot be meant; whether ``out`` is to be a folder."""
     to, dtype = wish.to, wish.dtype
     if to not in FORMATS:
@@ -183,7 +183,7 @@ def _verify(source: Source, to: str, target: Path, out: Path) -> None:
     require_equal(expected, layout.outputs(source, target, probe), source.dtype, out)
 
 
-def _compare_bits(expected: Mapping[str, Lazy], written: Mapping[str, Tensor], out: Path) -> None:
+def _compare_bits(expected: Mapping[str, LazyTensor], written: Mapping[str, Tensor], out: Path) -> None:
     if set(written) != set(expected):
         raise UserError(f"{out}: not written; it would lack {sorted(set(expected) ^ set(written))[:3]}")
     for name, tensor in expected.items():
@@ -192,7 +192,7 @@ def _compare_bits(expected: Mapping[str, Lazy], written: Mapping[str, Tensor], o
             raise UserError(f"{out}: not written; {name} reads back otherwise than it is in the checkpoint")
 
 
-def _same_bits(tensor: Lazy, got: Tensor) -> bool:
+def _same_bits(tensor: LazyTensor, got: Tensor) -> bool:
     got, start = got.reshape(-1).view(torch.uint8) if got.numel() else got.reshape(-1), 0
     for part in tensor.stretches():
         stop = start + part.nbytes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy, TensorFiles, map_tensors, write_folder, write_tensors
+from scale_mae.checkpoint.safetensors_io import LazyTensor, TensorFiles, map_tensors, write_folder, write_tensors
 from scale_mae.config import UserError
 from scale_mae.weights.export_source import Source
 from scale_mae.weights.graph_export import (
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # timm takes seconds to import; convert() does it meanwhile
     from scale_mae.weights.parity import Outputs, Probe
 
 SAFETENSORS = ".safetensors"
-Tensors = tuple[Mapping[str, Lazy], Mapping[str, Tensor]]
+Tensors = tuple[Mapping[str, LazyTensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _write_state_dict(source: Source, target: Path) -> None:
         write_folder(target, source.exported, source.metadata, source.max_bytes)
 
 
-def _state_dict_tensors(source: Source, target: Path) -> tuple[Mapping[str, Lazy], Mapping[str, Tensor]]:
+def _state_dict_tensors(source: Source, target: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, Tensor]]:
     TensorFiles(target)  # it is what safetensors takes for a file of its own
     return source.exported, map_tensors(target)
 

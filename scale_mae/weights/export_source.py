@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import DEEPSPEED_TAG, read_config, read_manifest
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -29,7 +29,7 @@ OF_CLASSIFIERS = ("timm", "vit", "state_dict", "onnx", "torch_export")
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportRequest:
     """What is asked for; see :func:`scale_mae.weights.convert.convert`."""
 
     to: str
@@ -54,16 +54,16 @@ class Source:
         max_bytes: of a file, where a format may have several.
     """
 
-    weights: Mapping[str, Lazy]
+    weights: Mapping[str, LazyTensor]
     dtype: str
     facts: dict[str, Any]
     config: Config | None
-    exported: Mapping[str, Lazy]
+    exported: Mapping[str, LazyTensor]
     head: Head | None = None
     max_bytes: float = math.inf
 
     @property
-    def encoder(self) -> dict[str, Lazy]:
+    def encoder(self) -> dict[str, LazyTensor]:
         """The encoder's part of ``exported``, under the names that timm has for its way of pooling; a classifier whole."""
         part = {n: t for n, t in self.exported.items() if not n.startswith("decoder_") and n != "mask_token"}
         if self.facts["timm_kwargs"]["global_pool"] == "avg":
@@ -76,7 +76,7 @@ class Source:
         return {METADATA_KEY: json.dumps(self.facts)}
 
 
-def open_ours(checkpoint: Path, wish: Wish) -> Source:
+def open_ours(checkpoint: Path, wish: ExportRequest) -> Source:
     """A checkpoint of ours.
 
     Raises:
@@ -90,7 +90,7 @@ def open_ours(checkpoint: Path, wish: Wish) -> Source:
         weights = chosen(weights, head)
     facts = describe(config, read_manifest(checkpoint).step, wish.image_size, wish.pool, head)
     facts |= {"format": wish.to, "dtype": wish.dtype}
-    facts |= {"ema": config.optim.ema} if wish.ema else {}
+    facts |= {"ema": config.optim.ema_decay} if wish.ema else {}
     if wish.image_size and wish.image_size != config.model.image_size:
         config, weights = _resized(config, weights, wish.image_size)
     whole = wish.to == "state_dict" and not head  # buffers stay as they are
@@ -98,7 +98,7 @@ def open_ours(checkpoint: Path, wish: Wish) -> Source:
     return Source(weights, wish.dtype, facts, config, exported, head)
 
 
-def open_foreign(path: Path, wish: Wish, warn: Callable[[str], None]) -> Source:
+def open_foreign(path: Path, wish: ExportRequest, warn: Callable[[str], None]) -> Source:
     """A folder that plain DeepSpeed code wrote.
 
     Raises:
@@ -117,9 +117,9 @@ def open_foreign(path: Path, wish: Wish, warn: Callable[[str], None]) -> Source:
     return Source(weights, wish.dtype, facts, None, _rounded(weights, wish.dtype, set(reader.parameters)))
 
 
-def _check_wish(checkpoint: Path, config: Config, wish: Wish) -> None:
-    if wish.ema and config.optim.ema is None:
-        raise UserError(f"--ema: {checkpoint} keeps no moving average of its weights (optim.ema)")
+def _check_wish(checkpoint: Path, config: Config, wish: ExportRequest) -> None:
+    if wish.ema and config.optim.ema_decay is None:
+        raise UserError(f"--ema: {checkpoint} keeps no moving average of its weights (optim.ema_decay)")
     if not is_classifier(config):
         if wish.probe is not None:
             raise UserError(f"--probe {wish.probe}: {checkpoint} is no linear probe (run.task={config.run.task})")
@@ -135,7 +135,7 @@ def _check_wish(checkpoint: Path, config: Config, wish: Wish) -> None:
         )
 
 
-def _lazily(reader: ZeroReader, key: str = "fp32") -> dict[str, Lazy]:
+def _lazily(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor]:
     """A checkpoint's tensors; now and then the pages read for earlier ones are given back."""
     mapped = 0
 
@@ -151,13 +151,15 @@ def _lazily(reader: ZeroReader, key: str = "fp32") -> dict[str, Lazy]:
     return {name: replace(reader.lazy(name), stretches=partial(stretches, name)) for name in reader}
 
 
-def _resized(config: Config, weights: dict[str, Lazy], image_size: tuple[int, int]) -> tuple[Config, dict[str, Lazy]]:
+def _resized(
+    config: Config, weights: dict[str, LazyTensor], image_size: tuple[int, int]
+) -> tuple[Config, dict[str, LazyTensor]]:
     model = config.model
     if any(side < 1 or side % p for side, p in zip(image_size, model.patch, strict=True)):
         raise UserError(f"--image-size {image_size[0]}x{image_size[1]}: not divisible by patches of {list(model.patch)} pixels")
     old, new = ((height // model.patch[0], width // model.patch[1]) for height, width in (model.image_size, image_size))
 
-    def resized(table: Lazy) -> Lazy:
+    def resized(table: LazyTensor) -> LazyTensor:
         shape = (1, 1 + math.prod(new), table.shape[2])
         return replace(table, shape=shape, stretches=lambda: [resize_table(table.read(), old, new).reshape(-1)])
 
@@ -165,6 +167,6 @@ def _resized(config: Config, weights: dict[str, Lazy], image_size: tuple[int, in
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables
 
 
-def _rounded(weights: Mapping[str, Lazy], dtype: str, names: set[str] | None) -> dict[str, Lazy]:
+def _rounded(weights: Mapping[str, LazyTensor], dtype: str, names: set[str] | None) -> dict[str, LazyTensor]:
     """``names`` rounded, all if None."""
     return {n: t.to(DTYPES[dtype]) if names is None or n in names else t for n, t in weights.items()}

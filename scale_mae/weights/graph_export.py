@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.config import UserError
 from scale_mae.weights.metadata import METADATA_KEY
 
@@ -57,8 +57,8 @@ def _names(source: Source) -> list[str]:
 def _at_two_batch_sizes(source: Source, probe: Probe, run: Callable[[Tensor], Any]) -> Outputs:
     """All images at once, the first one replaced by what it gives alone: a fixed batch size would show."""
     outputs = [torch.as_tensor(part).clone() for part in run(probe.images)]
-    for part, alone in zip(outputs, run(probe.images[:1]), strict=True):
-        part[:1] = torch.as_tensor(alone)
+    for part, single in zip(outputs, run(probe.images[:1]), strict=True):
+        part[:1] = torch.as_tensor(single)
     return dict(zip(_names(source), outputs, strict=True))
 
 
@@ -122,6 +122,6 @@ def onnx_outputs(source: Source, target: Path, probe: Probe) -> Outputs:
     return _at_two_batch_sizes(source, probe, lambda images: session.run(None, {"images": images.numpy()}))
 
 
-def torch_export_tensors(source: Source, target: Path) -> tuple[dict[str, Lazy], dict[str, Tensor]]:
+def torch_export_tensors(source: Source, target: Path) -> tuple[dict[str, LazyTensor], dict[str, Tensor]]:
     """What is to be in it, and what is."""
     return {f"encoder.{name}": t for name, t in source.encoder.items()}, torch.export.load(target).state_dict

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy
+from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import UserError
 
@@ -79,7 +79,7 @@ def huggingface_names(name: str) -> tuple[str, ...]:
     return (f"{start}.{_INSIDE[block[3]]}{last}",)
 
 
-def to_huggingface(tensors: Mapping[str, Lazy], kind: Kind) -> dict[str, Lazy]:
+def to_huggingface(tensors: Mapping[str, LazyTensor], kind: Kind) -> dict[str, LazyTensor]:
     """Tensors of a MAE or a classifier under transformers' names, ``qkv`` cut in three; ``vit`` leaves the decoder out."""
     found, vit = {}, "" if kind == "vit" and "head.weight" not in tensors else "vit."
     for name, tensor in tensors.items():
@@ -92,7 +92,7 @@ def to_huggingface(tensors: Mapping[str, Lazy], kind: Kind) -> dict[str, Lazy]:
     return found
 
 
-def _third(tensor: Lazy, which: int) -> Lazy:
+def _third(tensor: LazyTensor, which: int) -> LazyTensor:
     rows = tensor.shape[0] // 3
     return replace(
         tensor, shape=(rows, *tensor.shape[1:]), stretches=lambda: [tensor.read()[which * rows :][:rows].reshape(-1)]

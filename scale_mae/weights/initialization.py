@@ -18,10 +18,10 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Lazy, TensorFiles, write_tensors
+from scale_mae.checkpoint.safetensors_io import LazyTensor, TensorFiles, write_tensors
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, UserError
-from scale_mae.distributed.world import World
+from scale_mae.distributed.process_group import World
 from scale_mae.model.mae import MAE, TABLES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 from scale_mae.weights.export_formats import SAFETENSORS
@@ -70,12 +70,12 @@ def begin_with(model: MAE, weights: Weights) -> str:
     return "; ".join([f"began with {weights.path} ({', '.join(about)})", *told])
 
 
-def first_model(config: Config, ranks: World, notes: list[str], *, resumed: bool) -> MAE:
+def build_initial_model(config: Config, world: World, notes: list[str], *, resumed: bool) -> MAE:
     """The model that a run begins with, on the host, the same on every process. All call it.
 
     Args:
         config: ``model.init_from`` names the weights; without it they are random, a function of ``run.seed``.
-        ranks: the processes.
+        world: the processes.
         notes: what to tell of it is appended.
         resumed: a checkpoint is going to fill the model, so the weights of the beginning are not looked at.
 
@@ -84,19 +84,19 @@ def first_model(config: Config, ranks: World, notes: list[str], *, resumed: bool
     """
     model = model_from_config(config)
     if config.model.init_from and not resumed:
-        notes.append(begin_everywhere(config.model.init_from, ranks, notes, lambda weights: begin_with(model, weights)))
+        notes.append(begin_everywhere(config.model.init_from, world, notes, lambda weights: begin_with(model, weights)))
     return model
 
 
-def begin_everywhere(source: str, ranks: World, notes: list[str], begin: Callable[[Weights], str]) -> str:
+def begin_everywhere(source: str, world: World, notes: list[str], begin: Callable[[Weights], str]) -> str:
     """Fill a model on every process; what ``begin`` said.
 
     Raises:
         UserError: the weights are not there, do not fit, or are not the same for all processes.
     """
-    found = ranks.on_main(lambda: locate_weights(source, notes.append))
-    note = ranks.together(lambda: begin(read_weights(found)))
-    if len(set(ranks.gather(note))) > 1:
+    found = world.on_main(lambda: locate_weights(source, notes.append))
+    note = world.together(lambda: begin(read_weights(found)))
+    if len(set(world.gather(note))) > 1:
         raise UserError(f"model.init_from={source}: the processes found different weights there")
     return note
 
@@ -137,7 +137,7 @@ def write_initial(config: Config, out: str | Path, warn: Callable[[str], None]) 
     model, note = initial_model(config, warn)
     state = model.state_dict()
     facts = describe(config, 0) | {"format": "state_dict", "dtype": "fp32", "began_with": note}
-    lazily = {name: Lazy(tuple(t.shape), t.dtype, partial(_flat, t)) for name, t in state.items()}
+    lazily = {name: LazyTensor(tuple(t.shape), t.dtype, partial(_flat, t)) for name, t in state.items()}
 
     def check(target: Path) -> None:
         written = TensorFiles(target)

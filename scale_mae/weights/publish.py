@@ -14,7 +14,7 @@ import safetensors
 
 from scale_mae.config import UserError
 from scale_mae.system.files import check_space, flush
-from scale_mae.system.lock import alone
+from scale_mae.system.lock import exclusive_lock
 
 REPLACED = "replaced"  # in the hidden folder: what ``out`` was until now
 DATA = re.compile(r"\.[0-9a-f]{8}\.data")  # ends the name of a file that lies beside ``out``; each export has its own
@@ -35,7 +35,7 @@ def publish(out: Path, nbytes: int, write: Callable[[Path], None], check: Callab
     """
     staging = out.with_name(f".{out.name}.tmp")
     target = staging / out.name
-    with alone(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
+    with exclusive_lock(out.with_name(f".{out.name}.lock"), f"{out} is being written"):
         try:
             _clear(staging, out)
             staging.mkdir(parents=True)

@@ -31,7 +31,7 @@ from scale_mae.cli import main
 from scale_mae.data.crops import reference_crop
 from scale_mae.data.pillow import decode_centre
 from scale_mae.data.storage import DataError, ImageError
-from scale_mae.distributed.world import world
+from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation.accuracy import place_of
 from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.evaluation.dataset_checks import deviations
@@ -43,7 +43,7 @@ from scale_mae.evaluation.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_cor
 
 def measure(name, root, model=None, tell=lambda _: None, **options):
     """By one process; the lines told are left out."""
-    with world() as ranks:
+    with process_group() as ranks:
         return evaluate(load_classifier(model or fitted_classifier()), name, str(root), ranks, tell=tell, **options)
 
 
@@ -145,7 +145,7 @@ def test_any_number_of_processes_counts_each_image_once(tmp_path):
 
 
 def evaluate_in_rank(model, root, classes):
-    with world() as ranks:
+    with process_group() as ranks:
         return evaluate(load_classifier(model), "folder", root, ranks, batch=4, classes=classes, tell=lambda _: None)[0]
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_image_is_one_error_on_every_process(tmp_path):
 
 
 def error_in_rank(model, root):
-    with world() as ranks, pytest.raises(DataError) as caught:
+    with process_group() as ranks, pytest.raises(DataError) as caught:
         evaluate(load_classifier(model), "folder", root, ranks, batch=4)
     return str(caught.value)
 
@@ -180,7 +180,7 @@ def test_outputs_that_are_not_finite_are_an_error(tmp_path):
     subject = load_classifier(fitted_classifier())
     with torch.no_grad():
         subject.model.head.weight.fill_(torch.inf)
-    with world() as ranks, pytest.raises(Exception, match="folder: the model's output is not finite"):
+    with process_group() as ranks, pytest.raises(Exception, match="folder: the model's output is not finite"):
         evaluate(subject, "folder", str(root), ranks)
 
 
@@ -499,7 +499,7 @@ def test_two_processes_are_told_the_same_of_what_deviates(tmp_path):
 
 def deviating_in_rank(model, root, classes):
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         try:
             result, unlike = evaluate(load_classifier(model), "imagenet_r", root, ranks, classes=classes, tell=told.append)
         except DataError as error:

@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN
 from safetensors import safe_open
 from torch import nn
-from trainees import SmallClassifier
+from trainable_models import SmallClassifier
 
 from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.lars import LARS

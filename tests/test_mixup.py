@@ -12,11 +12,16 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from scale_mae.config import ConfigError, load_config
 from scale_mae.config.sections import ClassifyConfig
-from scale_mae.data.mixup import Mixing, seeds
+from scale_mae.data.mixup import BatchAugmentation, seeds
 from scale_mae.data.transforms import normalise
 
 CLASSES = 10
-MIXES = [{"mixup": 0.8, "cutmix": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.3, "cutmix": 0.5, "mix_switch": 0.2}]
+MIXES = [
+    {"mixup": 0.8, "cutmix": 1.0},
+    {"mixup": 0.8},
+    {"cutmix": 1.0},
+    {"mixup": 0.3, "cutmix": 0.5, "mixup_switch_prob": 0.2},
+]
 
 
 def batch(size=6, height=24, width=40):
@@ -39,8 +44,8 @@ def timms(images, labels, config, seed):
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("erasing", [0.0, 0.25, 1.0])
 def test_the_same_seeds_give_what_timm_gives(mix, erasing):
-    config = ClassifyConfig(**mix, erasing=erasing, smoothing=0.1)
-    mixing = Mixing(config, CLASSES)
+    config = ClassifyConfig(**mix, erasing=erasing, label_smoothing=0.1)
+    mixing = BatchAugmentation(config, CLASSES)
     for seed in range(60):
         images, labels = batch()
         expected, expected_targets = timms(images, labels, config, seed)
@@ -55,7 +60,7 @@ def test_the_same_seeds_give_what_timm_gives(mix, erasing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_mixing_targets_are_smoothed_labels(smoothing):
     images, labels = batch()
-    changed, targets = Mixing(ClassifyConfig(smoothing=smoothing), CLASSES)(images.clone(), labels, 0)
+    changed, targets = BatchAugmentation(ClassifyConfig(label_smoothing=smoothing), CLASSES)(images.clone(), labels, 0)
     assert torch.equal(changed, images)
     logits = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
     theirs = LabelSmoothingCrossEntropy(smoothing)(logits, labels)
@@ -65,7 +70,7 @@ def test_without_mixing_targets_are_smoothed_labels(smoothing):
 
 
 def test_a_seed_decides_everything_and_other_generators_nothing():
-    mixing = Mixing(ClassifyConfig(mixup=0.8, cutmix=1.0, erasing=0.5, smoothing=0.1), CLASSES)
+    mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
     found = []
     for seed in (*range(40), *reversed(range(40))):
         images, labels = batch()
@@ -89,7 +94,7 @@ def test_seeds_in_a_row_draw_the_whole_distribution():
     erased = 0
     for seed in range(300):
         images = torch.zeros(4, 3, 16, 16)
-        Mixing(ClassifyConfig(erasing=0.25), CLASSES)(images, torch.zeros(4, dtype=torch.long), seed)
+        BatchAugmentation(ClassifyConfig(random_erasing=0.25), CLASSES)(images, torch.zeros(4, dtype=torch.long), seed)
         erased += int((images != 0).any(dim=(1, 2, 3)).sum())
     assert erased / 1200 == pytest.approx(0.25, abs=0.05)
 
@@ -101,12 +106,12 @@ def test_pairs_need_an_even_micro_batch(tmp_path, key):
     with pytest.raises(ConfigError, match=r"train.micro_batch=5 is odd; .* mix pairs of images") as caught:
         load_config(recipe, {"train.micro_batch": 5, f"classify.{key}": 0.8})
     assert "\n" not in str(caught.value)
-    load_config(recipe, {"train.micro_batch": 5, "classify.smoothing": 0.1})
+    load_config(recipe, {"train.micro_batch": 5, "classify.label_smoothing": 0.1})
 
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu():
-    mixing = Mixing(ClassifyConfig(mixup=0.8, cutmix=1.0, erasing=0.5, smoothing=0.1), CLASSES)
+    mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
     images, labels = (t.cuda() for t in batch())
     mixing(images.clone(), labels, 0)
     state = torch.cuda.get_rng_state()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from test_engine import batch, small_mae
-from trainees import SmallClassifier, labelled
+from trainable_models import SmallClassifier, labelled
 
-from scale_mae.engine.activation_checkpointing import apply_recompute
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 
 POLICIES = ["none", "full", "every_k", "selective", "offload"]
 
@@ -13,7 +13,7 @@ POLICIES = ["none", "full", "every_k", "selective", "offload"]
 def gradients(policy):
     model = small_mae()
     names = [name for name, _ in model.named_parameters()]
-    apply_recompute([*model.blocks, *model.decoder_blocks], policy, every=2)
+    apply_activation_checkpointing([*model.blocks, *model.decoder_blocks], policy, every=2)
     assert [name for name, _ in model.named_parameters()] == names
     executed = []
     for block in model.blocks:
@@ -38,7 +38,7 @@ def test_policies_recompute_what_they_say():
 def drop_path_gradients(policy, seed=3, draws_random=True, compiled=False):
     """Of two micro-batches of a model that leaves out branches of its blocks at random."""
     model = SmallClassifier(drop_path=0.5)
-    apply_recompute(model.recomputable, policy, every=2, draws_random=draws_random)
+    apply_activation_checkpointing(model.recomputable, policy, every=2, draws_random=draws_random)
     if compiled:
         for block in model.recomputable:
             block.compile(backend="aot_eager")
@@ -73,7 +73,7 @@ def test_what_is_dropped_at_random_is_dropped_again_when_compiled():
 def saved_bytes(policy):
     """Bytes that autograd keeps outside the blocks' own recomputation."""
     model = small_mae()
-    apply_recompute([*model.blocks, *model.decoder_blocks], policy, every=2)
+    apply_activation_checkpointing([*model.blocks, *model.decoder_blocks], policy, every=2)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -103,7 +103,7 @@ def test_recomputed_blocks_can_be_compiled(policy):
     counters.clear()
     model = small_mae()
     blocks = [*model.blocks, *model.decoder_blocks]
-    apply_recompute(blocks, policy, every=2)
+    apply_activation_checkpointing(blocks, policy, every=2)
     for block in blocks:
         block.compile(backend="aot_eager")
     model(*batch(0)).loss.backward()
@@ -115,4 +115,4 @@ def test_recomputed_blocks_can_be_compiled(policy):
 
 def test_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="unknown"):
-        apply_recompute([], "sometimes")
+        apply_activation_checkpointing([], "sometimes")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 from test_engine import Waits
-from trainees import SmallClassifier, labelled
+from trainable_models import SmallClassifier, labelled
 
 from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -22,7 +22,7 @@ from scale_mae.engine import lars as optimizers
 BATCH, SAVED, STEPS, DECAY = 8, 3, 5, 0.7
 RATES = (5e-4, 1e-3, 2e-3, 1.5e-3, 1e-3, 5e-4)  # none is 0, so that the average moves in the first step
 SCALES = {"head.weight": 2.0}
-ADAMW, LARS = {"name": "adamw", "layer_decay": 0.65}, {"name": "lars", "weight_decay": 1e-4, "trust": 0.1}
+ADAMW, LARS = {"name": "adamw", "layer_decay": 0.65}, {"name": "lars", "weight_decay": 1e-4, "trust_coefficient": 0.1}
 PIECES = {"stage": 3, "sub_group_size": 1000, "stage3_param_persistence_threshold": 0}
 WHOLE = {"stage": 3, "stage3_param_persistence_threshold": 10**6}
 OPTIMIZER = {True: ("fp32", "momentum_buffer", "ema"), False: ("fp32", "exp_avg", "exp_avg_sq", "ema")}
@@ -35,7 +35,7 @@ def make_config(folder, layout, precision="fp32", micro_batch=4, ema=DECAY, lars
     return Config.model_validate(
         {
             "run": {"task": "finetune"},
-            "optim": (LARS if lars else ADAMW) | {"ema": ema},
+            "optim": (LARS if lars else ADAMW) | {"ema_decay": ema},
             "train": {"global_batch": BATCH, "micro_batch": micro_batch, "precision": precision},
             "engine": {"deepspeed": str(own) if own.exists() else layout},
         }
@@ -90,7 +90,7 @@ def train(engine, ranks, config, steps, bad=None):
         losses += ranks.reduce(total[None] / ranks.size)
         for was, master in zip(average, copies(engine, ranks), strict=True):
             was.copy_(was if engine.skipped else DECAY * was + (1 - DECAY) * master)
-        if config.optim.ema and engine._engine.basic_optimizer.state:
+        if config.optim.ema_decay and engine._engine.basic_optimizer.state:
             for now, expected in zip(copies(engine, ranks, "ema"), average, strict=True):
                 torch.testing.assert_close(now, expected, atol=1e-7, rtol=1e-6)
                 assert not engine.skipped or torch.equal(now, expected)
@@ -120,11 +120,11 @@ def evaluate(engine, ranks):
 
 def write(folder, jobs):
     """Each: evaluate, train, evaluate, save, train on with a step left out; losses and logits."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     gc.freeze()
     told = {}
-    with world() as ranks:
+    with process_group() as ranks:
         for job in jobs:
             layout, precision, lars = job
             config = make_config(folder, layout, precision, lars=lars)
@@ -152,11 +152,11 @@ def expected_groups(lars):
 
 def read(folder, jobs):
     """Load each source as another layout, save at once, evaluate, train on; losses and logits."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     gc.freeze()
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         for source, target, layout, precision, lars in jobs:
             config = make_config(folder, layout, precision, micro_batch=BATCH // ranks.size, lars=lars)
             engine = build(config, ranks)
@@ -278,9 +278,9 @@ def test_other_stages_and_ranks_resume_with_average_and_rates(written, moved):
 
 
 def missing(folder, source):
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
-    with world() as ranks:
+    with process_group() as ranks:
         config = make_config(folder, "zero1")
         engine = build(config, ranks)
         before = copies(engine, ranks)
@@ -297,10 +297,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes(wr
 
 
 def count_waits(folder):
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
 
     counts = []
-    with world() as ranks:
+    with process_group() as ranks:
         for layout in ("zero1", "zero2"):
             engine = build(make_config(folder, layout, "bf16", micro_batch=BATCH), ranks)
             for step in range(3):

@@ -100,7 +100,7 @@ class World:
 
 
 @contextmanager
-def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
+def process_group(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
     """Join the other processes; leave them at the end.
 
     Args:
@@ -111,7 +111,7 @@ def world(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
         UserError: rank variables that make no sense.
     """
     rank, size, local_rank = ranks()
-    device = own_device()
+    device = local_device()
     left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
     # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
     os.environ |= {
@@ -154,7 +154,7 @@ def _meeting(timeout: timedelta) -> Any:
     return dist.PrefixStore(f"scale_mae/{next(_meetings)}", place)  # type: ignore[attr-defined]
 
 
-def own_device() -> torch.device:
+def local_device() -> torch.device:
     """Where this process's tensors live; nothing is allocated there yet."""
     _, _, local_rank = ranks()
     if not torch.cuda.is_available():

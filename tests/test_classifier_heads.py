@@ -152,7 +152,7 @@ REFUSED = {
     "transformers' MAE": ("token", "vit_mae", "x", {}, "--to vit_mae: .* is a classifier"),
     "averaged tokens": ("mean", "vit", "x", {}, "--to vit: .* averages the patch tokens, which no classifier of transformers"),
     "another pooling": ("token", "timm", "x", {"pool": "avg"}, "--pool avg: .* pools as it was trained"),
-    "no average": ("token", "timm", "x", {"ema": True}, r"--ema: .* keeps no moving average of its weights .optim.ema"),
+    "no average": ("token", "timm", "x", {"ema": True}, r"--ema: .* keeps no moving average of its weights .optim.ema_decay"),
     "no probes": ("mean", "timm", "x", {"probe": 0}, "--probe 0: run.task=finetune has none"),
     "too few probes": ("probe", "timm", "x", {"probe": 3}, "--probe 3: the run has probes 0 to 2"),
 }

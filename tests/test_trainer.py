@@ -20,7 +20,7 @@ from scale_mae.metrics.sinks import Log
 
 
 def make_config(run_dir, **overrides):
-    setting = {"run.dir": str(run_dir), "data.source": demo_index(), "checkpoint.every": "4 steps"}
+    setting = {"run.dir": str(run_dir), "data.source": demo_index(), "checkpoint.interval": "4 steps"}
     return load_config("debug", setting | overrides)
 
 
@@ -110,7 +110,7 @@ def test_a_log_line_has_what_the_documents_promise(undisturbed):
         assert line["epoch"] == pytest.approx(line["step"] * 16 / 10_000)
         assert line["images"] == line["step"] * 16
         assert line["images_per_s"] == pytest.approx(16 / line["step_time_s"])
-        assert 0 <= line["data_wait_s"] <= line["step_time_s"] * 1.5
+        assert 0 <= line["data_loading_s"] <= line["step_time_s"] * 1.5
         assert line["tflops_per_process"] > 0
         assert line["memory_gib"] > 0
         assert line["loss_scale"] == 1
@@ -128,7 +128,7 @@ def test_a_finished_run_started_again_does_nothing(undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("target", [0, 1])
 def test_a_signal_on_any_rank_stops_all_after_one_save(tmp_path, number, target):
-    config = make_config(tmp_path, **{"train.duration": "100000 steps", "checkpoint.every": "100000 steps"})
+    config = make_config(tmp_path, **{"train.duration": "100000 steps", "checkpoint.interval": "100000 steps"})
     processes, pipes = start_ranks(2, train, config)
     deadline = time.monotonic() + 120
     while len(log(tmp_path, "loss") if (tmp_path / "log.jsonl").exists() else ()) < 3:
@@ -158,7 +158,7 @@ def train_with_nan(config, step):
 
 @pytest.mark.parametrize("log_every", [1, 20])
 def test_a_step_whose_loss_is_not_finite_on_one_rank_is_left_out_and_the_run_goes_on(tmp_path, log_every):
-    config = make_config(tmp_path, **{"log.every": log_every, "train.micro_batch": 8})
+    config = make_config(tmp_path, **{"log.interval": log_every, "train.micro_batch": 8})
     assert run_ranks(2, train_with_nan, config, 6)[0].finished
     lines = log(tmp_path, "loss", "grad_norm", "skipped_steps", "rollbacks")
     assert lines[10][2:] == (1, 0)
@@ -231,7 +231,7 @@ def train_on_a_full_disk_with_bad_weights(config):
 
 
 def test_the_last_checkpoint_that_is_named_is_one_that_exists(tmp_path):
-    setting = {"train.micro_batch": 8, "checkpoint.every": "2 steps"}
+    setting = {"train.micro_batch": 8, "checkpoint.interval": "2 steps"}
     with pytest.raises(RankError, match=r"weights are not finite after step 8; .*last checkpoint: .*step-00000006\)"):
         run_ranks(2, train_on_a_full_disk_with_bad_weights, make_config(tmp_path, **setting))
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000002", "step-00000006"]
@@ -323,14 +323,25 @@ def test_a_run_directory_of_another_config_is_refused_by_all_ranks(undisturbed, 
 
 
 def test_what_does_not_change_the_computation_may_change(undisturbed):
-    free = {"log.every": 7, "checkpoint.keep": 9, "checkpoint.every": "3 steps", "data.threads": 1, "data.prefetch": 2}
+    free = {
+        "log.interval": 7,
+        "checkpoint.keep_latest": 9,
+        "checkpoint.interval": "3 steps",
+        "data.threads": 1,
+        "data.prefetch": 2,
+    }
     assert run_ranks(2, train, make_config(undisturbed[0], **free))[0].finished
 
 
 def test_other_processes_stage_micro_batch_and_recomputation_go_on_where_the_run_stood(undisturbed, tmp_path):
     _, expected = undisturbed
     assert not run_ranks(2, train_until, make_config(tmp_path), 3)[0].finished
-    changed = {"engine.deepspeed": "zero3", "train.micro_batch": 8, "train.recompute": "every_k", "train.recompute_every": 3}
+    changed = {
+        "engine.deepspeed": "zero3",
+        "train.micro_batch": 8,
+        "train.activation_checkpointing": "every_k",
+        "train.activation_checkpointing_every": 3,
+    }
     assert not run_ranks(1, train_until, make_config(tmp_path, **changed), 6)[0].finished
     assert run_ranks(4, train, make_config(tmp_path, **{"engine.deepspeed": "zero1", "train.micro_batch": 2}))[0].finished
     got = log(tmp_path, "loss", "lr", "grad_norm")
@@ -370,9 +381,9 @@ def count_waits_of_a_run(config):
 
 def test_the_loop_reads_no_tensor_between_log_steps(tmp_path):
     def run(steps):
-        setting = {"train.precision": "bf16", "log.every": 1000, "train.duration": f"{steps} steps", "train.micro_batch": 16}
+        setting = {"train.precision": "bf16", "log.interval": 1000, "train.duration": f"{steps} steps", "train.micro_batch": 16}
         return run_ranks(
-            1, count_waits_of_a_run, make_config(tmp_path / str(steps), **setting, **{"checkpoint.every": "1000 steps"})
+            1, count_waits_of_a_run, make_config(tmp_path / str(steps), **setting, **{"checkpoint.interval": "1000 steps"})
         )[0]
 
     ballot = 1  # the vote, a byte in host memory, is read once a micro-batch

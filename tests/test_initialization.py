@@ -17,7 +17,7 @@ import torch
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file, save_file
 from test_model import golden_weights, tiny
-from test_train import log, make_config, train, weights
+from test_trainer import log, make_config, train, weights
 
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint.store import CheckpointError, locate
@@ -598,17 +598,17 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
 
 def train_several(configs, stops):
     """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.distributed.stop_request import StopRequest
-    from scale_mae.distributed.world import world
-    from scale_mae.training.trainer import Run
+    from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 
     torch.set_num_threads(1)
     tables = []
-    with world() as ranks:
+    with process_group() as ranks:
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
-                run = Run(config, ranks, request, Watchdog(0, 0))
+                run = Trainer(config, ranks, request, Watchdog(0, 0))
                 original = run.log.metrics
 
                 def metrics(values, original=original, request=request, stop=stop):

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from ranks import RankError, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import BATCH, SCHEDULE, batch, make_config, small_mae
-from test_train import log, train, train_until
-from test_train import make_config as make_run
+from test_trainer import log, train, train_until
+from test_trainer import make_config as make_run
 
 from scale_mae.config import ConfigError, UserError
-from scale_mae.config.sections import HealConfig
+from scale_mae.config.sections import RollbackConfig
 from scale_mae.runs import history
 from scale_mae.training import rollback
-from scale_mae.training.anomaly_detector import Health, Verdict
+from scale_mae.training.anomaly_detector import Anomaly, AnomalyDetector
 
 
 def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further
         return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= last), None)
 
     monkeypatch.setattr(rollback.store, "newest_good", newest_good)
-    recovery = object.__new__(rollback.Recovery)
+    recovery = object.__new__(rollback.RollbackController)
     recovery._dir = tmp_path
     for past, chosen in (([], 30), ([30], 15), ([30, 15], 30), ([30, 15, 30], 15)):  # after 15, step 30 was saved anew
         recovery._past = [{"to": to} for to in past]
@@ -88,11 +88,11 @@ def take_steps(engine, ranks, config, steps, bad=None):
 def leave_out(settings, value, micro, folder):
     """Of each setting: whether the bad step changed anything, the counts, whether what followed equals a run without it, at
     once and again after going back in place."""
-    from scale_mae.distributed.world import world
+    from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
     told = []
-    with world() as ranks:
+    with process_group() as ranks:
         for number, setting in enumerate(settings):
             config, model = make_config(**setting), small_mae()
             engine = Engine(model, config, ranks)
@@ -153,11 +153,11 @@ def test_gradients_without_a_norm_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- spikes told from noise
 
-HEAL = HealConfig(window=20, spike=10.0, spike_steps=3, skipped_steps=4)
+HEAL = RollbackConfig(window=20, spike_threshold=10.0, max_spikes=3, max_skipped_steps=4)
 
 
 def verdict_of(losses, config=HEAL, skipped=(), health=None):
-    health = health or Health(config)
+    health = health or AnomalyDetector(config)
     for step, loss in enumerate(losses, 1):
         if verdict := health.add(step, loss, step in skipped):
             return verdict
@@ -173,25 +173,25 @@ def noise(number, seed=0):
 
 
 def test_some_losses_in_a_row_that_are_too_high_give_a_verdict_that_names_them():
-    assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Verdict(31, 33, "the loss was too high")
+    assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Anomaly(31, 33, "the loss was too high")
     assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 1.0, 2.0, 2.0, *noise(9)]) is None
-    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0]) == Verdict(31, 35, "the loss was too high")  # one takes back one
+    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0]) == Anomaly(31, 35, "the loss was too high")  # one takes back one
     assert verdict_of([*noise(30), 0.1, 0.1, 0.1, 0.1]) is None  # only upward
     assert verdict_of([*noise(19), 2.0, 2.0, 2.0]) is None  # the window is not full
-    assert verdict_of([*noise(30), 9.0, 9.0, 9.0], HEAL.model_copy(update={"spike": None})) is None
+    assert verdict_of([*noise(30), 9.0, 9.0, 9.0], HEAL.model_copy(update={"spike_threshold": None})) is None
 
 
 def test_steps_left_out_in_a_row_give_a_verdict_at_any_time():
-    assert verdict_of(noise(9), skipped={3, 4, 5, 6}) == Verdict(3, 6, "gradients were not finite")
+    assert verdict_of(noise(9), skipped={3, 4, 5, 6}) == Anomaly(3, 6, "gradients were not finite")
     assert verdict_of(noise(9), skipped={2, 3, 4, 6, 7, 8}) is None
-    assert verdict_of([1.0, math.nan, math.inf, 1e30, -math.inf, math.nan], skipped={4}) == Verdict(
+    assert verdict_of([1.0, math.nan, math.inf, 1e30, -math.inf, math.nan], skipped={4}) == Anomaly(
         2, 5, "gradients were not finite"
     )
 
 
 def test_losses_that_do_not_differ_or_rise_slowly_are_no_spikes():
     assert verdict_of([1.0] * 30 + [1.005] * 30) is None
-    assert verdict_of([1.0] * 30 + [1.5] * 3) == Verdict(31, 33, "the loss was too high")
+    assert verdict_of([1.0] * 30 + [1.5] * 3) == Anomaly(31, 33, "the loss was too high")
     assert verdict_of(np.linspace(1, 3, 2000).tolist()) is None
     assert verdict_of([0.0] * 60) is None
 
@@ -200,10 +200,10 @@ def test_losses_that_do_not_differ_or_rise_slowly_are_no_spikes():
 @settings(max_examples=200, deadline=None)
 def test_a_resumed_run_comes_to_the_same_verdict(tail, cut):
     losses = noise(20) + tail
-    whole, resumed = Health(HEAL), Health(HEAL)
+    whole, resumed = AnomalyDetector(HEAL), AnomalyDetector(HEAL)
     for step, loss in enumerate(losses, 1):
         if step == cut:
-            resumed = Health(HEAL, json.loads(json.dumps(resumed.state())))
+            resumed = AnomalyDetector(HEAL, json.loads(json.dumps(resumed.state())))
         verdict = whole.add(step, loss, False)
         assert resumed.add(step, loss, False) == verdict
         assert resumed.suspicious == whole.suspicious
@@ -218,7 +218,7 @@ def test_a_curve_like_that_of_a_clean_run_is_left_alone(seed):
     steps = np.arange(4000)
     curve = 0.5 + 0.6 * np.exp(-steps / 150) + 0.3 * np.exp(-steps / 1500)
     curve *= 1 + 0.05 * generator.standard_t(3, len(steps)).clip(-20, 20)
-    assert verdict_of(curve.tolist(), HealConfig()) is None
+    assert verdict_of(curve.tolist(), RollbackConfig()) is None
 
 
 # ---------------------------------------------------------------- runs that go back
@@ -226,13 +226,13 @@ def test_a_curve_like_that_of_a_clean_run_is_left_alone(seed):
 MARK = 251  # every pixel of a poisoned image has this value
 RUN = {
     "train.duration": "36 steps",
-    "heal.window": 20,
-    "heal.spike_steps": 3,
-    "heal.skipped_steps": 3,
+    "rollback.window": 20,
+    "rollback.max_spikes": 3,
+    "rollback.max_skipped_steps": 3,
     "model.target": "pixel",
-    "checkpoint.keep": 20,
+    "checkpoint.keep_latest": 20,
     "data.threads": 1,
-    "log.sinks": ["tensorboard"],
+    "log.trackers": ["tensorboard"],
 }
 POISON = (26 * 16, 29 * 16)  # positions of steps 27 to 29
 LEFT_OUT = [25 * 16, 29 * 16]  # with the step before them
@@ -288,7 +288,10 @@ def killed_as_it_goes_on(config, value):
 
 CASES = {
     "spike": (300.0, {"engine.deepspeed": "zero2"}),
-    "nan": (math.nan, {"engine.deepspeed": "zero3", "train.precision": "bf16", "log.every": 7, "checkpoint.every": "12 steps"}),
+    "nan": (
+        math.nan,
+        {"engine.deepspeed": "zero3", "train.precision": "bf16", "log.interval": 7, "checkpoint.interval": "12 steps"},
+    ),
 }
 
 
@@ -310,7 +313,7 @@ def test_a_run_goes_back_and_leaves_out_what_led_astray_killed_or_not(tmp_path, 
     assert log(tmp_path / "whole", "rollbacks", "skipped_steps")[36] == (1, 3 * (case == "nan"))
     smoothed, clean_smoothed = (log(tmp_path / name, "loss_smoothed")[36] for name in ("whole", "clean"))
     assert smoothed == pytest.approx(clean_smoothed, rel=0.05)  # what was taken back is not in it
-    skipped = [step for e in history.read(tmp_path / "whole") if e["event"] == "skipped" for step in e["steps"]]
+    skipped = [step for e in history.read(tmp_path / "whole") if e["event"] == "steps_skipped" for step in e["steps"]]
     assert skipped == ([27, 28, 29] if case == "nan" else [])
     with pytest.raises(RankError):
         run_ranks(2, killed_as_it_goes_on, killed, value)
@@ -344,12 +347,12 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
     assert code == 2
     assert len(lines) == 1
     assert "gradients were not finite in steps 25 to 27; 64 images from position 368 on lead there (" in lines[0]
-    assert "the run went back 3 times before, as often as heal.rollbacks allows" in lines[0]
+    assert "the run went back 3 times before, as often as rollback.max_rollbacks allows" in lines[0]
     assert "history.jsonl" in lines[0]
-    assert (tmp_path / "run/outcome").read_text().startswith("failed: gradients were not finite in steps 25 to 27")
+    assert (tmp_path / "run/exit_status").read_text().startswith("failed: gradients were not finite in steps 25 to 27")
     events = [(e["number"], e["to"], e["skipped_steps"]) for e in rollbacks(tmp_path / "run")]
     assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 24, [25, 27])]
-    (last,) = [e for e in history.read(tmp_path / "run") if e["event"] == "gave_up"]
+    (last,) = [e for e in history.read(tmp_path / "run") if e["event"] == "rollback_failed"]
     assert (last["positions"], len(last["samples"])) == ([368, 608], 20)  # what was left out before lies between
     assert last["reason"] == "gradients were not finite"
     aside = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("damaged-*"))
@@ -358,7 +361,7 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_to_go_back_to_says_so(tmp_path):
-    code, lines = run_ranks(1, command, tmp_path / "run", math.nan, POISON, "checkpoint.every=1000 steps")[0]
+    code, lines = run_ranks(1, command, tmp_path / "run", math.nan, POISON, "checkpoint.interval=1000 steps")[0]
     assert code == 2
     assert "there is no checkpoint before them to go back to" in lines[0]
 
@@ -378,7 +381,7 @@ def train_to_a_signal(config, value, step):
 
 
 def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resumed_run_goes_back(tmp_path):
-    config = make_run(tmp_path, **RUN | {"checkpoint.keep": 1}, **{"train.micro_batch": 8})
+    config = make_run(tmp_path, **RUN | {"checkpoint.keep_latest": 1}, **{"train.micro_batch": 8})
     (result, _) = run_ranks(2, train_to_a_signal, config, 300.0, 26)
     assert result.step == 28  # two steps of three
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000024", "step-00000028"]
@@ -390,11 +393,11 @@ def test_a_signal_among_bad_steps_saves_them_aside_of_what_is_good_and_the_resum
 
 @pytest.mark.long
 def test_a_clean_run_gives_no_reason_for_suspicion(tmp_path):
-    setting = {"train.duration": "300 steps", "train.micro_batch": 16, "checkpoint.every": "150 steps"}
+    setting = {"train.duration": "300 steps", "train.micro_batch": 16, "checkpoint.interval": "150 steps"}
     assert run_ranks(1, train, make_run(tmp_path, **setting))[0].finished
     losses = [loss for (loss,) in log(tmp_path, "loss").values()]
     assert len(losses) == 300
-    health = Health(HealConfig(window=50, spike=HealConfig().spike / 2))
+    health = AnomalyDetector(RollbackConfig(window=50, spike_threshold=RollbackConfig().spike_threshold / 2))
     for step, loss in enumerate(losses, 1):
         health.add(step, loss, False)
         assert not health.suspicious, step

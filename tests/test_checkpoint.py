@@ -326,7 +326,8 @@ def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
     setting = {
         "model": {"size": "huge", "image_size": 224, "patch_size": 14, "decoder_width": 512, "decoder_depth": 8}
         | {"decoder_heads": 16},
-        "train": {"duration": "2 steps", "global_batch": 2, "micro_batch": 1, "precision": "bf16", "activation_checkpointing": "full"},
+        "train": {"duration": "2 steps", "global_batch": 2, "micro_batch": 1, "precision": "bf16"}
+        | {"activation_checkpointing": "full"},
         "optim": {"warmup": "0 steps"},
         "engine": {"deepspeed": "zero3"},
         "checkpoint": {"interval": "2 steps"},

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from scale_mae.checkpoint import store
-from scale_mae.system.files import flush
 from scale_mae.config import Config, UserError, saved_config
-from scale_mae.data.index_builder import build
 from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.data.index_builder import build
 from scale_mae.distributed.stop_request import StopRequest
 from scale_mae.runs.exit_status import StoppedError
+from scale_mae.system.files import flush
 from scale_mae.system.progress import ProgressBar
 
 QUICK = 5.0  # seconds; what takes longer shows its progress

@@ -16,8 +16,9 @@ class StoppedError(UserError):
 
 
 class ExitStatus:
-    """One line in the file ``exit_status``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: why``. There is none
-    while a run goes on, nor after it was killed.
+    """One line in the file ``exit_status``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: why``.
+
+    The file does not exist while the run is going on, or after it was killed.
 
     Args:
         run_dir: the run directory.

@@ -2,9 +2,9 @@
 
     {"time": 1790000000.0, "event": "start", "step": 0, ...}
 
-Events are ``start`` (of a process group; also a resume), ``rollback``, ``rollback_failed`` (in place of one), ``skipped``, ``stop``,
-``checkpoint``, ``evaluated``, ``not_evaluated`` and ``export``; each brings facts of its own. A line is on the disk before what
-it tells of takes effect, so that a run resumed from an older checkpoint does the same again.
+Events are ``start`` (of a process group; also a resume), ``rollback``, ``rollback_failed`` (in place of one),
+``steps_skipped``, ``stop``, ``checkpoint``, ``evaluation``, ``evaluation_failed`` and ``export``; each has further keys.
+A line is on the disk before its event takes effect, so that a run resumed from an older checkpoint does the same again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""A run on disk: its directory, its history and its exit status."""

@@ -15,7 +15,7 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     ${PYTHON} -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-extras = [r for name, extra in p["optional-dependencies"].items() if name != "dev" for r in extra]; \
+extras = [r for name, extra in p["optional-dependencies"].items() if name not in ("dev", "docs") for r in extra]; \
 print(*p["dependencies"], *extras, sep="\n")' > requirements.txt \
  && /opt/scale_mae/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
 COPY . .

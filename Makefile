@@ -13,7 +13,7 @@ BASE ?=
 TAG ?= scale-mae:$(VERSION)
 IMAGE_FLAGS ?=
 
-.PHONY: setup demo test check services image clean
+.PHONY: setup demo test check docs services image clean
 
 setup: .venv/installed
 
@@ -34,6 +34,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+# The site goes to site/. Both steps work without a network and fail on a stale page, a broken link or a page outside the navigation.
+docs: setup
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet
 
 services:
 	$(SUDO) apt-get update --quiet=2
@@ -46,4 +52,4 @@ image:
 	  --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) --tag $(TAG) $(IMAGE_FLAGS) .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -1,4 +1,4 @@
-"""The keys of a line of ``log.jsonl``, with unit and meaning. The reference page of the documentation is generated from here."""
+"""The keys of a line of ``log.jsonl``, with unit and meaning. The reference pages are generated from this table."""
 
 from __future__ import annotations
 

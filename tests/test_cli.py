@@ -1,8 +1,10 @@
 """The console command as a user calls it; the config behind it."""
 
+import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,8 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
-from scale_mae.cli import COMMANDS, main
+from scale_mae.cli import COMMANDS, build_parser, main
 from scale_mae.config import SHIPPED, Config, ConfigError, json_schema, load_config, recipes
+from scale_mae.system.command_line import GROUPS
 
 
 def call(*words, cwd=None, **env):
@@ -55,13 +58,39 @@ def test_convert_reconstruct_and_knn_through_the_command_line(run, tmp_path, cap
     assert main(["convert", str(one_checkpoint), "--to", "timm", "--out", str(tmp_path / "5.safetensors")]) == 0
 
 
-@pytest.mark.parametrize("words", [[], *([c] for c in COMMANDS)])
-def test_help_says_what_a_word_stands_for(words, capsys):
+def help_text(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert "A RECIPE is a shipped name or the path of a YAML file" in text
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command_once_under_a_heading(capsys):
+    text = help_text([], capsys)
+    assert [heading for heading in GROUPS.values() if f"\n{heading}:\n" not in text] == []
+    listed = re.findall(r"^  (\w+) +\S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(command.name for command in COMMANDS)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_of_a_command_shows_that_command_with_an_example_that_parses(command, capsys):
+    text = help_text([command.name], capsys)
+    assert text.startswith(f"usage: scale-mae {command.name} ")
+    assert text.rstrip().endswith(f"example:\n  {command.example}")
+    assert "imagenet21k" not in text  # `scale-mae sources` lists data sets, `scale-mae recipes` lists recipes
+    assert "linprobe_huge" not in text
+    words = shlex.split(re.split(r" [|>] ", command.example)[0])
+    args = build_parser().parse_args(words[words.index("scale-mae") + 1 :])
+    assert args.command == command.name
+    assert args.run_command is command.run
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_argument_has_a_help_text(command):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):

@@ -1,5 +1,4 @@
-"""The commands that measure encoders and classifiers: ``evaluate``, ``knn``, ``logistic``, ``embed``, ``results``. Imports no
-torch."""
+"""The commands that measure encoders and classifiers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from scale_mae.config import UserError
 from scale_mae.distributed.launcher import rank_and_size
-from scale_mae.weights.command import warn
+from scale_mae.system.command_line import CHECKPOINT_HELP, SOURCE_HELP, WEIGHTS_HELP, Command, positive_int, warn
 
 if TYPE_CHECKING:
     from scale_mae.distributed.process_group import World
@@ -29,57 +28,63 @@ SET_NAMES = (
 FORMS = ("terminal", "markdown", "latex")
 
 
-def add_evaluation_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Their arguments; ``add`` makes a parser of a name and a text."""
-    sub = add("evaluate", "Accuracy of a classifier on a set, beside published figures (docs/evaluation.md).")
-    sub.add_argument("model", metavar="MODEL", help="weights with a head: of the reference, timm, Hugging Face or ours")
-    sub.add_argument("--on", required=True, choices=SET_NAMES, help="the set; folder: any labelled SOURCE")
-    sub.add_argument("--root", required=True, metavar="DIR", help="folder of the set")
-    sub.add_argument("--size", type=_number, metavar="N", help="side of the images in pixels (default: that of the weights)")
-    sub.add_argument("--crop-pct", type=float, metavar="R", help="share looked at (default: its own, or the reference's)")
-    sub.add_argument("--classes", metavar="FILE", help="name of each output, one a line; or the index it was trained on")
-    _common(sub)
-
-    sub = add("knn", "Nearest-neighbour accuracy of an encoder.")
-    _two_sources(sub)
-    sub.add_argument("--k", type=int, default=20, help="neighbours (default: %(default)s)")
-    sub.add_argument("--untrained", action="store_true", help="also the same encoder with its initial weights")
-
-    sub = add("logistic", "Accuracy of a logistic regression on the frozen features of an encoder.")
-    _two_sources(sub)
-
-    text = "Features of all images of a source, by any number of processes. Interrupted, it goes on."
-    sub = add("embed", text)
-    sub.add_argument("encoder", metavar="WEIGHTS")
-    sub.add_argument("source", metavar="SOURCE")
-    sub.add_argument("--out", required=True, metavar="FILE", help=".npy, .safetensors or .parquet")
-    sub.add_argument("--pool", default="mean", choices=["mean", "token"], help="of the tokens (default: %(default)s)")
-    sub.add_argument("--size", type=_number, metavar="N", help="side of the images in pixels (default: that of the weights)")
-    sub.add_argument("--batch-size", type=_number, default=64, metavar="N", help="of a process (default: %(default)s)")
-
-    sub = add("results", "Tabulate result files: mean and spread over seeds.")
-    sub.add_argument("places", nargs="*", default=["results"], metavar="DIR|FILE", help="default: results")
-    sub.add_argument("--format", default="terminal", choices=FORMS, help="default: %(default)s")
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"weights with a classification head: {WEIGHTS_HELP}")
+    add("--on", required=True, choices=SET_NAMES, help="the data set; folder: any labelled image source")
+    add("--root", required=True, metavar="DIR", help="folder of the data set")
+    add("--size", type=positive_int, metavar="N", help="side of the images in pixels (default: that of the weights)")
+    add(
+        "--crop-pct",
+        type=float,
+        metavar="R",
+        help="center crop, as a share of the short side (default: that of the weights)",
+    )
+    add("--classes", metavar="FILE", help="name of each output, one a line; or the index it was trained on")
+    _add_measurement_arguments(parser)
 
 
-def _two_sources(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("encoder", metavar="WEIGHTS")
-    sub.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to learn from")
-    sub.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
-    _common(sub)
+def _add_knn_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_encoder_and_sources(parser)
+    parser.add_argument("--k", type=int, default=20, help="number of neighbors (default: %(default)s)")
+    parser.add_argument("--untrained", action="store_true", help="also measure the same encoder with its initial weights")
 
 
-def _common(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--batch-size", type=_number, default=64, metavar="N", help="of a process (default: %(default)s)")
-    sub.add_argument("--seed", type=int, metavar="N", help="of the training, where the weights do not tell it")
-    sub.add_argument("--out", metavar="FILE.json", help="write a result file, e.g. results/NAME.json")
+def _add_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("encoder", metavar="WEIGHTS", help=WEIGHTS_HELP)
+    add("source", metavar="SOURCE", help=SOURCE_HELP)
+    add("--out", required=True, metavar="FILE", help=".npy, .safetensors or .parquet")
+    add("--pool", default="mean", choices=["mean", "token"], help="pooling of the tokens (default: %(default)s)")
+    add("--size", type=positive_int, metavar="N", help="side of the images in pixels (default: that of the weights)")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images per batch and process (default: %(default)s)")
 
 
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return number
+def _add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    add("images", nargs="+", metavar="IMAGE", help="image files")
+    add("--out", required=True, metavar="FILE.png", help="the picture to write")
+    add("--mask-ratio", nargs="+", type=float, default=[0.75], metavar="R", help="share of hidden patches (default: 0.75)")
+
+
+def _add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("places", nargs="*", default=["results"], metavar="DIR|FILE", help="result files (default: results)")
+    parser.add_argument("--format", default="terminal", choices=FORMS, help="form of the table (default: %(default)s)")
+
+
+def _add_encoder_and_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("encoder", metavar="WEIGHTS", help=WEIGHTS_HELP)
+    parser.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to fit on (`scale-mae sources`)")
+    parser.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
+    _add_measurement_arguments(parser)
+
+
+def _add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images per batch and process (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="seed of the training run, for weights that do not record it")
+    add("--out", metavar="FILE.json", help="write a result file, e.g. results/NAME.json")
 
 
 @contextmanager
@@ -193,6 +198,18 @@ def embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def reconstruct(args: argparse.Namespace) -> int:
+    """``scale-mae reconstruct``."""
+    from scale_mae.checkpoint.store import locate, read_config, read_manifest
+    from scale_mae.evaluation.reconstruct import draw
+    from scale_mae.weights.models import load_mae
+
+    checkpoint = locate(args.checkpoint, warn)
+    step = read_manifest(checkpoint).step
+    print(draw(load_mae(checkpoint), read_config(checkpoint), args.images, args.out, args.mask_ratio, step))
+    return 0
+
+
 def results(args: argparse.Namespace) -> int:
     """``scale-mae results``."""
     from scale_mae.evaluation.results import find_results, tabulate
@@ -201,10 +218,54 @@ def results(args: argparse.Namespace) -> int:
     return 0
 
 
-EVALUATION_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "evaluate": evaluate,
-    "knn": knn,
-    "logistic": logistic,
-    "embed": embed,
-    "results": results,
-}
+EVALUATION_COMMANDS = (
+    Command(
+        name="evaluate",
+        group="evaluate",
+        summary="Measure the accuracy of a classifier on a data set, next to published results.",
+        example="scale-mae evaluate runs/finetune_demo --on folder --root demo:val",
+        add_arguments=_add_evaluate_arguments,
+        run=evaluate,
+    ),
+    Command(
+        name="knn",
+        group="evaluate",
+        summary="Measure the nearest-neighbor accuracy of an encoder.",
+        example="scale-mae knn runs/demo --train demo:train --val demo:val",
+        add_arguments=_add_knn_arguments,
+        run=knn,
+    ),
+    Command(
+        name="logistic",
+        group="evaluate",
+        summary="Measure the accuracy of a logistic regression on the frozen features of an encoder.",
+        example="scale-mae logistic runs/demo --train demo:train --val demo:val",
+        add_arguments=_add_encoder_and_sources,
+        run=logistic,
+    ),
+    Command(
+        name="embed",
+        group="evaluate",
+        summary="Write the features of all images of a source to a file.",
+        description="Run it with any number of processes. Run the same command again to continue after an interruption.",
+        example="scale-mae embed runs/demo demo:val --out features.npy",
+        add_arguments=_add_embed_arguments,
+        run=embed,
+    ),
+    Command(
+        name="reconstruct",
+        group="evaluate",
+        summary="Draw masked image, reconstruction and original side by side.",
+        example="scale-mae reconstruct runs/demo runs/demo/images/*.jpg --out reconstruction.png --mask-ratio 0.75 0.9",
+        add_arguments=_add_reconstruct_arguments,
+        run=reconstruct,
+    ),
+    Command(
+        name="results",
+        group="evaluate",
+        summary="Print a table of result files with mean and standard deviation over seeds.",
+        example="scale-mae results results --format markdown",
+        add_arguments=_add_results_arguments,
+        run=results,
+    ),
+)

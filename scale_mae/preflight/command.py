@@ -9,23 +9,22 @@ from dataclasses import fields
 from pathlib import Path
 
 from scale_mae.preflight.options import PreflightOptions
+from scale_mae.system.command_line import Command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``scale-mae preflight``, named as the attributes of :class:`PreflightOptions`."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options, named as the attributes of :class:`PreflightOptions`."""
     add = parser.add_argument
-    add("--run-dir", required=True, type=Path, metavar="DIR", help="shared by all nodes")
-    add("--local-dir", type=Path, metavar="DIR", help="of each node (checkpoint.local_dir)")
-    add("--need-gb", type=float, default=20.0, metavar="GB", help="free in both (default: %(default)g)")
-    add(
-        "--min-mbps", type=float, metavar="MB/S", help="of the run directory, each of all nodes at once (default: compare only)"
-    )
-    add("--min-gbps", type=float, default=0.0, metavar="GB/S", help="between two nodes, each way (default: compare only)")
-    add("--timeout", type=float, default=60.0, metavar="S", help="for all processes to come (default: %(default)g)")
-    add("--json", action="store_true", dest="as_json", help="for programs")
+    add("--run-dir", required=True, type=Path, metavar="DIR", help="folder shared by all nodes")
+    add("--local-dir", type=Path, metavar="DIR", help="folder on each node's own disk (checkpoint.local_dir)")
+    add("--need-gb", type=float, default=20.0, metavar="GB", help="required free space in both (default: %(default)g)")
+    add("--min-mbps", type=float, metavar="MB/S", help="required write speed of each node, all at once (default: compare only)")
+    add("--min-gbps", type=float, default=0.0, metavar="GB/S", help="required speed between two nodes (default: compare only)")
+    add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for all processes (default: %(default)g)")
+    add("--json", action="store_true", dest="as_json", help="print JSON")
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_preflight(args: argparse.Namespace) -> int:
     """Run it; where a check still hangs, ends the process at once."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch tells a time-out in a page; we do in a line
     os.environ |= {
@@ -40,3 +39,14 @@ def run_command(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(code)  # an orderly end would wait for what does not answer
     return code
+
+
+PREFLIGHT_COMMAND = Command(
+    name="preflight",
+    group="slurm",
+    summary="Check all nodes of a job just before it trains.",
+    description="The names of bad nodes go to DIR/slurm/bad_nodes.",
+    example="srun scale-mae preflight --run-dir runs/vit_base",
+    add_arguments=_add_arguments,
+    run=run_preflight,
+)

@@ -10,29 +10,29 @@ from functools import partial
 from pathlib import Path
 
 from scale_mae.config import UserError
-from scale_mae.weights.command import warn
+from scale_mae.system.command_line import Command, warn
 
 OUTSIDE = 3  # exit code of compare
 
 
-def add_report_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Their arguments; ``add`` makes a parser of a name and a text."""
-    sub = add("report", "Write what a run did as one page that opens without a network (docs/report.md).")
-    sub.add_argument("run", metavar="RUN", help="a run directory")
-    sub.add_argument("--out", metavar="FILE.html", help="the page (default: RUN/report.html)")
-    sub.add_argument("--serve", action="store_true", help="show it in a browser instead, and follow the run until Ctrl-C")
-    sub.add_argument("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
-    sub.add_argument("--port", type=int, default=0, metavar="N", help="port to serve on (default: any free one)")
-    sub.add_argument("--price-per-gpu-hour", type=_price, metavar="X", help="for the cost, in whatever currency")
-    sub.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="to reconstruct (default: 4 of the run's own)")
-    sub.add_argument("--no-reconstructions", action="store_true", help="draw none and show none")
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run directory")
+    add("--out", metavar="FILE.html", help="the page (default: RUN/report.html)")
+    add("--serve", action="store_true", help="show it in a browser instead, and follow the run until Ctrl-C")
+    add("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
+    add("--port", type=int, default=0, metavar="N", help="port to serve on (default: any free one)")
+    add("--price-per-gpu-hour", type=_price, metavar="X", help="for the cost, in any currency")
+    add("--images", nargs="+", default=[], metavar="IMAGE", help="images to reconstruct (default: 4 of the run's own)")
+    add("--no-reconstructions", action="store_true", help="draw and show no reconstructions")
 
-    text = "Lay loss curves of runs over each other, and judge each by the reference curve of its setting; 3: one is outside."
-    sub = add("compare", text)
-    sub.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    sub.add_argument("--out", metavar="FILE", help="also as a page (.html) or a picture (.png)")
-    sub.add_argument("--reference", metavar="PATH", help="a reference curve to judge all by, or a folder (docs/report.md)")
-    sub.add_argument("--json", action="store_true", help="for programs")
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run directories")
+    add("--out", metavar="FILE", help="also write a page (.html) or a picture (.png)")
+    add("--reference", metavar="PATH", help="a reference curve for all runs, or a folder of them (docs/report.md)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _price(text: str) -> float:
@@ -94,4 +94,23 @@ def compare(args: argparse.Namespace) -> int:
     return OUTSIDE if found.outside else 0
 
 
-REPORT_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"report": report, "compare": compare}
+REPORT_COMMANDS = (
+    Command(
+        name="report",
+        group="runs",
+        summary="Write a report of a run as one page that opens without a network.",
+        description="See docs/report.md.",
+        example="scale-mae report runs/demo --out report.html",
+        add_arguments=_add_report_arguments,
+        run=report,
+    ),
+    Command(
+        name="compare",
+        group="runs",
+        summary="Plot the loss curves of runs together and check each against its reference curve.",
+        description="The exit code is 3 if a curve lies outside its reference.",
+        example="scale-mae compare runs/demo --out curves.html",
+        add_arguments=_add_compare_arguments,
+        run=compare,
+    ),
+)

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from scale_mae.config import load_config
+from scale_mae.system.command_line import Command, add_recipe_arguments, warn
 
 
-def add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Their arguments; ``add`` makes a parser of a name and a text."""
-    sub = add("submit", "Submit a run as a Slurm job that goes on through time limits and preemption (cluster/README.md).")
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch=1024")
-    sub.add_argument("--nodes", metavar="N|MIN-MAX", help="with a range, each start takes as many as there are")
-    sub.add_argument("--gpus-per-node", type=int, metavar="G", help="and processes of a node")
-    sub.add_argument("--cpus", type=int, metavar="N", help="processes of a node without GPUs")
-    sub.add_argument("--time", metavar="HH:MM:SS", help="limit of one job")
-    sub.add_argument("--partition", metavar="P")
-    sub.add_argument("--account", metavar="A")
-    sub.add_argument("--qos", metavar="Q")
-    sub.add_argument("--container", metavar="IMAGE", help="a .sif file (Apptainer), a .sqsh file or registry#name:tag (pyxis)")
-    sub.add_argument("--exclude-bad-nodes", action="store_true", default=None, help="that preflight names, at the next start")
-    sub.add_argument("--chain", type=int, default=1, metavar="K", help="jobs in a row, where they cannot requeue")
-    sub.add_argument("--dry-run", action="store_true", help="print the job script and stop")
+def _add_submit_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser, "train.global_batch=1024")
+    add = parser.add_argument
+    add("--nodes", metavar="N|MIN-MAX", help="number of nodes; with a range, each start takes as many as are free")
+    add("--gpus-per-node", type=int, metavar="G", help="GPUs per node, with one process each")
+    add("--cpus", type=int, metavar="N", help="processes per node without GPUs")
+    add("--time", metavar="HH:MM:SS", help="time limit of one job")
+    add("--partition", metavar="P", help="Slurm partition")
+    add("--account", metavar="A", help="Slurm account")
+    add("--qos", metavar="Q", help="Slurm quality of service")
+    add("--container", metavar="IMAGE", help="a .sif file (Apptainer), a .sqsh file or registry#name:tag (pyxis)")
+    add("--exclude-bad-nodes", action="store_true", default=None, help="exclude nodes that preflight reports at the next start")
+    add("--chain", type=int, default=1, metavar="K", help="submit K jobs in a row, for clusters that cannot requeue")
+    add("--dry-run", action="store_true", help="print the job script and stop")
 
-    sub = add("status", "How runs stand: state, step, loss, speed, time left, newest checkpoint, restarts.")
-    sub.add_argument("run", nargs="?", default="runs", metavar="RUN", help="directory, or folder of such (default: runs)")
-    sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = add("cancel", "Stop a run after a checkpoint, and keep its jobs from starting again.")
-    sub.add_argument("run", metavar="RUN")
+def _add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", nargs="?", default="runs", metavar="RUN", help="run directory, or a folder of them (default: runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
 
 
 def submit(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def submit(args: argparse.Namespace) -> int:
         options["requeue"] = False
     job = prepare(config, load_site(Path(config.run.dir), options))
     for what in unseen(job.config):
-        print(f"scale-mae: warning: {what}", file=sys.stderr)
+        warn(what)
     if args.dry_run:
         print(job.script, end="")
         return 0
@@ -80,4 +81,30 @@ def cancel(args: argparse.Namespace) -> int:
     return 0
 
 
-JOB_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"submit": submit, "status": status, "cancel": cancel}
+SLURM_COMMANDS = (
+    Command(
+        name="submit",
+        group="slurm",
+        summary="Submit a run as a Slurm job that continues after time limits and preemption.",
+        description="See cluster/README.md.",
+        example="scale-mae submit vit_base data.source=imagenet.index --nodes 2 --gpus-per-node 8 --dry-run",
+        add_arguments=_add_submit_arguments,
+        run=submit,
+    ),
+    Command(
+        name="cancel",
+        group="slurm",
+        summary="Stop a run after a checkpoint and keep its jobs from starting again.",
+        example="scale-mae cancel runs/vit_base",
+        add_arguments=_add_cancel_arguments,
+        run=cancel,
+    ),
+    Command(
+        name="status",
+        group="runs",
+        summary="Show state, step, loss, speed, time left, newest checkpoint and restarts of runs.",
+        example="scale-mae status runs",
+        add_arguments=_add_status_arguments,
+        run=status,
+    ),
+)

@@ -7,38 +7,36 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from scale_mae.config import load_config
+from scale_mae.system.command_line import CHECKPOINT_HELP, WEIGHTS_HELP, Command, add_recipe_arguments, warn
 
 WEIGHT_FORMATS = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
 
 
-def add_weight_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Their arguments; ``add`` makes a parser of a name and a text."""
-    sub = add("convert", "Write a checkpoint as inference weights, verified against it (docs/weights.md).")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="for --to state_dict also a folder of plain DeepSpeed code")
-    sub.add_argument(
-        "--to", required=True, choices=WEIGHT_FORMATS, help="mae, vit_mae, state_dict: all; else encoder, or classifier"
-    )
-    sub.add_argument("--out", required=True, metavar="PATH", help="a file (.safetensors, .pth, .onnx, .pt2) or a folder")
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the weights (default: %(default)s)")
-    sub.add_argument("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
-    sub.add_argument("--pool", choices=["token", "avg"], help="of an encoder (default: token)")
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
-    sub.add_argument("--probe", type=int, metavar="N", help="of a linear probe's sweep, from 0 (default: the best)")
-    sub.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help=f"{CHECKPOINT_HELP}; with --to state_dict also a plain DeepSpeed checkpoint")
+    add("--to", required=True, choices=WEIGHT_FORMATS, help="mae, vit_mae, state_dict: all; else encoder, or classifier")
+    add("--out", required=True, metavar="PATH", help="a file (.safetensors, .pth, .onnx, .pt2) or a folder")
+    add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights (default: %(default)s)")
+    add("--image-size", type=_size, metavar="N|HxW", help="interpolate the position tables to this many pixels")
+    add("--pool", choices=["token", "avg"], help="pooling of an encoder (default: token)")
+    add("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
+    add("--probe", type=int, metavar="N", help="number of a linear probe in the sweep, from 0 (default: the best)")
+    add("--max-shard-gb", type=float, metavar="GB", help="largest file of a state_dict folder (default: 5)")
 
-    sub = add("init", "Write all weights that a run would begin with: those of a file from anywhere, fitted to a recipe.")
-    sub.add_argument("weights", metavar="WEIGHTS")
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.image_size=448")
-    sub.add_argument("--out", required=True, metavar="FILE.safetensors")
 
-    sub = add("inspect", "Say what a run directory, checkpoint, export or file of weights is, and whether it is sound.")
-    sub.add_argument("path", metavar="PATH")
-    sub.add_argument("--json", action="store_true", help="for programs")
+def _add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", metavar="WEIGHTS", help=WEIGHTS_HELP)
+    add_recipe_arguments(parser, "model.image_size=448")
+    parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="the file to write")
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a run directory, checkpoint, export or file of weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -85,9 +83,30 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def warn(message: str) -> None:
-    """What a command could do all the same, but its user should know; one line to standard error."""
-    print(f"scale-mae: warning: {message}", file=sys.stderr)
-
-
-WEIGHT_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"convert": convert, "init": init, "inspect": inspect}
+WEIGHT_COMMANDS = (
+    Command(
+        name="convert",
+        group="weights",
+        summary="Write a checkpoint as inference weights for timm, Hugging Face, ONNX and others.",
+        description="The written file is loaded and compared with the checkpoint (docs/weights.md).",
+        example="scale-mae convert runs/demo --to timm --out encoder.safetensors",
+        add_arguments=_add_convert_arguments,
+        run=convert,
+    ),
+    Command(
+        name="init",
+        group="weights",
+        summary="Write the weights that a run would start from: a file of weights, adapted to a recipe.",
+        example="scale-mae init runs/demo finetune_demo --out start.safetensors",
+        add_arguments=_add_init_arguments,
+        run=init,
+    ),
+    Command(
+        name="inspect",
+        group="weights",
+        summary="Describe a run directory, checkpoint, export or file of weights, and verify it.",
+        example="scale-mae inspect runs/demo",
+        add_arguments=_add_inspect_arguments,
+        run=inspect,
+    ),
+)

@@ -7,8 +7,9 @@ from scale_mae.config.errors import ConfigError as ConfigError
 from scale_mae.config.errors import UserError as UserError
 from scale_mae.config.loading import json_schema as json_schema
 from scale_mae.config.loading import load_config as load_config
-from scale_mae.config.loading import recipes as recipes
 from scale_mae.config.loading import saved_config as saved_config
+from scale_mae.config.recipes import recipe_names as recipe_names
+from scale_mae.config.recipes import recipe_path as recipe_path
 from scale_mae.config.schema import PACKAGE as PACKAGE
 from scale_mae.config.schema import SHIPPED as SHIPPED
 from scale_mae.config.schema import Config as Config

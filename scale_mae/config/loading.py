@@ -12,13 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from scale_mae.config.errors import ConfigError
-from scale_mae.config.schema import SHIPPED, Config
+from scale_mae.config.recipes import recipe_names, recipe_path
+from scale_mae.config.schema import Config
 from scale_mae.config.sections import Section
-
-
-def recipes() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(p.stem for p in (SHIPPED / "recipes").glob("*.yaml"))
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -33,7 +29,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         ConfigError: unknown recipe or key, a file that cannot be read, wrong type, or values that do not fit together.
     """
     name = str(recipe)
-    path = SHIPPED / "recipes" / f"{name}.yaml" if name in recipes() else Path(name)
+    path = recipe_path(name)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except UnicodeDecodeError:
@@ -41,8 +37,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     except (PermissionError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except OSError:
-        hint = _did_you_mean(name, recipes())
-        raise ConfigError(f"recipe {name!r} not found{hint}; shipped: {', '.join(recipes())}; or give a YAML file") from None
+        hint = _did_you_mean(name, recipe_names())
+        raise ConfigError(
+            f"recipe {name!r} not found{hint}; shipped: {', '.join(recipe_names())}; or give a YAML file"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -24,7 +24,7 @@ from scale_mae.config.sections import (
     RunConfig,
     Section,
     TrainConfig,
-    is_free,
+    may_change_on_resume,
 )
 
 PACKAGE = Path(__file__).parents[1]
@@ -161,12 +161,16 @@ class Config(Section):
     def differences(self, other: Config) -> list[str]:
         """Fields that change what the run computes and in which the two differ: ``section.key: this -> other``.
 
-        Fields marked free (logging, checkpoint intervals, threads, compilation) and the run directory may differ.
+        Keys that may change on resume (logging, checkpoint intervals, threads, compilation) and the run directory do not count.
         """
         found = []
         for section in type(self).model_fields:
             mine, theirs = getattr(self, section), getattr(other, section)
             for key, field in type(mine).model_fields.items():
-                if getattr(mine, key) != getattr(theirs, key) and not is_free(field) and (section, key) != ("run", "dir"):
+                if (
+                    getattr(mine, key) != getattr(theirs, key)
+                    and not may_change_on_resume(field)
+                    and (section, key) != ("run", "dir")
+                ):
                     found.append(f"{section}.{key}: {getattr(mine, key)} -> {getattr(theirs, key)}")
         return found

@@ -29,6 +29,7 @@ RANDAUGMENT = r"(m|mmax)\d+|n[1-9]|p(0|1|0?\.\d+|1\.0+)|mstd\d+(\.\d+)?|inc[01]|
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MaybePath = Annotated[str | None, BeforeValidator(lambda text: text or None)]
+CHANGEABLE: dict[str, Any] = {"may_change_on_resume": True}  # marks a key that does not change what a run computes
 Duration = Annotated[str, BeforeValidator(str, json_schema_input_type=str), Field(pattern=DURATION)]
 
 
@@ -38,9 +39,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def is_free(field: FieldInfo) -> bool:
-    """Whether a field is marked free."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("free"))
+def may_change_on_resume(field: FieldInfo) -> bool:
+    """Whether a resumed run may have another value of this key, because it does not change what the run computes."""
+    return isinstance(field.json_schema_extra, dict) and CHANGEABLE.items() <= field.json_schema_extra.items()
 
 
 class RunConfig(Section):
@@ -53,7 +54,7 @@ class RunConfig(Section):
     classifier on a frozen encoder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, sample order, crops, flips and masks."""
-    watchdog_minutes: float = Field(15.0, ge=0, json_schema_extra={"free": True})
+    watchdog_minutes: float = Field(15.0, ge=0, json_schema_extra=CHANGEABLE)
     """Minutes without a step or a checkpoint after which every process writes the stacks of its threads and ends. Time before
     the first step does not count. 0: never."""
 
@@ -110,7 +111,7 @@ class DataConfig(Section):
     source: str = "demo:train"
     """An index (scale-mae index), or what one is made of: class folders (root/class/image), a folder or {00..99} brace list
     of tar shards, a list, annotations, a named layout such as imagenet1k:train:/data/imagenet, or the shipped demo:train."""
-    decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra={"free": True})
+    decoder: Literal["auto", "pillow", "dali_cpu", "dali_gpu"] = Field("auto", json_schema_extra=CHANGEABLE)
     """What decodes; all give the same images, within 8 of 255. auto: DALI on the GPU if there is one, else DALI on the CPU if
     it can be imported, else Pillow."""
     augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_once", "random_crop_jitter"] = "random_crop"
@@ -131,12 +132,12 @@ class DataConfig(Section):
     """Channel means (red, green, blue) subtracted from images in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations (red, green, blue) that images are divided by."""
-    threads: int | None = Field(None, gt=0, json_schema_extra={"free": True})
+    threads: int | None = Field(None, gt=0, json_schema_extra=CHANGEABLE)
     """Decoding threads of each process. Empty: this machine's cores shared among its processes."""
-    prefetch: int | None = Field(None, gt=0, json_schema_extra={"free": True})
+    prefetch: int | None = Field(None, gt=0, json_schema_extra=CHANGEABLE)
     """Micro-batches decoded ahead of the step that needs them. Empty: enough to keep all threads busy, within an eighth of
     the memory."""
-    max_failure_ratio: float = Field(0.001, ge=0, le=1, json_schema_extra={"free": True})
+    max_failure_ratio: float = Field(0.001, ge=0, le=1, json_schema_extra=CHANGEABLE)
     """Share of the last 100,000 images that may be unreadable (each is replaced by another) before the run stops."""
 
     @model_validator(mode="after")
@@ -186,9 +187,9 @@ class ClassifyConfig(Section):
 
     val_source: MaybePath = None
     """Labelled images to evaluate on: a source with the classes of data.source. Empty: no evaluation."""
-    eval_interval: Duration = Field("1 epochs", json_schema_extra={"free": True})
+    eval_interval: Duration = Field("1 epochs", json_schema_extra=CHANGEABLE)
     """Time between evaluations; the last step is always followed by one."""
-    crop_pct: float | None = Field(None, gt=0, le=1, json_schema_extra={"free": True})
+    crop_pct: float | None = Field(None, gt=0, le=1, json_schema_extra=CHANGEABLE)
     """Share of the scaled short side that is evaluated. Empty: as published, 224/256 up to 224 pixels, all of it above."""
     pool: Literal["mean", "token"] = "mean"
     """What the head sees: the mean of the patch tokens, normalised after; or the class token."""
@@ -228,38 +229,38 @@ class TrainConfig(Section):
     """Length of the schedule."""
     global_batch: int = Field(4096, gt=0)
     """Images of one optimizer step, over all processes."""
-    micro_batch: int = Field(64, gt=0, json_schema_extra={"free": True})
+    micro_batch: int = Field(64, gt=0, json_schema_extra=CHANGEABLE)
     """Images of one forward pass of one process; accumulation = global_batch / (micro_batch * processes)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of forward and backward; weights and moments are kept in fp32, fp16 scales its loss dynamically."""
     activation_checkpointing: Literal["none", "full", "every_k", "selective", "offload"] = Field(
-        "none", json_schema_extra={"free": True}
+        "none", json_schema_extra=CHANGEABLE
     )
     """Activations recomputed in the backward pass: none, those of every block, of every k-th block, of all but the matrix
     products, or of every block with the block inputs kept in host memory."""
-    activation_checkpointing_every: int = Field(2, gt=0, json_schema_extra={"free": True})
+    activation_checkpointing_every: int = Field(2, gt=0, json_schema_extra=CHANGEABLE)
     """k of recompute=every_k."""
 
 
 class EngineConfig(Section):
     """DeepSpeed and compilation."""
 
-    deepspeed: str = Field("zero2", json_schema_extra={"free": True})
+    deepspeed: str = Field("zero2", json_schema_extra=CHANGEABLE)
     """A shipped DeepSpeed file (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or a path to a JSON file."""
-    compile: bool = Field(False, json_schema_extra={"free": True})
+    compile: bool = Field(False, json_schema_extra=CHANGEABLE)
     """Compile the transformer blocks with torch.compile."""
 
 
 class CheckpointConfig(Section):
     """When to save and how much to keep."""
 
-    interval: Duration = Field("20 epochs", json_schema_extra={"free": True})
+    interval: Duration = Field("20 epochs", json_schema_extra=CHANGEABLE)
     """Time between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
-    keep_latest: int = Field(3, gt=0, json_schema_extra={"free": True})
+    keep_latest: int = Field(3, gt=0, json_schema_extra=CHANGEABLE)
     """Newest checkpoints kept."""
-    keep_interval: Duration | None = Field(None, json_schema_extra={"free": True})
+    keep_interval: Duration | None = Field(None, json_schema_extra=CHANGEABLE)
     """Kept for good besides: the first checkpoint of every such stretch of the schedule. Empty: none."""
-    local_dir: MaybePath = Field(None, json_schema_extra={"free": True})
+    local_dir: MaybePath = Field(None, json_schema_extra=CHANGEABLE)
     """Folder on each node's own disk. A save then waits for that disk only; a thread copies it to the run directory.
     Empty: straight to the run directory."""
 
@@ -267,14 +268,14 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """How often to look, and where it is told."""
 
-    interval: int = Field(20, gt=0, json_schema_extra={"free": True})
+    interval: int = Field(20, gt=0, json_schema_extra=CHANGEABLE)
     """Steps between log lines; the only moments at which the host waits for the accelerator."""
-    metrics_port: int | None = Field(0, ge=0, lt=65536, json_schema_extra={"free": True})
+    metrics_port: int | None = Field(0, ge=0, lt=65536, json_schema_extra=CHANGEABLE)
     """Port of each node's Prometheus exporter. 0: any free one, which Prometheus learns from the discovery folder. Empty: no
     exporter."""
-    discovery_dir: MaybePath = Field(None, json_schema_extra={"free": True})
+    discovery_dir: MaybePath = Field(None, json_schema_extra=CHANGEABLE)
     """Shared folder that Prometheus' file-based discovery watches. Empty: ``prometheus`` beside the run directory."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), json_schema_extra={"free": True})
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), json_schema_extra=CHANGEABLE)
     """Where metrics go besides; the package of that name must be installed."""
 
 
@@ -282,13 +283,13 @@ class RollbackConfig(Section):
     """When a run goes back to its last good checkpoint and leaves out the images between. Steps with non-finite gradients
     are skipped always."""
 
-    spike_threshold: float | None = Field(12.0, gt=0, json_schema_extra={"free": True})
+    spike_threshold: float | None = Field(12.0, gt=0, json_schema_extra=CHANGEABLE)
     """A loss so many deviations (found from the median absolute one) above the window's median is too high. Empty: never."""
-    window: int = Field(200, ge=20, json_schema_extra={"free": True})
+    window: int = Field(200, ge=20, json_schema_extra=CHANGEABLE)
     """Steps of that window; nothing is judged until it is full."""
-    max_spikes: int = Field(5, gt=0, json_schema_extra={"free": True})
+    max_spikes: int = Field(5, gt=0, json_schema_extra=CHANGEABLE)
     """Steps that are too high before a run goes back; a good step between them takes back one."""
-    max_skipped_steps: int = Field(10, gt=0, json_schema_extra={"free": True})
+    max_skipped_steps: int = Field(10, gt=0, json_schema_extra=CHANGEABLE)
     """Steps in a row with non-finite gradients before a run goes back."""
-    max_rollbacks: int = Field(3, ge=0, json_schema_extra={"free": True})
+    max_rollbacks: int = Field(3, ge=0, json_schema_extra=CHANGEABLE)
     """Times that a run goes back before it stops."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from scale_mae.config import Config
-from scale_mae.config.sections import is_free
+from scale_mae.config.sections import may_change_on_resume
 from scale_mae.data.crops import reference_crop
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
@@ -43,11 +43,11 @@ def is_classifier(config: Config) -> bool:
 
 
 def recipe_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What of a config, as JSON, makes weights what they are but for the seed: no field that is free, no path of weights."""
+    """What of a config, as JSON, makes weights what they are but for the seed: no key that may change on resume, no path."""
     found = {}
     for section in ("model", "classify", "data", "optim", "train"):
         fields = getattr(Config.model_fields[section].annotation, "model_fields", {})
-        left_out = {name for name, field in fields.items() if is_free(field)} | {"init_from", "val"}
+        left_out = {name for name, field in fields.items() if may_change_on_resume(field)} | {"init_from", "val_source"}
         found[section] = {name: value for name, value in config[section].items() if name not in left_out}
     return found
 

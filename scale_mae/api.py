@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.distributed.launcher import rank_and_size
+from scale_mae.distributed.launcher import get_rank_and_world_size
 from scale_mae.distributed.process_group import process_group
-from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.signals import StopRequest
 from scale_mae.metrics.trackers import check_packages
 from scale_mae.runs.exit_status import ExitStatus
 from scale_mae.system.lock import exclusive_lock
@@ -64,14 +64,14 @@ def _train(task: str, recipe: str | Path | Config, overrides: dict[str, Any]) ->
     config = recipe if isinstance(recipe, Config) else load_config(recipe, overrides)
     if config.run.task != task:
         raise UserError(f"run.task={config.run.task}: this recipe is for {config.run.task}, not for {task}")
-    config.accumulation(rank_and_size()[1])  # what can be told before the processes meet is told before
+    config.accumulation(get_rank_and_world_size()[1])  # what can be told before the processes meet is told before
     config.deepspeed_json()
     check_packages(config.log.trackers)
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, process_group() as world, ExitStack() as held:
         notes: list[str] = []
         lock = exclusive_lock(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
-        world.on_main(lambda: held.enter_context(lock))
+        world.run_on_main(lambda: held.enter_context(lock))
         exit_status = ExitStatus(run_dir)
         if world.is_main:
             held.enter_context(exit_status.told())

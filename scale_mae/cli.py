@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_error(error: UserError) -> None:
     """Print one line from rank 0 only, because all processes of a job fail with the same error."""
-    from scale_mae.distributed.launcher import rank_and_size
+    from scale_mae.distributed.launcher import get_rank_and_world_size
 
     try:
-        rank, _ = rank_and_size()
+        rank, _ = get_rank_and_world_size()
     except UserError:
         rank = 0
     if rank == 0:
@@ -94,9 +94,9 @@ def train(args: argparse.Namespace) -> int:
     if config.run.task != args.command:
         raise UserError(f"{args.recipe}: a recipe for scale-mae {config.run.task} (its run.task), not for {args.command}")
     if args.dry_run:
-        from scale_mae.distributed.launcher import rank_and_size
+        from scale_mae.distributed.launcher import get_rank_and_world_size
 
-        _, processes = rank_and_size()
+        _, processes = get_rank_and_world_size()
         accumulation = config.accumulation(processes)
         config.deepspeed_json()
         print(config.to_yaml(), end="")

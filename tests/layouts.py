@@ -18,7 +18,7 @@ def train_and_tell(configs):
     from deepspeed.utils import safe_get_full_fp32_param
 
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.signals import StopRequest
     from scale_mae.engine.deepspeed import Engine
     from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog

@@ -53,7 +53,7 @@ def images(count):
 
 def _train_all(several):
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.signals import StopRequest
     from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 

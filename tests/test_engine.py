@@ -70,7 +70,7 @@ def engine_trace(engine, ranks, config, steps=STEPS):
             part = slice(first, first + config.train.micro_batch)
             total += engine.forward_backward(images[part], noise[part]) / accumulation
             norm = engine.step(SCHEDULE.lr(step), want_norm=micro_step + 1 == accumulation)
-        (loss,) = ranks.reduce(total[None] / ranks.size)
+        (loss,) = ranks.all_reduce_sum(total[None] / ranks.size)
         losses.append(loss)
         norms.append(norm)
     return losses, norms

@@ -221,7 +221,7 @@ VICTIMS = ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config
 def train_all(configs):
     """Several runs in one set of ranks."""
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.signals import StopRequest
     from scale_mae.training.trainer import Run
     from scale_mae.training.watchdog import Watchdog
 

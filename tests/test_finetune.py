@@ -253,7 +253,7 @@ def train(task, recipe, overrides, stop_after=None):
         def stopping(self, feed):
             vote = step(self, feed)
             if self.step == stop_after:
-                self.stop.ask("a test")
+                self.stop.request("a test")
             return vote
 
         Trainer._one_step = stopping

@@ -599,7 +599,7 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
 def train_several(configs, stops):
     """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.distributed.stop_request import StopRequest
+    from scale_mae.distributed.signals import StopRequest
     from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 

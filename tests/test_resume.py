@@ -78,7 +78,7 @@ def train(engine, ranks, config, steps, spoil=()):
             part = slice(first, first + micro)
             total += engine.forward_backward(images[part] * (1e18 if step in spoil else 1), noise[part]) / accumulation
             engine.step(SCHEDULE.lr(step), want_norm=False)
-        losses.append(ranks.reduce(total[None] / ranks.size)[0])
+        losses.append(ranks.all_reduce_sum(total[None] / ranks.size)[0])
     return losses
 
 
@@ -121,7 +121,7 @@ def check_padding(engine, ranks):
             assert not rest.any()
         held += [(part.name, part.start, part.stop) for part in slices]
     if engine.stage:
-        held = sorted(itertools.chain(*ranks.gather(held)))
+        held = sorted(itertools.chain(*ranks.all_gather(held)))
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.model.named_parameters()}
         for name, parts in itertools.groupby(held, key=lambda part: part[0]):
             ends = list(parts)

@@ -15,7 +15,7 @@ from slurm_cluster import SlurmCluster
 
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import first_host, ranks, tasks_here
+from scale_mae.distributed.launcher import first_host, get_ranks, tasks_on_node
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
@@ -130,7 +130,7 @@ def test_tasks_here_counts_what_slurm_started(cluster):
     tasks = Counter(tuple(line.split()) for line in done.stdout.splitlines())
     assert sum(tasks.values()) == 3, done.stderr
     for (node, tasks_per_node), count in tasks.items():
-        assert tasks_here(tasks_per_node, int(node)) == count
+        assert tasks_on_node(tasks_per_node, int(node)) == count
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_tasks_here_counts_what_slurm_started(cluster):
     [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,1", [2, 1]), ("1(x12)", [1] * 12), ("3,4(x2)", [3, 4, 4])],
 )
 def test_tasks_here(tasks_per_node, counts):
-    assert [tasks_here(tasks_per_node, node) for node in range(len(counts))] == counts
+    assert [tasks_on_node(tasks_per_node, node) for node in range(len(counts))] == counts
 
 
 @pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])
@@ -177,7 +177,7 @@ def test_each_step_and_restart_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
         words |= {} if restart is None else {"SLURM_RESTART_COUNT": restart}
         for name, value in words.items():
             monkeypatch.setenv(name, str(value))
-        assert ranks() == (1, 2, 0)
+        assert get_ranks() == (1, 2, 0)
         return int(os.environ["MASTER_PORT"])
 
     ports = {met_at(job, step, restart) for job in (7, 8, 9) for step in (0, 1) for restart in (None, 1, 2, 3, 4)}

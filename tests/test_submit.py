@@ -19,7 +19,7 @@ from test_trainer import log
 from scale_mae.checkpoint.store import checkpoints, read_manifest
 from scale_mae.cli import main
 from scale_mae.config import load_config
-from scale_mae.distributed.launcher import meeting_port
+from scale_mae.distributed.launcher import rendezvous_port
 from scale_mae.slurm.site import Site
 from scale_mae.slurm.submit import prepare, set_aside
 
@@ -330,7 +330,7 @@ def test_a_port_that_is_taken_is_not_tried_again(cluster, here, capsys):
     number = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true").stdout) + 1
     cluster.run("scancel", str(number - 1))
     with socket.socket() as stranger:
-        stranger.bind(("0.0.0.0", meeting_port(str(number), "0", "0")))
+        stranger.bind(("0.0.0.0", rendezvous_port(str(number), "0", "0")))
         stranger.listen()
         assert submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps") == [number]
         finish(cluster, run)

@@ -16,7 +16,7 @@ from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build
 from scale_mae.data.pack import pack
 from scale_mae.distributed import process_group
-from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.directory import find_index
 
 
@@ -141,7 +141,7 @@ def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, mo
     monkeypatch.setattr(building, "CHUNK", 2)
     data = make_folders(tmp_path / "data")
     stop = StopRequest()
-    stop.ask("SIGTERM")
+    stop.request("SIGTERM")
     with pytest.raises(UserError, match="stopped by SIGTERM while building .* goes on"):
         find_index(tmp_path, str(data), [], stop)
     assert (tmp_path / "data.index.partial").exists()
@@ -180,7 +180,7 @@ def slow_main(seconds):
         return 7
 
     with process_group.process_group() as ranks:
-        return ranks.on_main(action)
+        return ranks.run_on_main(action)
 
 
 def test_what_rank_0_does_for_all_may_take_longer_than_the_others_wait():

@@ -87,7 +87,7 @@ def train(engine, ranks, config, steps, bad=None):
             spoilt = images[part] * (float("nan") if step == bad else 1)
             total += engine.forward_backward(spoilt, labels[part]) / accumulation
             engine.step(RATES[step])
-        losses += ranks.reduce(total[None] / ranks.size)
+        losses += ranks.all_reduce_sum(total[None] / ranks.size)
         for was, master in zip(average, copies(engine, ranks), strict=True):
             was.copy_(was if engine.skipped else DECAY * was + (1 - DECAY) * master)
         if config.optim.ema_decay and engine._engine.basic_optimizer.state:

@@ -13,7 +13,7 @@ from test_trainer import log, make_config, train
 
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.data.workers import run_each
-from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.exit_status import FILE
 from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import EXIT_CODE
@@ -114,26 +114,26 @@ def test_a_run_stops_in_time_before_its_job_does(tmp_path):
 def test_the_time_to_stop_follows_the_slowest_save(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     stop = StopRequest()
-    assert stop.received is None
-    stop.lead = 20
+    assert stop.reason is None
+    stop.lead_seconds = 20
     later = time.time() + 81
     monkeypatch.setattr(time, "time", lambda: later)
-    assert stop.received == "the time limit"
+    assert stop.reason == "the time limit"
 
 
 def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypatch):
     pace = StopTimeEstimator(nbytes=10**10, saves=[])
-    assert pace.lead == 2 * 50 + 30
+    assert pace.lead_seconds == 2 * 50 + 30
     pace = StopTimeEstimator(nbytes=0, saves=[7200.0])
     pace.stepped(40)
-    assert pace.lead == 2 * 7200 + 2 * 40 + 30
+    assert pace.lead_seconds == 2 * 7200 + 2 * 40 + 30
     for _ in range(3):
         pace.saved(1.0)
-    assert pace.lead == 2 * 1 + 2 * 40 + 30
+    assert pace.lead_seconds == 2 * 1 + 2 * 40 + 30
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     stop = StopRequest()
-    stop.lead = 1e6  # no more than a quarter of the time is given to leaving
-    assert stop.received is None
+    stop.lead_seconds = 1e6  # no more than a quarter of the time is given to leaving
+    assert stop.reason is None
 
 
 def train_and_signal(config, number):

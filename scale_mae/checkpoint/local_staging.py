@@ -36,7 +36,7 @@ class LocalFolder:
         if world.local_rank == 0:
             shutil.rmtree(self.path.parent, ignore_errors=True)  # left by a process that was killed
         world.barrier()
-        disks = world.gather(world.together(lambda: self._first(root)))
+        disks = world.all_gather(world.run_on_all(lambda: self._first(root)))
         self._sharing = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
 
     def prepare(self, final: Path, nbytes: int, main_only_nbytes: int) -> None:
@@ -50,12 +50,12 @@ class LocalFolder:
         Raises:
             CheckpointError: on every process, if any cannot begin.
         """
-        self._world.together(lambda: lost(self._empty, final, self.path))
+        self._world.run_on_all(lambda: lost(self._empty, final, self.path))
         needed = (nbytes - main_only_nbytes) * len(self._sharing) // self._world.size + (
             main_only_nbytes if self._world.is_main else 0
         )
         speaks = self._sharing[0] == self._world.rank  # one for each disk, when all have emptied their parts
-        self._world.together(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), final, self.path))
+        self._world.run_on_all(lambda: lost(lambda: check_space(self.path, needed if speaks else 0), final, self.path))
 
     def clear(self) -> None:
         """Delete what is in it."""

@@ -116,7 +116,7 @@ class Saver:
         self._local: LocalFolder | None = None
         if config.checkpoint.local_dir:
             self._local = LocalFolder(config.checkpoint.local_dir, run_dir, world)
-            self._behind = world.separate()
+            self._behind = world.with_new_control_group()
 
     def save(self, step: int, write: Write, *, keep_all: bool = False) -> None:
         """Write a checkpoint; see :meth:`ended`.
@@ -137,7 +137,7 @@ class Saver:
                 # rounds of their own: who cannot even begin must not be missed in the barriers of ``write``
                 final = self.folder / checkpoint_name(step)
                 local.prepare(final, self.nbytes, self.main_only_nbytes)
-                written = self.world.together(lambda: lost(lambda: write(local.path), final, local.path))
+                written = self.world.run_on_all(lambda: lost(lambda: write(local.path), final, local.path))
         except CheckpointError as loss:
             error = loss
             if local:
@@ -198,14 +198,14 @@ class Saver:
         final = self.folder / checkpoint_name(step)
         staging = final.with_name(f".{final.name}.tmp")
         try:
-            world.on_main(lambda: lost(lambda: self._prepare(staging), final))
-            written = world.together(lambda: lost(lambda: write(staging), final))
+            world.run_on_main(lambda: lost(lambda: self._prepare(staging), final))
+            written = world.run_on_all(lambda: lost(lambda: write(staging), final))
             mine = written + ([staging / "config.yaml"] if world.is_main else [])
-            sums = world.together(lambda: lost(lambda: self._sums(mine, staging), final))
-            files = {name: facts for part in world.gather(sums) for name, facts in part.items()}
+            sums = world.run_on_all(lambda: lost(lambda: self._sums(mine, staging), final))
+            files = {name: facts for part in world.all_gather(sums) for name, facts in part.items()}
             self._written = sum(facts["bytes"] for facts in files.values())
             manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), versions(), files)
-            world.on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
+            world.run_on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)

@@ -8,13 +8,13 @@ import subprocess
 from scale_mae.config import UserError
 
 
-def rank_and_size() -> tuple[int, int]:
+def get_rank_and_world_size() -> tuple[int, int]:
     """(rank, number of processes), from the environment, before any process group exists."""
-    rank, size, _ = ranks()
+    rank, size, _ = get_ranks()
     return rank, size
 
 
-def ranks() -> tuple[int, int, int]:
+def get_ranks() -> tuple[int, int, int]:
     """(rank, size, local rank); under Slurm also sets the meeting point of the processes."""
     env = os.environ
     try:
@@ -24,16 +24,16 @@ def ranks() -> tuple[int, int, int]:
             if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
                 return 0, 1, 0  # several single runs may share one job step, an interactive shell for instance
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            port = meeting_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
+            port = rendezvous_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
             env.setdefault("MASTER_PORT", str(port))
-            env.setdefault("LOCAL_WORLD_SIZE", str(tasks_here(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
+            env.setdefault("LOCAL_WORLD_SIZE", str(tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
             return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
     return 0, 1, 0
 
 
-def meeting_port(job: str, step: str, restart: str) -> int:
+def rendezvous_port(job: str, step: str, restart: str) -> int:
     """Where the processes of a job step meet: others for other steps and restarts, since one may be taken by a stranger.
 
     It is below the range from which the kernel hands out ports. Each job has 31, of which a restart goes on 7 further.
@@ -46,10 +46,10 @@ def meeting_port(job: str, step: str, restart: str) -> int:
 
 def first_host(nodes: str) -> str:
     """First host of a Slurm node list; that of a list without brackets needs no program."""
-    return hosts(nodes)[0]
+    return expand_host_list(nodes)[0]
 
 
-def hosts(nodes: str) -> list[str]:
+def expand_host_list(nodes: str) -> list[str]:
     """Hosts of a Slurm node list such as ``gpu[03-05,9],cpu1``.
 
     Raises:
@@ -64,7 +64,7 @@ def hosts(nodes: str) -> list[str]:
     return listed.stdout.split()
 
 
-def tasks_here(tasks_per_node: str, node: int) -> int:
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Tasks of one node from Slurm's run-length form ``4(x2),3``."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):
@@ -73,7 +73,7 @@ def tasks_here(tasks_per_node: str, node: int) -> int:
     return counts[node]
 
 
-def node_number() -> int:
+def get_node_rank() -> int:
     """Number of this machine among those of the job, from torchrun or Slurm; 0 without them."""
     for name in ("GROUP_RANK", "SLURM_NODEID"):
         if os.environ.get(name, "").isdigit():

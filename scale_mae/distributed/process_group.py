@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import ranks
+from scale_mae.distributed.launcher import get_ranks
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -41,7 +41,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    control: Any
+    control_group: Any
 
     @property
     def is_main(self) -> bool:
@@ -50,19 +50,19 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every process."""
-        dist.barrier(group=self.control)
+        dist.barrier(group=self.control_group)
 
-    def separate(self) -> World:
+    def with_new_control_group(self) -> World:
         """The same processes, for a thread of its own: what it says does not mix with the main thread's. All call it."""
-        return replace(self, control=dist.new_group(backend="gloo", timeout=TIMEOUT))
+        return replace(self, control_group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def run_on_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0, however long it takes, and give its result, or its :class:`UserError`, to every process."""
         with ThreadPoolExecutor(1) as thread:
             running = thread.submit(action) if self.is_main else None
@@ -73,26 +73,26 @@ class World:
                     if error is not None and not isinstance(error, UserError):
                         raise error
                     outcome = [True, None if error else running.result(), error]
-                dist.broadcast_object_list(outcome, src=0, group=self.control)  # in time, or the others give up waiting
+                dist.broadcast_object_list(outcome, src=0, group=self.control_group)  # in time, or the others give up waiting
                 ended, result, error = outcome
                 if error is not None:
                     raise error
                 if ended:
                     return result  # type: ignore[no-any-return]
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every process; if it raises a :class:`UserError` on any, every process raises the first one."""
         result, problem = None, None
         try:
             result = action()
         except UserError as error:
             problem = error
-        for found in self.gather(problem):
+        for found in self.all_gather(problem):
             if found is not None:
                 raise found
         return result  # type: ignore[return-value]  # no error, so it is action's result
 
-    def reduce(self, values: Tensor) -> list[float]:
+    def all_reduce_sum(self, values: Tensor) -> list[float]:
         """Sum of a small tensor over all processes, brought to the host (this waits for the accelerator)."""
         dist.all_reduce(values)
         reduced: list[float] = values.tolist()
@@ -110,8 +110,8 @@ def process_group(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[W
     Raises:
         UserError: rank variables that make no sense.
     """
-    rank, size, local_rank = ranks()
-    device = local_device()
+    rank, size, local_rank = get_ranks()
+    device = get_local_device()
     left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
     # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
     os.environ |= {
@@ -154,9 +154,9 @@ def _meeting(timeout: timedelta) -> Any:
     return dist.PrefixStore(f"scale_mae/{next(_meetings)}", place)  # type: ignore[attr-defined]
 
 
-def local_device() -> torch.device:
+def get_local_device() -> torch.device:
     """Where this process's tensors live; nothing is allocated there yet."""
-    _, _, local_rank = ranks()
+    _, _, local_rank = get_ranks()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0

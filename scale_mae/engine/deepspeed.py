@@ -251,8 +251,8 @@ class Engine:
             CheckpointError: it cannot be read, or is not of this model; raised on all processes.
         """
         engine, rank, keys = self._engine, self.world.rank, states_kept(self.config.optim)
-        reader = self.world.together(lambda: resume.open_for(engine, folder / DEEPSPEED_TAG, keys))
-        self.world.together(lambda: resume.fill(engine, reader, rank, keys))
+        reader = self.world.run_on_all(lambda: resume.open_for(engine, folder / DEEPSPEED_TAG, keys))
+        self.world.run_on_all(lambda: resume.fill(engine, reader, rank, keys))
         resume.publish(engine, rank)
         self._guard.total.fill_(max(self.skipped_steps, engine.skipped_steps))  # going back does not undo what was counted
         return reader.state

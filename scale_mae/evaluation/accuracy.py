@@ -79,7 +79,7 @@ def scores(
             process.
     """
     mine = range(world.rank, len(part.index), world.size)
-    found = world.gather(world.together(lambda: _placed(logits, part, view, mine, batch, world.size, progress)))
+    found = world.all_gather(world.run_on_all(lambda: _placed(logits, part, view, mine, batch, world.size, progress)))
     count = len(found[0][0])
     places, losses = np.full((count, len(part.index)), -1, np.int64), np.zeros((count, len(part.index)))
     for rank, (place, loss, _) in enumerate(found):

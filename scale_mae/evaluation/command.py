@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import rank_and_size
+from scale_mae.distributed.launcher import get_rank_and_world_size
 from scale_mae.system.command_line import CHECKPOINT_HELP, SOURCE_HELP, WEIGHTS_HELP, Command, positive_int, warn
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def _together(what: str, out: str | None) -> Iterator[tuple[World, ProgressBar, 
     from scale_mae.distributed.process_group import process_group
     from scale_mae.system.progress import ProgressBar
 
-    main = rank_and_size()[0] == 0
+    main = get_rank_and_world_size()[0] == 0
     with process_group() as world, ProgressBar(what, shown=main) as bar:
-        world.on_main(lambda: _check_writable(out))
+        world.run_on_main(lambda: _check_writable(out))
         yield world, bar, lambda text: print(text, flush=True) if main else None
 
 
@@ -124,13 +124,13 @@ def _frozen(args: argparse.Namespace, world: World) -> tuple[Subject, Source, So
     from scale_mae.evaluation.classifier import load_subject
     from scale_mae.evaluation.features import Source
 
-    subject = world.together(lambda: load_subject(args.encoder, warn))
-    return subject, *world.on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
+    subject = world.run_on_all(lambda: load_subject(args.encoder, warn))
+    return subject, *world.run_on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
 
 
 def _finish(result: Result, out: str | None, world: World, tell: Callable[[str], None]) -> None:
     if out:
-        world.on_main(lambda: result.write(out))
+        world.run_on_main(lambda: result.write(out))
         tell(f"{out}: written")
 
 
@@ -141,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.published_results import beside
 
     with _together("images", args.out) as (world, bar, tell):
-        subject = world.together(lambda: load_classifier(args.model, warn, args.size))
+        subject = world.run_on_all(lambda: load_classifier(args.model, warn, args.size))
         options = {"crop_pct": args.crop_pct, "batch": args.batch_size, "classes": args.classes, "seed": args.seed}
         result, unlike = evaluate(subject, args.on, args.root, world, **options, progress=bar.move, tell=tell)
         scores = ", ".join(
@@ -161,7 +161,7 @@ def knn(args: argparse.Namespace) -> int:
 
     with _together("images", args.out) as (world, bar, tell):
         subject, train, val = _frozen(args, world)
-        begun = world.together(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
+        begun = world.run_on_all(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
         result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.move)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
         if begun:
@@ -192,7 +192,7 @@ def embed(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.embed import embed
 
     with _together("images", args.out) as (world, bar, tell):
-        subject = world.together(lambda: load_subject(args.encoder, warn, args.size))
+        subject = world.run_on_all(lambda: load_subject(args.encoder, warn, args.size))
         told = embed(subject, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.move)
         tell(told)
     return 0

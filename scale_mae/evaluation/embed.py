@@ -65,22 +65,22 @@ def embed(
         UserError: an image cannot be read, the unfinished work there is another's, or something cannot be written.
     """
     out, began = Path(out), time.monotonic()
-    world.on_main(lambda: _writer(out))
+    world.run_on_main(lambda: _writer(out))
     pieces = out.with_name(out.name + ".pieces")
-    index = world.on_main(lambda: list_source(source))
+    index = world.run_on_main(lambda: list_source(source))
     plan = {"weights": subject.digest or subject.path, "size": subject.size, "pool": pool, "batch": batch, "piece": PIECE}
     plan |= {"images": len(index), "listing": _listing_digest(index)}
     with ExitStack() as held:
         lock = exclusive_lock(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
-        world.on_main(lambda: held.enter_context(lock))
-        done = world.on_main(lambda: _begin(pieces, plan))
+        world.run_on_main(lambda: held.enter_context(lock))
+        done = world.run_on_main(lambda: _begin(pieces, plan))
         starts = [start for start in range(0, len(index), PIECE) if start not in done]
         mine = starts[world.rank :: world.size]
         subject.model.to(world.device)
-        world.together(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
+        world.run_on_all(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
         seconds = time.monotonic() - began
         facts = {"scale_mae_embed": json.dumps(plan | {"source": source, "architecture": subject.architecture})}
-        world.on_main(lambda: _join(index, pieces, out, facts))
+        world.run_on_main(lambda: _join(index, pieces, out, facts))
     made = len(index) - sum(min(PIECE, len(index) - start) for start in done)
     kept = f", {len(index) - made} of them from an earlier run" if done else ""
     return f"{out}: {len(index)} images{kept}; {made / max(seconds, 1e-9):.1f} images/s"

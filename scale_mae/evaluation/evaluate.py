@@ -92,7 +92,7 @@ def _listed(name: str, root: str, subject: Subject, classes: str | None, world: 
         parts.extend(parts_of(name, root, names, subject.classes))
         return deviations(parts, SETS[name])
 
-    return parts, world.on_main(look)
+    return parts, world.run_on_main(look)
 
 
 def _unlike(name: str, subject: Subject, found: dict[str, Score], cropped: bool) -> list[str]:
@@ -122,7 +122,7 @@ def _view(name: str, subject: Subject, crop_pct: float | None) -> tuple[View, di
 
 def _from_main(parts: list[Part], world: World) -> Iterator[Part]:
     """Rank 0 has them and hands out one at a time."""
-    while (part := world.on_main(lambda: parts.pop(0) if parts else None)) is not None:
+    while (part := world.run_on_main(lambda: parts.pop(0) if parts else None)) is not None:
         yield part
 
 

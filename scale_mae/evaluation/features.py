@@ -102,12 +102,12 @@ def own_features(subject: Subject, index: Index, world: World, batch: int, progr
     """Features of every ``world.size``-th image. All processes call it; what one cannot read is an error on all."""
     subject.model.to(world.device)
     rows = range(world.rank, len(index), world.size)
-    return world.together(lambda: features(subject, index, rows, batch, progress=progress))
+    return world.run_on_all(lambda: features(subject, index, rows, batch, progress=progress))
 
 
 def gathered(found: Features, world: World) -> Tensor:
     """The features of all processes in the order of the index, ``[N, D]``, on every process."""
-    parts = world.gather(found.values)
+    parts = world.all_gather(found.values)
     whole = torch.empty(sum(len(part) for part in parts), parts[0].shape[1])
     for rank, part in enumerate(parts):
         whole[rank :: world.size] = part
@@ -116,7 +116,7 @@ def gathered(found: Features, world: World) -> Tensor:
 
 def data_facts(train: Source, val: Source, world: World, found: tuple[Features, Features]) -> dict[str, object]:
     """What a result file says of the two sources; ``images`` is the number classified."""
-    sums = [sum(world.gather(each.content)) % 2**CONTENT_BITS for each in found]
+    sums = [sum(world.all_gather(each.content)) % 2**CONTENT_BITS for each in found]
     return {
         "train": train.name,
         "val": val.name,

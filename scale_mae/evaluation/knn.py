@@ -79,7 +79,7 @@ def knn_accuracy(
     own, asked = (own_features(subject, source.index, world, batch, progress) for source in (train, val))
     queries = normalize(gathered(asked, world), dim=1).to(world.device)
     best, classes = nearest(normalize(own.values, dim=1), train.labels[world.rank :: world.size], queries, k)
-    found = world.gather((best.cpu(), classes.cpu()))
+    found = world.all_gather((best.cpu(), classes.cpu()))
     merged = _largest(torch.cat([each for each, _ in found], dim=1), torch.cat([each for _, each in found], dim=1), k)
     predicted = decide(*merged, int(train.labels.max()) + 1)
     protocol = {"name": "knn", "k": k, "temperature": TEMPERATURE, "size": subject.size, "pool": "mean"}

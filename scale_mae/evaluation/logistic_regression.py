@@ -103,7 +103,7 @@ def logistic_accuracy(
         outputs = logits(fit(known, labels, classes, l2), asked)
         return l2, (outputs.argmax(dim=1) == wanted).double().mean().item(), cross_entropy(outputs, wanted).item()
 
-    l2, top1, loss = world.on_main(learn)
+    l2, top1, loss = world.run_on_main(learn)
     return Result(
         {"name": "logistic", "size": subject.size, "pool": "mean", "penalties": list(PENALTIES), "held_out": HELD_OUT},
         model_facts(subject, seed),

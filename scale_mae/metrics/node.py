@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scale_mae.distributed.launcher import node_number
+from scale_mae.distributed.launcher import get_node_rank
 from scale_mae.distributed.process_group import World
 from scale_mae.metrics.hardware import Nvml
 from scale_mae.metrics.meter import Metrics
@@ -48,7 +48,7 @@ class Node:
 
 def find_node(world: World, nvml: Nvml) -> Node:
     """This process's machine. All processes call it."""
-    found = world.gather((node_number(), nvml.number(world.device)))
+    found = world.all_gather((get_node_rank(), nvml.number(world.device)))
     numbers = sorted({number for number, _ in found})
     places = [(numbers.index(number), gpu) for number, gpu in found]
     return Node(places[world.rank][0], len(numbers), places)

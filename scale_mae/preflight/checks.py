@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import rank_and_size
-from scale_mae.distributed.process_group import local_device, process_group
+from scale_mae.distributed.launcher import get_rank_and_world_size
+from scale_mae.distributed.process_group import get_local_device, process_group
 from scale_mae.doctor import report as print_findings
 from scale_mae.preflight import diagnosis, measurements
 from scale_mae.preflight.options import PreflightOptions
@@ -46,10 +46,10 @@ def preflight(demands: PreflightOptions) -> int:
     Raises:
         UserError: rank variables that make no sense.
     """
-    rank, _ = rank_and_size()
+    rank, _ = get_rank_and_world_size()
     if rank == 0:
         within(CHECK, lambda: _write(demands.mark, "here"))
-    device = local_device()
+    device = get_local_device()
     seen = within(CHECK, lambda: measurements.look(device))
     with ExitStack() as deadline, ExitStack() as held:
         try:

@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import hosts, rank_and_size, tasks_here
+from scale_mae.distributed.launcher import expand_host_list, get_rank_and_world_size, tasks_on_node
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -88,7 +88,7 @@ class Rendezvous:
 
     def __init__(self, timeout: float) -> None:
         self._since = time.monotonic()
-        self.rank, self.size = rank_and_size()
+        self.rank, self.size = get_rank_and_world_size()
         self.store = self._meet(timedelta(seconds=timeout))
 
     def settle(
@@ -230,7 +230,7 @@ def expected() -> dict[str, int]:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
     try:
-        names = hosts(nodes) if nodes else []
-        return {name: tasks_here(tasks, number) if tasks else 1 for number, name in enumerate(names)}
+        names = expand_host_list(nodes) if nodes else []
+        return {name: tasks_on_node(tasks, number) if tasks else 1 for number, name in enumerate(names)}
     except (UserError, ValueError, IndexError):
         return {}

@@ -10,7 +10,7 @@ from scale_mae.checkpoint import store
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.data.index import NAME, Index, index_of
 from scale_mae.data.index_builder import build
-from scale_mae.distributed.stop_request import StopRequest
+from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.exit_status import StoppedError
 from scale_mae.system.files import flush
 from scale_mae.system.progress import ProgressBar
@@ -88,7 +88,7 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
     with ProgressBar(f"images looked at for {path}, because data.source brings no index") as bar:
 
         def progress(done: int, total: int) -> None:
-            if stop.received:
+            if stop.reason:
                 raise StoppedError(f"stopped by {stop.received} while building {path}; the same command goes on with it")
             if time.perf_counter() - began > QUICK:
                 bar.move(done, total)

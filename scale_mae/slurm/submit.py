@@ -125,7 +125,7 @@ def node_counts(config: Config, site: Site) -> list[int]:
 def lead_seconds(run_dir: Path, time: str) -> int:
     """How long before the time limit Slurm sends SIGUSR1: twice what the slowest save of the run took, and a minute.
 
-    Training itself measures its saves and stops in time (``StopRequest.lead``); this is for clocks that disagree.
+    Training itself measures its saves and stops in time (``StopRequest.lead_seconds``); this is for clocks that disagree.
     """
     try:
         taken = [float(found[1]) for line in (run_dir / "log.txt").open() if (found := SAVED.search(line))]

@@ -11,8 +11,8 @@ from scale_mae.data import decoders
 from scale_mae.data.loader import Batch, decoding_threads
 from scale_mae.data.storage import DataError
 from scale_mae.distributed.process_group import World
-from scale_mae.distributed.stop_request import StopRequest
-from scale_mae.distributed.vote import StopVote, Vote
+from scale_mae.distributed.signals import StopRequest
+from scale_mae.distributed.stop_vote import StopVote, Vote
 from scale_mae.metrics.step_timer import StepTimer
 
 
@@ -41,7 +41,7 @@ class BatchIterator:
 
     def advance(self) -> None:
         """Fetch the next batch, if any is left, and cast the vote on it."""
-        vote = Vote.STOP if self._stop.received else Vote.GO_ON
+        vote = Vote.STOP if self._stop.reason else Vote.CONTINUE
         try:
             self._batch = next(self._batches, None)
         except DataError as problem:
@@ -61,7 +61,7 @@ class BatchIterator:
         vote = self._ballot.count()
         self._watch.lap("vote")
         if vote is Vote.FAILED:
-            raise next(problem for problem in self._world.gather(self._problem) if problem)
+            raise next(problem for problem in self._world.all_gather(self._problem) if problem)
         assert self._batch is not None  # the loop asks for no more than the loader has
         return self._batch, vote
 
@@ -73,9 +73,9 @@ def build_decoder(config: Config, world: World) -> tuple[decoders.Decoder, decod
         DataError: the one asked for does not work on some process.
     """
     size, batch, threads = config.model.image_size, config.train.micro_batch, decoding_threads(config.data)
-    name, why = world.on_main(lambda: decoders.choose(config.data.decoder, world.device))
+    name, why = world.run_on_main(lambda: decoders.choose(config.data.decoder, world.device))
     try:
-        return world.together(lambda: decoders.make(name, size, batch, threads, world.device)), name, why
+        return world.run_on_all(lambda: decoders.make(name, size, batch, threads, world.device)), name, why
     except DataError as error:
         if config.data.decoder != "auto":
             raise

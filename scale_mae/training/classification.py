@@ -46,9 +46,9 @@ class ClassificationTask:
     def __init__(self, config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> None:
         self._config, self._world = config, world
         self._labels = index.entries["label"]
-        self.classes = world.on_main(lambda: _classes(config.data.source, index))
+        self.classes = world.run_on_main(lambda: _classes(config.data.source, index))
         self._train_digest = index.digest
-        self._val = world.on_main(lambda: _validation(config, self.classes))
+        self._val = world.run_on_main(lambda: _validation(config, self.classes))
         self.model, self._began = build_initial_classifier(config, len(self.classes), world, notes, resumed=resumed)
         self._mixing = BatchAugmentation(config.classify, len(self.classes))
         self._best = 0  # of the probes
@@ -112,7 +112,7 @@ class ClassificationTask:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
         if own := self.model.statistics():
             mean = torch.cat(own) / self._world.size
-            self._world.reduce(mean)
+            self._world.all_reduce_sum(mean)
             for statistic, value in zip(own, torch.split(mean, [len(t) for t in own]), strict=True):
                 statistic.copy_(value)
 
@@ -161,7 +161,7 @@ class ClassificationTask:
             {f"lr x {rate:g}": _plain(each) for rate, each in zip(c.lr_multipliers, found, strict=True)},
             made_by(self._world.size, self._world.device.type, seconds),
         )
-        return self._world.on_main(lambda: _written(result, self._results))
+        return self._world.run_on_main(lambda: _written(result, self._results))
 
 
 def _written(result: Result, path: Path) -> list[str]:

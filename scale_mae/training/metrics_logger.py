@@ -176,7 +176,7 @@ class MetricsLogger:
         self.record("stop", step=step, reason=reason)
 
     def _gather(self, step: int, vitals: ProcessStats | None) -> tuple[list[DecodeFailure], list[ProcessStats]]:
-        found = self._world.gather((self._failures, self.decoder.fallbacks, vitals))
+        found = self._world.all_gather((self._failures, self.decoder.fallbacks, vitals))
         self._failures = []
         failures = [failure for failures, _, _ in found for failure in failures]
         for failure in failures:

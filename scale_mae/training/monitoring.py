@@ -74,7 +74,7 @@ def build_monitoring(
         saved: :meth:`Monitoring.state` of the checkpoint that it goes on from.
     """
     run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
-    name, counters = world.on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
+    name, counters = world.run_on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
     node = find_node(world, nvml)
     watch = StepTimer(world.device)
     model.register_forward_hook(watch.after_forward)

@@ -68,7 +68,7 @@ class RollbackController:
         self._dir, self._config, self._world, self._index = run_dir, config, world, index
         self._steps: list[int] = []
         self._seen: list[Tensor] = []
-        self._past: list[dict[str, Any]] = world.on_main(lambda: _past(run_dir)) if resumed else []
+        self._past: list[dict[str, Any]] = world.run_on_main(lambda: _past(run_dir)) if resumed else []
         self.rollbacks = len(self._past)
         for event in self._past:
             self.plan = self.plan.without(*event["positions"])
@@ -104,7 +104,7 @@ class RollbackController:
             return self.verdict
         # added up in fp64, so that the result does not depend on the order, which depends on how many are added at once
         sums = torch.stack(seen).double().flatten()
-        means = (torch.tensor(self._world.reduce(sums)).view(-1, 2) / self._world.size).float().tolist()
+        means = (torch.tensor(self._world.all_reduce_sum(sums)).view(-1, 2) / self._world.size).float().tolist()
         self.loss = means[-1][0]
         for step, (loss, skipped) in zip(steps, means, strict=True):
             self.verdict = self.verdict or self.health.add(step, loss, skipped > 0)
@@ -129,7 +129,7 @@ class RollbackController:
         Raises:
             RollbackError: it may not, or cannot; names steps and samples.
         """
-        checkpoint, event = self._world.on_main(lambda: self._decide(verdict, step, notes))
+        checkpoint, event = self._world.run_on_main(lambda: self._decide(verdict, step, notes))
         self._past.append(event)
         self.rollbacks = event["number"]
         self.plan = self.plan.without(*event["positions"])

@@ -31,6 +31,6 @@ class StopTimeEstimator:
         self._steps.append(seconds)
 
     @property
-    def lead(self) -> float:
+    def lead_seconds(self) -> float:
         """Twice the slowest recent save, as the disk may be busier then; two steps, as the vote of one counts in the next."""
         return 2 * max(self.saves) + 2 * max(self._steps) + MARGIN

@@ -22,8 +22,8 @@ from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.storage import DataError
 from scale_mae.data.transforms import normalise
 from scale_mae.distributed.process_group import World
-from scale_mae.distributed.stop_request import StopRequest
-from scale_mae.distributed.vote import Vote
+from scale_mae.distributed.signals import StopRequest
+from scale_mae.distributed.stop_vote import Vote
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.optimizer import build_schedule
 from scale_mae.metrics.sinks import to_stderr
@@ -70,9 +70,9 @@ class Trainer:
         self.dir, notes = Path(config.run.dir), [*said]
 
         # What there is: the run directory, its newest checkpoint, the images
-        checkpoint = world.on_main(lambda: prepare_directory(self.dir, config, notes))
-        path = world.on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
-        self.index = index = world.together(lambda: Index.open(path))
+        checkpoint = world.run_on_main(lambda: prepare_directory(self.dir, config, notes))
+        path = world.run_on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
+        self.index = index = world.run_on_all(lambda: Index.open(path))
 
         # What comes when
         self.schedule = build_schedule(config, len(index))
@@ -137,10 +137,10 @@ class Trainer:
 
     def loop(self) -> TrainingResult:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
-        total, stopped, vote = self.schedule.total_steps, "", Vote.GO_ON
+        total, stopped, vote = self.schedule.total_steps, "", Vote.CONTINUE
         with self.log, ExitStack() as last, self.saver:
             last.push(lambda _, error, __: self.teller.end(self.step, stopped or str(error or "finished")))
-            while self.step < total and vote is Vote.GO_ON:
+            while self.step < total and vote is Vote.CONTINUE:
                 vote = self._train()
                 if self.recovery.verdict:
                     self._go_back(self.recovery.verdict)
@@ -149,7 +149,7 @@ class Trainer:
             self.saver.drain()
             self.teller.saves()
             self.teller.rest()
-            if self.stop.received or vote is Vote.STOP:
+            if self.stop.reason or vote is Vote.STOP:
                 stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
                 self.log.say(stopped)
             if self.saver.error:
@@ -160,11 +160,11 @@ class Trainer:
 
     def _train(self) -> Vote:
         """Step until the schedule ends, a signal comes, or the run has gone bad."""
-        total, recovery, vote, due = self.schedule.total_steps, self.recovery, Vote.GO_ON, False
+        total, recovery, vote, due = self.schedule.total_steps, self.recovery, Vote.CONTINUE, False
         with BatchIterator(self.loader.batches(self.step, total), self.world, self.stop, self.watch) as feed:
             try:
-                while self.step < total and vote is Vote.GO_ON and not recovery.verdict:
-                    self.stop.lead, began = self.pace.lead, time.perf_counter()
+                while self.step < total and vote is Vote.CONTINUE and not recovery.verdict:
+                    self.stop.lead_seconds, began = self.pace.lead_seconds, time.perf_counter()
                     vote = self._one_step(feed)
                     self.pace.stepped(time.perf_counter() - began)
                     due = due or self.step % self.save_every == 0
@@ -183,7 +183,12 @@ class Trainer:
         """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
         step, config, world = self.step, self.config, self.world
         lr = self.schedule.lr(step)
-        accumulation, loss, norm, vote = config.accumulation(world.size), torch.zeros((), device=world.device), None, Vote.GO_ON
+        accumulation, loss, norm, vote = (
+            config.accumulation(world.size),
+            torch.zeros((), device=world.device),
+            None,
+            Vote.CONTINUE,
+        )
         logged = (step + 1) % config.log.interval == 0 or step + 1 == self.schedule.total_steps
         for micro_step in range(accumulation):
             batch, each = feed.take()
@@ -258,7 +263,7 @@ class Trainer:
         self.watch.lap("other")
         self.saver.drain()  # what the last one came to belongs into this one
         self.teller.saves()
-        if not all(self.world.gather(self.engine.weights_are_finite())):
+        if not all(self.world.all_gather(self.engine.weights_are_finite())):
             whole = [None, *store.checkpoints(self.dir)]  # saves that were lost are none of them
             raise NonFiniteError(
                 f"weights are not finite after step {self.step}; nothing saved from it (last checkpoint: {whole[-1]}); {ADVICE}"

@@ -94,9 +94,9 @@ def begin_everywhere(source: str, world: World, notes: list[str], begin: Callabl
     Raises:
         UserError: the weights are not there, do not fit, or are not the same for all processes.
     """
-    found = world.on_main(lambda: locate_weights(source, notes.append))
-    note = world.together(lambda: begin(read_weights(found)))
-    if len(set(world.gather(note))) > 1:
+    found = world.run_on_main(lambda: locate_weights(source, notes.append))
+    note = world.run_on_all(lambda: begin(read_weights(found)))
+    if len(set(world.all_gather(note))) > 1:
         raise UserError(f"model.init_from={source}: the processes found different weights there")
     return note
 

@@ -22,15 +22,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked: str | None = None
-        self.lead = 60.0
+        self.lead_seconds = 60.0
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._end = float(end) if end.isdigit() else float("inf")
         self._most = max(0.0, self._end - time.time()) / 4
 
     @property
-    def received(self) -> str | None:
+    def reason(self) -> str | None:
         """Name of the signal that came, or ``the time limit``; None: go on."""
-        return self._asked or ("the time limit" if time.time() > self._end - min(self.lead, self._most) else None)
+        return self._asked or ("the time limit" if time.time() > self._end - min(self.lead_seconds, self._most) else None)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
@@ -39,12 +39,12 @@ class StopRequest:
             self._before = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
-    def ask(self, why: str) -> None:
+    def request(self, why: str) -> None:
         """Stop after this step."""
         self._asked = why
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in getattr(self, "_before", {}).items():

@@ -14,7 +14,7 @@ from scale_mae.distributed.process_group import World
 class Vote(IntEnum):
     """What a process has to say before a forward pass; the largest vote counts."""
 
-    GO_ON = 0
+    CONTINUE = 0
     STOP = 1
     FAILED = 2
 
@@ -32,7 +32,7 @@ class StopVote:
     def cast(self, vote: Vote) -> None:
         """Start sending this process's vote."""
         self._flag.fill_(int(vote))
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control_group, async_op=True)
 
     def count(self) -> Vote:
         """The largest vote of all processes."""

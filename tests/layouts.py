@@ -30,7 +30,7 @@ def train_and_tell(configs):
             run = Trainer(config, ranks, stop, Watchdog(0, 0))
             run.loop()
             assert isinstance(run.engine, Engine)
-            sharded = run.engine.stage > 0
+            sharded = run.engine.zero_stage > 0
             masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)
             assert masters is None or sharded or config.train.precision != "fp32"
             live = {}

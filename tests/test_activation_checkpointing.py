@@ -35,12 +35,12 @@ def test_policies_recompute_what_they_say():
     assert executions == {"none": 6, "full": 12, "every_k": 9, "selective": 12, "offload": 12}
 
 
-def drop_path_gradients(policy, seed=3, draws_random=True, compiled=False):
+def drop_path_gradients(policy, seed=3, uses_rng=True, compiled=False):
     """Of two micro-batches of a model that leaves out branches of its blocks at random."""
     model = SmallClassifier(drop_path=0.5)
-    apply_activation_checkpointing(model.recomputable, policy, every=2, draws_random=draws_random)
+    apply_activation_checkpointing(model.transformer_blocks, policy, every=2, uses_rng=uses_rng)
     if compiled:
-        for block in model.recomputable:
+        for block in model.transformer_blocks:
             block.compile(backend="aot_eager")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def test_what_is_dropped_at_random_is_dropped_again(policy):
 
 @pytest.mark.parametrize("policy", ["full", "every_k", "selective"])
 def test_generator_states_are_kept_only_where_they_are_needed(policy):
-    assert differing(drop_path_gradients("none"), drop_path_gradients(policy, draws_random=False))
+    assert differing(drop_path_gradients("none"), drop_path_gradients(policy, uses_rng=False))
 
 
 def test_what_is_dropped_at_random_is_dropped_again_when_compiled():

@@ -226,10 +226,10 @@ def test_every_recipe_loads_and_its_header_says_what_it_costs(name):
 def test_every_deepspeed_file_is_accepted_by_deepspeed(path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from scale_mae.engine.deepspeed import engine_json
+    from scale_mae.engine.deepspeed_config import build_deepspeed_config
 
     config = load_config("debug", {"engine.deepspeed": path.stem})
-    parsed = DeepSpeedConfig(engine_json(config, 1))
+    parsed = DeepSpeedConfig(build_deepspeed_config(config, 1))
     assert parsed.zero_optimization_stage == int(path.stem[4])
     assert parsed.gradient_clipping == 0.0
 

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_mae.config import Config, ConfigError, load_config
 from scale_mae.config.sections import OptimConfig
-from scale_mae.engine.optimizer import Schedule, build_optimizer, parameter_groups
+from scale_mae.engine.optimizer import build_optimizer, parameter_groups
+from scale_mae.engine.schedule import LRSchedule
 from scale_mae.model.mae import build_mae
 
 STEPS, BATCH = 10, 8
-SCHEDULE = Schedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEPS)
+SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEPS)
 
 
 def small_mae():
@@ -69,7 +70,7 @@ def engine_trace(engine, ranks, config, steps=STEPS):
             first = (micro_step * ranks.size + ranks.rank) * config.train.micro_batch
             part = slice(first, first + config.train.micro_batch)
             total += engine.forward_backward(images[part], noise[part]) / accumulation
-            norm = engine.step(SCHEDULE.lr(step), want_norm=micro_step + 1 == accumulation)
+            norm = engine.step(SCHEDULE.lr(step), return_norm=micro_step + 1 == accumulation)
         (loss,) = ranks.all_reduce_sum(total[None] / ranks.size)
         losses.append(loss)
         norms.append(norm)
@@ -134,7 +135,7 @@ def fp16_run(stage):
             engine.forward_backward(images[:2] * 1e18, noise[:2])
             engine.step(1e-3)
             engine.forward_backward(images[:2], noise[:2])
-            norm = engine.step(1e-3, want_norm=True)
+            norm = engine.step(1e-3, return_norm=True)
         return losses, skipped_by_then, before, engine.loss_scale, engine.skipped_steps, norm, engine.weights_are_finite()
 
 
@@ -192,7 +193,7 @@ def count_waits(setting):
             with Waits() as waits:
                 images, noise = batch(step)
                 engine.forward_backward(images, noise)
-                engine.step(1e-3, want_norm=logged)
+                engine.step(1e-3, return_norm=logged)
             counts.append(waits.count)
         return counts[2:]
 

@@ -25,7 +25,7 @@ def gpu_losses(setting):
         for step in range(STEPS):
             images, noise = (t.to(ranks.device) for t in batch(step))
             losses.append(engine.forward_backward(images, noise).item())
-            engine.step(SCHEDULE.lr(step), want_norm=True)
+            engine.step(SCHEDULE.lr(step), return_norm=True)
         return losses
 
 

@@ -12,7 +12,8 @@ from trainable_models import SmallClassifier
 
 from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.lars import LARS
-from scale_mae.engine.optimizer import Schedule, build_optimizer, parameter_groups, set_lr
+from scale_mae.engine.optimizer import build_optimizer, parameter_groups, set_lr
+from scale_mae.engine.schedule import LRSchedule
 
 
 def recipe():
@@ -22,7 +23,7 @@ def recipe():
 def test_learning_rate_equals_the_reference():
     for case in recipe()["schedule"]:
         per_epoch = 100
-        schedule = Schedule(case["lr"], case["min_lr"], case["warmup_epochs"] * per_epoch, case["epochs"] * per_epoch)
+        schedule = LRSchedule(case["lr"], case["min_lr"], case["warmup_epochs"] * per_epoch, case["epochs"] * per_epoch)
         steps = [case["epochs"] * per_epoch * i // case["points"] for i in range(case["points"])]
         np.testing.assert_allclose([schedule.lr(s) for s in steps], case["lr_at"], rtol=1e-12)
         assert schedule.lr(0) == 0

@@ -19,13 +19,13 @@ from torch import nn
 from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, ConfigError
-from scale_mae.engine.optimizer import Schedule
+from scale_mae.engine.schedule import LRSchedule
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import Size
 
 BATCH, SAVED, STEPS = 12, 2, 4
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
-SCHEDULE = Schedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=1, total_steps=STEPS)
+SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=1, total_steps=STEPS)
 TINY = Size(width=20, depth=2, heads=2, patch=4)
 ZERO = {  # DeepSpeed files beyond the shipped ones
     "robin": {"stage": 2, "round_robin_gradients": True},
@@ -77,7 +77,7 @@ def train(engine, ranks, config, steps, spoil=()):
             first = (number * ranks.size + ranks.rank) * micro
             part = slice(first, first + micro)
             total += engine.forward_backward(images[part] * (1e18 if step in spoil else 1), noise[part]) / accumulation
-            engine.step(SCHEDULE.lr(step), want_norm=False)
+            engine.step(SCHEDULE.lr(step), return_norm=False)
         losses.append(ranks.all_reduce_sum(total[None] / ranks.size)[0])
     return losses
 
@@ -101,7 +101,7 @@ def check_weights(engine, folder):
 
     reader = ZeroReader(folder / DEEPSPEED_TAG)
     for name, p in engine.model.named_parameters():
-        with GatheredParameters([p], enabled=engine.stage == 3):
+        with GatheredParameters([p], enabled=engine.zero_stage == 3):
             assert torch.equal(p.detach(), reader[name].to(p.dtype)), name
     for name, buffer in engine.model.named_buffers():
         assert torch.equal(buffer, reader[name]), name
@@ -120,7 +120,7 @@ def check_padding(engine, ranks):
                 rest[part.offset : part.offset + part.stop - part.start] = 0
             assert not rest.any()
         held += [(part.name, part.start, part.stop) for part in slices]
-    if engine.stage:
+    if engine.zero_stage:
         held = sorted(itertools.chain(*ranks.all_gather(held)))
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.model.named_parameters()}
         for name, parts in itertools.groupby(held, key=lambda part: part[0]):
@@ -545,10 +545,10 @@ def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
     ],
 )
 def test_what_checkpoints_do_not_cover_is_refused_before_training(tmp_path, zero, message):
-    from scale_mae.engine.deepspeed import engine_json
+    from scale_mae.engine.deepspeed_config import build_deepspeed_config
 
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = Config.model_validate({"train": {"global_batch": 8, "micro_batch": 8}, "engine": {"deepspeed": str(path)}})
     with pytest.raises(ConfigError, match=message):
-        engine_json(config, 1)
+        build_deepspeed_config(config, 1)

@@ -79,7 +79,7 @@ def take_steps(engine, ranks, config, steps, bad=None):
             losses.append(engine.forward_backward(images[part], noise[part]).item())
             if hook:
                 hook.remove()
-            norm = engine.step(SCHEDULE.lr(step), want_norm=step == BAD and micro + 1 == accumulation)
+            norm = engine.step(SCHEDULE.lr(step), return_norm=step == BAD and micro + 1 == accumulation)
             if step == BAD and micro + 1 == accumulation:
                 losses.append(norm)
     return losses
@@ -100,7 +100,10 @@ def leave_out(settings, value, micro, folder):
             engine.save(folder / str(number), {"step": BAD})
             before, count = snapshot(engine), engine.skipped_steps
             norm = take_steps(engine, ranks, config, [BAD], bad=(micro, value))[-1]
-            unchanged, skipped = same(before, snapshot(engine)), (count, engine.skipped_steps, float(engine.skipped), norm)
+            unchanged, skipped = (
+                same(before, snapshot(engine)),
+                (count, engine.skipped_steps, float(engine.last_step_skipped), norm),
+            )
             after = take_steps(engine, ranks, config, range(BAD + 1, BAD + 3))
             clean = Engine(small_mae(), config, ranks)
             take_steps(clean, ranks, config, range(BAD))
@@ -143,12 +146,12 @@ def test_a_bad_gradient_changes_nothing_on_a_gpu(tmp_path, precision):
 
 
 def test_gradients_without_a_norm_are_refused(tmp_path):
-    from scale_mae.engine.deepspeed import engine_json
+    from scale_mae.engine.deepspeed_config import build_deepspeed_config
 
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}')
     with pytest.raises(ConfigError, match="compute_grad_norm=false would let bad gradients pass"):
-        engine_json(make_config(stage=str(path)), 1)
+        build_deepspeed_config(make_config(stage=str(path)), 1)
 
 
 # ---------------------------------------------------------------- spikes told from noise

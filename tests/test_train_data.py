@@ -115,10 +115,10 @@ def stop_at(config, step):
 
     original = Engine.step
 
-    def signal_then_step(self, lr, want_norm):
+    def signal_then_step(self, lr, return_norm):
         if self._engine.global_steps == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, lr, want_norm=want_norm)
+        return original(self, lr, return_norm=return_norm)
 
     Engine.step = signal_then_step
     return train(config)

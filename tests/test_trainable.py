@@ -65,7 +65,7 @@ def weights(engine):
 
     found = []
     for p in engine.model.parameters():
-        with GatheredParameters([p], enabled=engine.stage == 3):
+        with GatheredParameters([p], enabled=engine.zero_stage == 3):
             found.append(p.detach().clone())
     return found
 
@@ -89,11 +89,11 @@ def train(engine, ranks, config, steps, bad=None):
             engine.step(RATES[step])
         losses += ranks.all_reduce_sum(total[None] / ranks.size)
         for was, master in zip(average, copies(engine, ranks), strict=True):
-            was.copy_(was if engine.skipped else DECAY * was + (1 - DECAY) * master)
+            was.copy_(was if engine.last_step_skipped else DECAY * was + (1 - DECAY) * master)
         if config.optim.ema_decay and engine._engine.basic_optimizer.state:
             for now, expected in zip(copies(engine, ranks, "ema"), average, strict=True):
                 torch.testing.assert_close(now, expected, atol=1e-7, rtol=1e-6)
-                assert not engine.skipped or torch.equal(now, expected)
+                assert not engine.last_step_skipped or torch.equal(now, expected)
     return losses
 
 
@@ -107,7 +107,7 @@ def evaluate(engine, ranks):
 
     before, found = everything(), []
     for ema, fails in itertools.product((False, True), (False, True)):
-        with suppress(ZeroDivisionError), engine.evaluating(ema=ema):
+        with suppress(ZeroDivisionError), engine.evaluation_mode(ema=ema):
             assert not any(module.training for module in engine.model.modules())
             logits = engine.model(images).numpy()
             found += [] if fails else [logits]
@@ -310,7 +310,7 @@ def count_waits(folder):
             counts.append(waits.count)
         with (
             pytest.raises(ValueError, match=r"optim\.ema"),
-            build(make_config(folder, "zero2", ema=None), ranks).evaluating(True),
+            build(make_config(folder, "zero2", ema=None), ranks).evaluation_mode(True),
         ):
             pass
     return counts

@@ -175,8 +175,8 @@ def train_with_bad_weights(config, bad=4):
 
     original, steps = Engine.step, []
 
-    def step(self, lr, *, want_norm=False):
-        norm = original(self, lr, want_norm=want_norm)
+    def step(self, lr, *, return_norm=False):
+        norm = original(self, lr, return_norm=return_norm)
         steps.append(1)
         if len(steps) == bad and self.world.rank == 1:
             self.model.cls_token.data[..., 0] = float("inf")

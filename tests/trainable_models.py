@@ -23,10 +23,10 @@ class SmallClassifier(VisionTransformer):
             sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": CLASSES}
             super().__init__(**sizes, global_pool="avg", drop_path_rate=drop_path)
             nn.init.normal_(self.head.weight, std=0.1)  # else nothing below it has a gradient in the first step
-        self.scales, self.draws_random = scales or {}, drop_path > 0
+        self.scales, self.uses_rng = scales or {}, drop_path > 0
 
     @property
-    def recomputable(self):
+    def transformer_blocks(self):
         return list(self.blocks)
 
     def lr_scales(self):

@@ -51,7 +51,7 @@ def apply_activation_checkpointing(
     policy: str,
     every: int = TrainConfig().activation_checkpointing_every,
     *,
-    draws_random: bool = False,
+    uses_rng: bool = False,
 ) -> None:
     """Set the policy of transformer blocks, in place.
 
@@ -64,7 +64,7 @@ def apply_activation_checkpointing(
     Raises:
         ValueError: unknown policy.
     """
-    recomputed = partial(_recomputed, preserve_rng_state=draws_random)
+    recomputed = partial(_recomputed, preserve_rng_state=uses_rng)
     if policy == "full":
         for block in blocks:
             recomputed(block)

@@ -21,41 +21,11 @@ from scale_mae.checkpoint.store import DEEPSPEED_TAG
 from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
-from scale_mae.engine.ema import EMA, MovingAverage
-from scale_mae.engine.gradient_check import FiniteGuard
-from scale_mae.engine.optimizer import build_optimizer, parameter_groups, set_lr, states_kept
+from scale_mae.engine.deepspeed_config import build_deepspeed_config
+from scale_mae.engine.ema import EMA_KEY, WeightEMA
+from scale_mae.engine.optimizer import build_optimizer, optimizer_state_keys, parameter_groups, set_lr
+from scale_mae.engine.step_skipper import StepSkipper
 from scale_mae.engine.trainable import TrainableModule
-
-
-def engine_json(config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the sharding of ``engine.deepspeed``, the rest from Config.
-
-    Raises:
-        ConfigError: no such file, or one that asks for what checkpoints here do not cover.
-    """
-    content = config.deepspeed_json()
-    zero = content.get("zero_optimization")
-    for key, value in zero.items() if isinstance(zero, dict) else ():
-        nvme = isinstance(value, dict) and value.get("device") == "nvme"
-        if nvme or (key == "elastic_checkpoint" and value):
-            raise ConfigError(
-                f"engine.deepspeed={config.engine.deepspeed}: {key} {'on nvme ' if nvme else ''}is not supported; "
-                f"{'offload to cpu' if nvme else 'runs resume on any number of processes without it'}"
-            )
-        if key == "compute_grad_norm" and not value:
-            raise ConfigError(
-                f"engine.deepspeed={config.engine.deepspeed}: {key}=false would let bad gradients pass; leave it out"
-            )
-    return content | {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.accumulation(world_size),
-        # explicit, because leaving it out means clipping at 1.0 to DeepSpeed
-        "gradient_clipping": config.optim.clip_grad_norm or 0.0,
-        # FiniteGuard checks gradients without waiting for the accelerator, as DeepSpeed's own check of bf16 ones would
-        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
-        "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": 0},
-        "steps_per_print": None,
-    }
 
 
 class Engine:
@@ -67,7 +37,7 @@ class Engine:
         world: the processes.
 
     Attributes:
-        model: the same module, for use in :meth:`evaluating`; ZeRO-3 gathers weights where modules are called.
+        model: the same module, for use in :meth:`evaluation_mode`; ZeRO-3 gathers weights where modules are called.
 
     Raises:
         ConfigError: a precision that the device lacks, or a DeepSpeed file that it refuses.
@@ -80,12 +50,12 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # DeepSpeed would compile a shared-memory collective at every start on a CPU; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        blocks = model.recomputable
+        blocks = model.transformer_blocks
         apply_activation_checkpointing(
             blocks,
             config.train.activation_checkpointing,
             config.train.activation_checkpointing_every,
-            draws_random=model.draws_random,
+            uses_rng=model.uses_rng,
         )
         if config.engine.compile:
             for block in blocks:
@@ -98,7 +68,7 @@ class Engine:
                 self._engine, self._optimizer, _, _ = deepspeed.initialize(
                     model=self.model,
                     optimizer=build_optimizer(self.model, config.optim),
-                    config=engine_json(config, world.size),
+                    config=build_deepspeed_config(config, world.size),
                     dist_init_required=False,
                 )
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
@@ -109,21 +79,21 @@ class Engine:
         # plain PyTorch). It makes a trial step on zero gradients and leaves AdamW counting it, which spoils the bias
         # correction of the first real steps. And its step divides fp16 gradients by a loss scale that nothing multiplied
         # the loss by.
-        unsharded = self.stage == 0 and config.train.precision != "fp32"
+        unsharded = self.zero_stage == 0 and config.train.precision != "fp32"
         if unsharded:
             self._optimizer.optimizer.state.clear()
         self._scales_loss = unsharded and config.train.precision == "fp16"
         # Plain fp32 without ZeRO knows no norm of its own, and clips before AdamW is called: it is taken before.
-        self._plain = self.stage == 0 and config.train.precision == "fp32"
+        self._plain = self.zero_stage == 0 and config.train.precision == "fp32"
         self._own_norm = torch.zeros(())
         norm = (lambda: self._own_norm) if self._plain else (lambda: self._optimizer._global_grad_norm)
-        self._guard = FiniteGuard(self._engine.basic_optimizer, norm, world.device)
+        self._guard = StepSkipper(self._engine.basic_optimizer, norm, world.device)
         if config.optim.ema_decay:
-            MovingAverage(self._engine.basic_optimizer, config.optim.ema_decay)
+            WeightEMA(self._engine.basic_optimizer, config.optim.ema_decay)
         resume.clear_padding(self._engine, world.rank)
 
     @property
-    def stage(self) -> int:
+    def zero_stage(self) -> int:
         """ZeRO stage."""
         return int(self._engine.zero_optimization_stage())
 
@@ -133,7 +103,7 @@ class Engine:
         return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
 
     @property
-    def skipped(self) -> Tensor:
+    def last_step_skipped(self) -> Tensor:
         """1 when the last step had gradients that were not finite and was left out, else 0; a float on the device."""
         return self._guard.skipped
 
@@ -148,7 +118,7 @@ class Engine:
         self._engine.backward(loss * self.loss_scale if self._scales_loss else loss)
         return loss.detach()
 
-    def step(self, lr: float, *, want_norm: bool = False) -> float | None:
+    def step(self, lr: float, *, return_norm: bool = False) -> float | None:
         """After each micro-batch: DeepSpeed applies the update when the last one of the batch is in, unless gradients are not
         finite.
 
@@ -165,13 +135,13 @@ class Engine:
         self._engine.step()
         if last:
             self._guard.stepped(bool(getattr(self._optimizer, "overflow", False)))
-        if not want_norm:
+        if not return_norm:
             return None
         norm = float(self._own_norm if self._plain else self._engine.get_global_grad_norm())
         return norm / scale if 0 <= norm < float("inf") else None
 
     @contextmanager
-    def evaluating(self, ema: bool = False) -> Iterator[None]:
+    def evaluation_mode(self, ema: bool = False) -> Iterator[None]:
         """``model`` in evaluation mode, without gradients, between two steps. All processes enter and leave it.
 
         Args:
@@ -188,8 +158,8 @@ class Engine:
             self.model.eval()
             if ema:
                 # values change places, so that no memory is taken and what DeepSpeed points to stays where it is
-                resume.exchange(self._engine, self.world.rank, EMA)
-                back.callback(resume.exchange, self._engine, self.world.rank, EMA)
+                resume.exchange(self._engine, self.world.rank, EMA_KEY)
+                back.callback(resume.exchange, self._engine, self.world.rank, EMA_KEY)
             yield
 
     def weights_are_finite(self) -> bool:
@@ -250,7 +220,7 @@ class Engine:
         Raises:
             CheckpointError: it cannot be read, or is not of this model; raised on all processes.
         """
-        engine, rank, keys = self._engine, self.world.rank, states_kept(self.config.optim)
+        engine, rank, keys = self._engine, self.world.rank, optimizer_state_keys(self.config.optim)
         reader = self.world.run_on_all(lambda: resume.open_for(engine, folder / DEEPSPEED_TAG, keys))
         self.world.run_on_all(lambda: resume.fill(engine, reader, rank, keys))
         resume.publish(engine, rank)

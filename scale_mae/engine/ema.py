@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-EMA = "ema"  # its name in the optimizer's state
+EMA_KEY = "ema"  # its name in the optimizer's state
 
 
-class MovingAverage:
+class WeightEMA:
     """After every update ``ema = decay * ema + (1 - decay) * weight``, from the weights before the first one.
 
     Args:
@@ -37,8 +37,8 @@ class MovingAverage:
         for p in _updated(optimizer):
             state = optimizer.state[p]
             if p in self._first:
-                state[EMA] = self._first.pop(p)
-            state[EMA].lerp_(p.detach(), (1 - self._decay) * (1 - optimizer.found_inf))
+                state[EMA_KEY] = self._first.pop(p)
+            state[EMA_KEY].lerp_(p.detach(), (1 - self._decay) * (1 - optimizer.found_inf))
 
 
 def _updated(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -1,29 +1,27 @@
-"""The optimizer: which parameters decay, which learn slower, and the learning rate as a pure function of the step."""
+"""The optimizer: AdamW or LARS over groups of parameters, which differ in weight decay and learning-rate multiplier."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from scale_mae.config import Config, UserError
 from scale_mae.config.sections import OptimConfig
-from scale_mae.engine.ema import EMA
+from scale_mae.engine.ema import EMA_KEY
 from scale_mae.engine.lars import LARS, MOMENTUM
 from scale_mae.engine.trainable import TrainableModule
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter has weight decay: all but biases and one-dimensional ones. Tokens, three-dimensional, decay,
     as in the reference."""
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that are updated alike.
 
     Attributes:
@@ -37,7 +35,7 @@ class Group:
     lr_scale: float
 
 
-def parameter_groups(model: TrainableModule, config: OptimConfig) -> list[Group]:
+def parameter_groups(model: TrainableModule, config: OptimConfig) -> list[ParameterGroup]:
     """Groups without weight decay, then those with it; of each kind, by multiple of the learning rate, in the model's order.
 
     A multiple is ``layer_decay`` to the power of the layers above (Bao et al. 2022, BEiT), times the model's own ``lr_scales``.
@@ -49,10 +47,10 @@ def parameter_groups(model: TrainableModule, config: OptimConfig) -> list[Group]
     for name, parameter in model.named_parameters():
         above = depth + 1 - _layer(name, depth)
         scale = config.layer_decay**above * scales.get(name, 1.0)
-        decaying = decays(name, parameter) and name not in exempt
+        decaying = has_weight_decay(name, parameter) and name not in exempt
         found[decaying].setdefault(scale, []).append(name)
     return [
-        Group(names, config.weight_decay if decaying else 0.0, scale)
+        ParameterGroup(names, config.weight_decay if decaying else 0.0, scale)
         for decaying, by_scale in found.items()
         for scale, names in by_scale.items()
     ]
@@ -89,52 +87,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def states_kept(config: OptimConfig) -> tuple[str, ...]:
+def optimizer_state_keys(config: OptimConfig) -> tuple[str, ...]:
     """Names of the tensors, as large as the parameters, that the optimizer keeps beside them."""
     moments = (MOMENTUM,) if config.name == "lars" else ("exp_avg", "exp_avg_sq")
-    return (*moments, EMA) if config.ema_decay else moments
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up from exactly 0, then half a cosine to ``min_lr``, per step.
-
-    Attributes:
-        peak_lr: learning rate at the end of the warm-up.
-        min_lr: at the end of the schedule.
-        warmup_steps: length of the warm-up.
-        total_steps: length of the schedule, warm-up included.
-    """
-
-    peak_lr: float
-    min_lr: float
-    warmup_steps: int
-    total_steps: int
-
-    def lr(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
-        if step < self.warmup_steps:
-            return self.peak_lr * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_schedule(config: Config, dataset_size: int) -> Schedule:
-    """Learning-rate schedule in steps.
-
-    Raises:
-        UserError: a length of zero, or a warm-up longer than the run.
-    """
-    total = config.steps(config.train.duration, dataset_size)
-    lengths = {"checkpoint.interval": config.checkpoint.interval, "classify.eval_interval": config.classify.eval_interval}
-    if config.checkpoint.keep_interval:
-        lengths["checkpoint.keep_interval"] = config.checkpoint.keep_interval
-    for key, length in {"train.duration": config.train.duration, **lengths}.items():
-        if config.steps(length, dataset_size) < 1:
-            raise UserError(f"{key} is no step at all; give at least '1 steps'")
-    warmup = config.steps(config.optim.warmup, dataset_size)
-    if warmup > total:
-        raise UserError(
-            f"optim.warmup={config.optim.warmup} is {warmup} steps, more than train.duration={config.train.duration}, {total}"
-        )
-    return Schedule(config.peak_lr, config.optim.min_lr, warmup, total)
+    return (*moments, EMA_KEY) if config.ema_decay else moments

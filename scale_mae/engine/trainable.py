@@ -25,11 +25,11 @@ class TrainableModule(Protocol):
     training: bool
 
     @property
-    def recomputable(self) -> list[nn.Module]:
+    def transformer_blocks(self) -> list[nn.Module]:
         """See the class."""
 
     @property
-    def draws_random(self) -> bool:
+    def uses_rng(self) -> bool:
         """See the class."""
 
     def no_weight_decay(self) -> set[str]:

@@ -135,12 +135,12 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         self.head, self.rates = Probes(self.embed_dim, self.num_classes, len(rates)), tuple(rates)
 
     @property
-    def recomputable(self) -> list[nn.Module]:
+    def transformer_blocks(self) -> list[nn.Module]:
         """Blocks whose activations the backward pass needs."""
         return [block for block in self.blocks if any(True for _ in block.parameters())]
 
     @property
-    def draws_random(self) -> bool:
+    def uses_rng(self) -> bool:
         """Whether the forward pass of a block draws random numbers."""
         return self.drop_path > 0
 

@@ -50,7 +50,7 @@ class MAE(nn.Module):
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
-    draws_random = False  # no dropout, no stochastic depth
+    uses_rng = False  # no dropout, no stochastic depth
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class MAE(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
-    def recomputable(self) -> list[nn.Module]:
+    def transformer_blocks(self) -> list[nn.Module]:
         """The transformer blocks in the order in which they run."""
         return [*self.blocks, *self.decoder_blocks]
 

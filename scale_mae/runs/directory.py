@@ -89,7 +89,7 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
 
         def progress(done: int, total: int) -> None:
             if stop.reason:
-                raise StoppedError(f"stopped by {stop.received} while building {path}; the same command goes on with it")
+                raise StoppedError(f"stopped by {stop.reason} while building {path}; the same command goes on with it")
             if time.perf_counter() - began > QUICK:
                 bar.move(done, total)
 

@@ -61,7 +61,7 @@ class ClassificationTask:
         labels = torch.from_numpy(self._labels[batch.samples].astype(np.int64))
         if images_B3HW.is_cuda:
             labels = labels.pin_memory()
-        if self.model.draws_random:
+        if self.model.uses_rng:
             torch.manual_seed(batch.seed)  # of drop path
         return self._mixing(images_B3HW, labels.to(images_B3HW.device, non_blocking=True), batch.seed)
 
@@ -120,7 +120,7 @@ class ClassificationTask:
         config, val = self._config, self._val
         assert val is not None
         side, device = config.model.image_size[0], self._world.device
-        with engine.evaluating(ema=ema):
+        with engine.evaluation_mode(ema=ema):
 
             def logits(images_BHW3: Tensor) -> Tensor:
                 images = normalise(images_BHW3.to(device), config.data.mean, config.data.std)

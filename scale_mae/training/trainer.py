@@ -25,7 +25,7 @@ from scale_mae.distributed.process_group import World
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import Vote
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.engine.optimizer import build_schedule
+from scale_mae.engine.schedule import build_schedule
 from scale_mae.metrics.sinks import to_stderr
 from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
 from scale_mae.system.files import checkpoint_bytes
@@ -93,8 +93,8 @@ class Trainer:
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
-        nbytes, main_only_nbytes = checkpoint_bytes(parameters, config.train.precision, self.engine.stage)
-        sizes = {"zero_stage": self.engine.stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
+        nbytes, main_only_nbytes = checkpoint_bytes(parameters, config.train.precision, self.engine.zero_stage)
+        sizes = {"zero_stage": self.engine.zero_stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
         keep_every = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
         self.saver = Saver(self.dir, config, world, **sizes, keep_every=keep_every, failures=failed_saves)
         self.pace = StopTimeEstimator(16 * parameters, recent_saves)
@@ -111,10 +111,10 @@ class Trainer:
         self.watch, self.log = instruments.watch, instruments.log
         told = (instruments, world, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
         self.teller = MetricsLogger(*told, self.engine.skipped_steps, self.recovery.rollbacks)
-        self.teller.record("start", step=self.step, **start_facts(instruments, world, self.engine.stage, versions()))
+        self.teller.record("start", step=self.step, **start_facts(instruments, world, self.engine.zero_stage, versions()))
         notes.append(
             f"{self.task.what}, on {len(index)} images, {world.size} processes on {world.device.type}, "
-            f"{config.train.precision}, ZeRO-{self.engine.stage}, data.decoder={chosen} ({why}): "
+            f"{config.train.precision}, ZeRO-{self.engine.zero_stage}, data.decoder={chosen} ({why}): "
             f"steps {self.step} to {self.schedule.total_steps} of {config.train.global_batch} images "
             f"({accumulation} x {config.train.micro_batch} a process), "
             f"peak learning rate {config.peak_lr:.3g}; run directory {self.dir}"
@@ -150,7 +150,7 @@ class Trainer:
             self.teller.saves()
             self.teller.rest()
             if self.stop.reason or vote is Vote.STOP:
-                stopped = f"stopped by {self.stop.received or 'a signal on another process'} after step {self.step}"
+                stopped = f"stopped by {self.stop.reason or 'a signal on another process'} after step {self.step}"
                 self.log.say(stopped)
             if self.saver.error:
                 raise self.saver.error
@@ -199,11 +199,11 @@ class Trainer:
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
             self.watch.lap("backward")
-            norm = self.engine.step(lr, want_norm=logged and micro_step + 1 == accumulation)
+            norm = self.engine.step(lr, return_norm=logged and micro_step + 1 == accumulation)
             self.watch.lap("optimizer")
             feed.advance()
         self.step += 1
-        self.recovery.add(self.step, loss, self.engine.skipped)
+        self.recovery.add(self.step, loss, self.engine.last_step_skipped)
         self.watchdog.beat()
         self.watch.stepped()
         if self.task.due(self.step, self.schedule.total_steps):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-class FiniteGuard:
+class StepSkipper:
     """Stands between DeepSpeed and the optimizer.
 
     Args:

@@ -93,15 +93,15 @@ class Training:
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(LOG_EVERY):
             if measured:
-                self.watch.lap("vote")
+                self.watch.mark("vote")
             loss = self.engine.forward_backward(images, noise)
             if measured:
-                self.watch.lap("backward")
+                self.watch.mark("backward")
             self.engine.step(1e-5)
             if measured:
-                self.watch.lap("optimizer")
-                self.watch.lap("data")
-                self.watch.stepped()
+                self.watch.mark("optimizer")
+                self.watch.mark("data")
+                self.watch.end_step()
         if measured:
             self.log(float(loss))
         return {"wall_s": (time.perf_counter() - wall) / LOG_EVERY, "cpu_s": (time.process_time() - cpu) / LOG_EVERY}
@@ -119,10 +119,10 @@ def time_laps(device: torch.device, repeats: int) -> float:
         began = time.thread_time()
         for _ in range(LOG_EVERY):
             for name in ("vote", "forward", "backward", "optimizer", "data"):
-                watch.lap(name)
-            watch.stepped()
+                watch.mark(name)
+            watch.end_step()
         samples.append((time.thread_time() - began) / LOG_EVERY)
-        watch.read()
+        watch.read_steps()
     return median(samples)
 
 
@@ -132,8 +132,8 @@ def time_log_steps(training: Training, repeats: int) -> tuple[float, float]:
     for _ in range(repeats):
         for _ in range(LOG_EVERY):
             for name in ("vote", "forward", "backward", "optimizer", "data"):
-                training.watch.lap(name)
-            training.watch.stepped()
+                training.watch.mark(name)
+            training.watch.end_step()
         began, busy = time.perf_counter(), time.thread_time()
         training.log(1.0)
         wall.append(time.perf_counter() - began)

@@ -313,11 +313,11 @@ def test_a_missing_part_is_named(run_dir):
 def train_huge(config):
     """Two steps of ViT-H/14; the peak memory of this rank in GiB."""
     from scale_mae import pretrain
-    from scale_mae.metrics.meter import peak_memory
+    from scale_mae.metrics.calculator import peak_memory_bytes
 
     torch.set_num_threads(1)
     result = pretrain(config)
-    return result.step, peak_memory() / 2**30
+    return result.step, peak_memory_bytes() / 2**30
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from test_trainer import log, make_config, train, train_until
 
 from scale_mae.metrics.counters import Counters
 from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, RunInfo
-from scale_mae.metrics.hardware import REASONS, Gpu
+from scale_mae.metrics.hardware import THROTTLE_REASONS, GpuReading
 from scale_mae.metrics.node import Node
 from scale_mae.metrics.sinks import Log
 from scale_mae.metrics.step_timer import StepTimer
@@ -111,8 +111,8 @@ def test_a_scrape_has_the_values_of_the_log_line(two):
     for name in COUNTERS:
         assert value(series, f"{name}_total") == line[keys.get(name, name)], name
     for which in ("slowest", "fastest"):
-        assert value(series, "rank_seconds", which=which) == line[f"rank_{which}_s"]
-        assert value(series, "rank_number", which=which) == line[f"rank_{which}"]
+        assert value(series, "rank_seconds", which=which) == line[f"{which}_rank_s"]
+        assert value(series, "rank_number", which=which) == line[f"{which}_rank"]
     assert value(series, "memory_bytes", kind="host_rss") == line["host_rss_gib"] * 2**30
     assert value(series, "checkpoint_timestamp_seconds") == pytest.approx(line["time"] - line["checkpoint_age_s"])
     assert value(series, "estimated_end_timestamp_seconds") == pytest.approx(line["time"] + line["eta_s"])
@@ -249,7 +249,7 @@ class TwoGpus:
     """In NVML's place, which this machine may not have."""
 
     def read(self, number):
-        return Gpu(number, 300.5 + number, None if number else 61.0, frozenset({"power_cap"}) if number == 0 else None)
+        return GpuReading(number, 300.5 + number, None if number else 61.0, frozenset({"power_cap"}) if number == 0 else None)
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_gpus_of_the_node_have_what_nvml_says_and_no_more(make_exporter):
     assert value(series, "gpu_power_watts", gpu="3") == 303.5
     assert [dict(labels)["gpu"] for name, labels in series if name == "scale_mae_gpu_temperature_celsius"] == ["0"]
     held = {dict(labels)["reason"]: v for (name, labels), v in series.items() if name == "scale_mae_gpu_throttled"}
-    assert held == {reason: float(reason == "power_cap") for reason in REASONS.values()}
+    assert held == {reason: float(reason == "power_cap") for reason in THROTTLE_REASONS.values()}
     assert value(series, "gpu_energy_joules_total", gpu="0") == 7
     assert len([name for name, _ in series if name == "scale_mae_gpu_energy_joules_total"]) == 1
 
@@ -301,7 +301,7 @@ def test_other_nodes_serve_their_own_hardware_only(make_exporter):
 def test_a_loss_that_is_not_finite_is_served_as_nan(make_exporter):
     exporter = make_exporter()
     assert ("scale_mae_loss", ()) not in scrape(f"127.0.0.1:{exporter.port}")
-    exporter.metrics({"step": 3, "total_steps": 3, "loss": None, "energy_j": 50.0, "images_processed": 100})
+    exporter.write_metrics({"step": 3, "total_steps": 3, "loss": None, "energy_j": 50.0, "images_processed": 100})
     series = scrape(f"127.0.0.1:{exporter.port}")
     assert math.isnan(value(series, "loss"))
     assert value(series, "finished") == 1

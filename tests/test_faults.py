@@ -572,12 +572,12 @@ def test_logs_go_on_after_a_full_disk_and_count_the_checkpoints_it_cost(tmp_path
 
 
 def test_a_line_that_a_crash_cut_short_is_ended_before_the_next(tmp_path):
-    from scale_mae.metrics.sinks import JsonSink
+    from scale_mae.metrics.sinks import JsonLinesSink
 
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
     for step in (2, 3):
-        sink = JsonSink(tmp_path / "log.jsonl")
-        sink.metrics({"step": step})
+        sink = JsonLinesSink(tmp_path / "log.jsonl")
+        sink.write_metrics({"step": step})
         sink.close()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
 

@@ -45,7 +45,7 @@ def step_without_waiting(stage):
     with process_group() as ranks:
         engine = Engine(small_mae(), make_config(stage, "bf16"), ranks)
         watch = StepTimer(ranks.device)
-        engine.model.register_forward_hook(watch.after_forward)
+        engine.model.register_forward_hook(watch.mark_forward)
         images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8).pin_memory()
         noise = torch.rand(8, 16).pin_memory()
         for step in range(4):
@@ -53,12 +53,12 @@ def step_without_waiting(stage):
                 torch.cuda.set_sync_debug_mode("error")
             on_device = normalise(images.to(ranks.device, non_blocking=True), (0.5,) * 3, (0.25,) * 3)
             engine.forward_backward(on_device, noise.to(ranks.device, non_blocking=True))
-            watch.lap("backward")
+            watch.mark("backward")
             engine.step(1e-3)
-            watch.lap("optimizer")
-            watch.stepped()
+            watch.mark("optimizer")
+            watch.end_step()
         torch.cuda.set_sync_debug_mode("default")
-        return watch.read()
+        return watch.read_steps()
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])

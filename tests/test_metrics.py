@@ -12,12 +12,12 @@ from test_engine import batch, small_mae
 from scale_mae.config import UserError, load_config
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing, recomputed_flops
 from scale_mae.metrics import counters, trackers
-from scale_mae.metrics.counters import Counters, restore
-from scale_mae.metrics.hardware import PEAKS, Gpu, Memory, Nvml, peak_flops
-from scale_mae.metrics.meter import SMOOTHING, Meter, ProcessStats, own_seconds
+from scale_mae.metrics.calculator import SMOOTHING, MetricsCalculator, ProcessStats, local_seconds
+from scale_mae.metrics.counters import Counters, restore_counters
+from scale_mae.metrics.hardware import PEAK_TFLOPS, GpuReading, MemoryUsage, Nvml, peak_flops
 from scale_mae.metrics.node import run_id
 from scale_mae.metrics.sinks import Log
-from scale_mae.metrics.step_timer import StepTimer, phases
+from scale_mae.metrics.step_timer import StepTimer, group_phases
 from scale_mae.metrics.trackers import Tracker, build_trackers, check_packages
 
 CPU = torch.device("cpu")
@@ -28,20 +28,20 @@ def test_laps_name_all_of_the_time():
     watch = StepTimer(CPU)
     for name, seconds in {"data": 0.02, "forward": 0.03, "checkpoint": 0.04}.items():
         time.sleep(seconds)
-        watch.lap(name)
-    watch.stepped()
-    watch.lap("vote")
-    (laps,) = watch.read()
+        watch.mark(name)
+    watch.end_step()
+    watch.mark("vote")
+    (laps,) = watch.read_steps()
     assert sum(laps.values()) == pytest.approx(time.perf_counter() - began, abs=0.01)
-    parts = phases(laps)
+    parts = group_phases(laps)
     assert parts["data_loading"] >= 0.02
     assert parts["forward_backward"] >= 0.03
     assert parts["checkpoint"] >= 0.04
     assert parts["step"] == pytest.approx(sum(laps.values()) - parts["checkpoint"])
-    assert own_seconds([laps]) == laps["data"] + laps["forward"]
-    watch.stepped()
-    assert watch.read()[0].keys() == {"vote", "other"}  # a lap before the reading is not lost
-    assert watch.read() == []
+    assert local_seconds([laps]) == laps["data"] + laps["forward"]
+    watch.end_step()
+    assert watch.read_steps()[0].keys() == {"vote", "other"}  # a lap before the reading is not lost
+    assert watch.read_steps() == []
 
 
 @pytest.mark.gpu
@@ -56,11 +56,11 @@ def test_laps_of_a_gpu_are_read_without_waiting_until_they_are_asked_for():
     for _ in range(50):
         for _ in range(20):
             a @ a
-        watch.lap("forward")
-        watch.stepped()
+        watch.mark("forward")
+        watch.end_step()
     queued = time.perf_counter() - began
     torch.cuda.set_sync_debug_mode("default")
-    laps = watch.read()
+    laps = watch.read_steps()
     total = time.perf_counter() - began
     assert len(laps) == 50
     assert queued < total / 2
@@ -71,15 +71,15 @@ def test_laps_of_a_gpu_are_read_without_waiting_until_they_are_asked_for():
 def test_laps_of_many_steps_are_bounded():
     watch = StepTimer(torch.device("cuda"))
     for _ in range(20_000):
-        watch.stepped()
+        watch.end_step()
     assert len(watch._pending) < 10_000
-    assert len(watch.read()) == 20_000
+    assert len(watch.read_steps()) == 20_000
 
 
 def test_counters_go_on_from_the_larger_of_file_and_checkpoint(tmp_path):
     told = Counters({"steps": 12, "step_seconds/step/0.5": 3, "checkpoints": 1})
     told.save(tmp_path)
-    found = restore(tmp_path, {"steps": 10, "checkpoints": 2, "decode_failures/damaged": 4}).values
+    found = restore_counters(tmp_path, {"steps": 10, "checkpoints": 2, "decode_failures/damaged": 4}).values
     assert found == {"steps": 12, "step_seconds/step/0.5": 3, "checkpoints": 2, "decode_failures/damaged": 4}
     assert [p.name for p in tmp_path.iterdir()] == [counters.FILE]
 
@@ -89,14 +89,14 @@ def test_counters_go_on_from_the_larger_of_file_and_checkpoint(tmp_path):
 )
 def test_a_damaged_file_of_counters_is_no_error(tmp_path, content):
     (tmp_path / counters.FILE).write_bytes(content)
-    assert restore(tmp_path, {"steps": 10}).values == {"steps": 10}
-    assert restore(tmp_path, None).values == {}
+    assert restore_counters(tmp_path, {"steps": 10}).values == {"steps": 10}
+    assert restore_counters(tmp_path, None).values == {}
 
 
 def test_a_total_that_falls_back_counts_on():
     found = Counters({"skipped_steps": 7})
     for total in (2, 3, 5, 1, 2):  # restored at 2; back to 1 by a rollback
-        found.follow("skipped_steps", total)
+        found.follow_total("skipped_steps", total)
     assert found["skipped_steps"] == 7 + 1 + 2 + 0 + 1
 
 
@@ -111,35 +111,35 @@ def test_a_histogram_is_cumulative_and_never_falls_when_merged(tmp_path):
     before = Counters(one.values)
     one.observe("step_seconds/step", 2)
     before.save(tmp_path)
-    merged = restore(tmp_path, one.values).histogram("step_seconds/step")[0]
+    merged = restore_counters(tmp_path, one.values).histogram("step_seconds/step")[0]
     assert all(new >= old for (_, new), (_, old) in zip(merged, buckets, strict=True))
 
 
 def vitals(own, rss=2**30):
-    return ProcessStats(own, Memory(None, None, rss), None)
+    return ProcessStats(own, MemoryUsage(None, None, rss), None)
 
 
-def read(meter, step, loss, laps=({"forward": 0.5, "checkpoint": 9.0},), told=None):
-    return meter.read(step, loss, 1e-3, 1.0, 1.0, laps, told or [vitals(0.5)])
+def read(calculator, step, loss, laps=({"forward": 0.5, "checkpoint": 9.0},), told=None):
+    return calculator.compute(step, loss, 1e-3, 1.0, 1.0, laps, told or [vitals(0.5)])
 
 
 def test_utilisation_is_the_share_of_the_peak():
-    meter = Meter(100, 1000, 2, 3_000_000, 1_000_000, 1000, peak=1e9)
-    line = read(meter, 10, 1.0)
+    calculator = MetricsCalculator(100, 1000, 2, 3_000_000, 1_000_000, 1000, peak=1e9)
+    line = read(calculator, 10, 1.0)
     assert line["step_time_s"] == 0.5
     assert line["images_per_s"] == 200
     assert line["mfu"] == pytest.approx(200 / 2 * 3e6 / 1e9)
     assert line["hfu"] == pytest.approx(200 / 2 * 4e6 / 1e9)
     assert line["checkpoint_s"] == 9
     assert line["eta_s"] == 990 * 0.5
-    unknown = read(Meter(100, 1000, 2, 3_000_000, 1_000_000, 1000), 10, 1.0)
+    unknown = read(MetricsCalculator(100, 1000, 2, 3_000_000, 1_000_000, 1000), 10, 1.0)
     assert unknown["mfu"] is unknown["hfu"] is None
 
 
 def test_the_smoothed_loss_depends_on_steps_not_on_log_lines():
-    often, seldom = (Meter(1, 1, 1, 1, 0, 1000) for _ in range(2))
-    for meter in (often, seldom):
-        read(meter, 0, 2.0)
+    often, seldom = (MetricsCalculator(1, 1, 1, 1, 0, 1000) for _ in range(2))
+    for calculator in (often, seldom):
+        read(calculator, 0, 2.0)
     for step in range(1, 101):
         every = read(often, step, 1.0)
     once = read(seldom, 100, 1.0)
@@ -148,16 +148,16 @@ def test_the_smoothed_loss_depends_on_steps_not_on_log_lines():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_null_and_spoils_no_average(bad):
-    meter = Meter(1, 1, 1, 1, 0, 1000)
-    read(meter, 1, 2.0)
-    line = read(meter, 2, bad)
+    calculator = MetricsCalculator(1, 1, 1, 1, 0, 1000)
+    read(calculator, 1, 2.0)
+    line = read(calculator, 2, bad)
     assert line["loss"] is None
     assert line["loss_smoothed"] == 2.0
     json.dumps(line, allow_nan=False)
 
 
 def test_the_slowest_and_fastest_rank_and_the_most_memory_are_named():
-    line = read(Meter(1, 1, 3, 1, 0, 10), 1, 1.0, told=(vitals(0.2), vitals(0.1, 3 * 2**30), vitals(0.4)))
+    line = read(MetricsCalculator(1, 1, 3, 1, 0, 10), 1, 1.0, told=(vitals(0.2), vitals(0.1, 3 * 2**30), vitals(0.4)))
     assert (line["slowest_rank"], line["slowest_rank_s"]) == (2, 0.4)
     assert (line["fastest_rank"], line["fastest_rank_s"]) == (1, 0.1)
     assert line["host_rss_gib"] == 3
@@ -216,29 +216,29 @@ def test_peaks_of_the_data_sheets(name, precision, teraflops):
 
 
 def test_no_peak_hides_another():
-    for name, *peaks in PEAKS:
+    for name, *peaks in PEAK_TFLOPS:
         for precision, peak in zip(("fp32", "bf16", "fp16"), peaks, strict=True):
             assert peak_flops(f"NVIDIA {name}", precision) == (None if peak is None else peak * 1e12), name
 
 
 def test_without_nvml_there_is_nothing_and_no_error():
     nvml = Nvml()
-    assert nvml.number(CPU) is None
-    assert nvml.energy(None) is None
-    assert nvml.read(999) == Gpu(999, None, None, None)
+    assert nvml.gpu_index(CPU) is None
+    assert nvml.energy_joules(None) is None
+    assert nvml.read(999) == GpuReading(999, None, None, None)
 
 
 @pytest.mark.gpu
 def test_nvml_reads_the_gpu_that_torch_uses():
     nvml = Nvml()
-    number = nvml.number(torch.device("cuda", 0))
+    number = nvml.gpu_index(torch.device("cuda", 0))
     gpu = nvml.read(number)
     assert 10 < gpu.power < 2000
     assert 5 < gpu.temperature < 110
     assert gpu.throttled is not None
-    before = nvml.energy(number)
+    before = nvml.energy_joules(number)
     time.sleep(1)
-    assert 5 < nvml.energy(number) - before < 2000
+    assert 5 < nvml.energy_joules(number) - before < 2000
 
 
 def test_a_run_keeps_its_name_and_a_copy_gets_another(tmp_path):
@@ -272,7 +272,7 @@ def track(name, run_dir, first, steps, more=lambda number: {}):
     config = load_config("debug", {"run.dir": str(run_dir), "log.trackers": [name]})
     with Log(build_trackers(config, "a-run", first)) as log:
         for number, step in enumerate(steps):
-            log.metrics(line(step, **more(number)))
+            log.write_metrics(line(step, **more(number)))
 
 
 def test_tensorboard_holds_what_was_logged_and_hides_what_a_crash_took_back(tmp_path):
@@ -359,7 +359,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line_before_training(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"log\.sinks=wandb needs .*scale-mae\[sinks\]"):
+    with pytest.raises(UserError, match=r"log\.trackers=wandb needs .*scale-mae\[sinks\]"):
         check_packages(("wandb",))
 
 
@@ -388,15 +388,15 @@ def test_a_tracker_that_fails_is_told_once_and_holds_up_nothing(tmp_path, monkey
     broken, seen = Broken(load_config("debug", {"run.dir": str(tmp_path)}), "a-run", 0), []
 
     class Good:
-        def say(self, message): ...
+        def write_message(self, message): ...
         def close(self, *, failed=False): ...
-        def metrics(self, metrics):
+        def write_metrics(self, metrics):
             seen.append(metrics["step"])
 
     began = time.monotonic()
     with Log([broken, Good()]) as log:
         for step in range(1, 6):
-            log.metrics(line(step))
+            log.write_metrics(line(step))
             time.sleep(0.05)
     assert time.monotonic() - began < 5
     assert seen == [1, 2, 3, 4, 5]

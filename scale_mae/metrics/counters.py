@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 FILE = "counters.json"
-EDGES = tuple(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 5))  # seconds; bounds of a histogram
+BUCKET_BOUNDS = tuple(
+    float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 5)
+)  # seconds; bounds of a histogram
 
 
 class Counters:
@@ -35,7 +37,7 @@ class Counters:
         """Count."""
         self.values[name] = self[name] + amount
 
-    def follow(self, name: str, total: float) -> None:
+    def follow_total(self, name: str, total: float) -> None:
         """Count what somebody else's ``total`` has grown by. The first one is where it began; one that falls begins anew."""
         if name not in self._seen:
             self.values[name] = max(self[name], total)
@@ -45,19 +47,19 @@ class Counters:
 
     def observe(self, name: str, seconds: float) -> None:
         """Count a value of a histogram; see :meth:`histogram`."""
-        edge = next((edge for edge in EDGES if seconds <= edge), math.inf)
+        edge = next((edge for edge in BUCKET_BOUNDS if seconds <= edge), math.inf)
         self.add(f"{name}/{edge:g}")
         self.add(f"{name}/sum", seconds)
 
     def histogram(self, name: str) -> tuple[list[tuple[str, float]], float]:
         """How many values were at most each bound, as Prometheus wants them, and the sum of all values."""
         buckets, total = [], 0.0
-        for edge in (*EDGES, math.inf):
+        for edge in (*BUCKET_BOUNDS, math.inf):
             total += self[f"{name}/{edge:g}"]
             buckets.append(("+Inf" if edge == math.inf else str(edge), total))
         return buckets, self[f"{name}/sum"]
 
-    def of(self, kind: str) -> dict[str, float]:
+    def by_label(self, kind: str) -> dict[str, float]:
         """Counts of a kind, by which."""
         return {name[len(kind) + 1 :]: value for name, value in self.values.items() if name.startswith(f"{kind}/")}
 
@@ -72,7 +74,7 @@ class Counters:
         os.replace(staging, run_dir / FILE)  # not flushed: a power cut takes us back to the checkpoint's
 
 
-def restore(run_dir: Path, saved: Mapping[str, Any] | None) -> Counters:
+def restore_counters(run_dir: Path, saved: Mapping[str, Any] | None) -> Counters:
     """Counters of a run: the larger of ``counters.json`` and what its checkpoint holds, count by count.
 
     Args:

@@ -21,11 +21,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from scale_mae.metrics.calculator import Metrics
 from scale_mae.metrics.counters import Counters
-from scale_mae.metrics.hardware import REASONS, Nvml
-from scale_mae.metrics.meter import Metrics
-from scale_mae.metrics.node import Node, address
-from scale_mae.metrics.step_timer import STILL, StepTimer
+from scale_mae.metrics.hardware import THROTTLE_REASONS, Nvml
+from scale_mae.metrics.node import Node, node_address
+from scale_mae.metrics.step_timer import PAUSE_PHASES, StepTimer
 
 GIB = 2**30
 GAUGES = {  # of the run: name -> (key of a log line, what it says)
@@ -59,7 +59,7 @@ COUNTERS = {  # of the run: name -> (count, what it says)
     "checkpoints": ("checkpoints", "Checkpoints written."),
     "checkpoint_failures": ("checkpoint_failures", "Checkpoints lost."),
 }
-HISTOGRAM = ("step", "data_loading", "forward_backward", "optimizer", *STILL)
+HISTOGRAM = ("step", "data_loading", "forward_backward", "optimizer", *PAUSE_PHASES)
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Exporter(Collector):
         """Where it is served."""
         return int(self._server.server_port)
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """Messages are not metrics."""
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """Serve these from now on."""
         self._take(metrics)
 
@@ -159,7 +159,7 @@ class Exporter(Collector):
         """Write the entry for Prometheus; take back those of nodes that the run no longer has and of others at this address."""
         number = str(self._node.number)
         labels = {"run": self._run.id, "node": number, "instance": f"{self._run.id}/node{number}"}
-        here = f"{address()}:{self.port}"
+        here = f"{node_address()}:{self.port}"
         content = json.dumps([{"targets": [here], "labels": labels}]) + "\n"
         try:
             self._entry.parent.mkdir(parents=True, exist_ok=True)
@@ -207,11 +207,11 @@ class Exporter(Collector):
                 for family, value in ((power, gpu.power), (heat, gpu.temperature)):
                     if value is not None:
                         family.add_metric([str(gpu.number)], value)
-                for reason in REASONS.values() if gpu.throttled is not None else ():
+                for reason in THROTTLE_REASONS.values() if gpu.throttled is not None else ():
                     held.add_metric([str(gpu.number), reason], float(reason in (gpu.throttled or ())))
         yield from (power, heat, held)
         energy = CounterMetricFamily("scale_mae_gpu_energy_joules", "Energy that the GPU used for this run.", labels=["gpu"])
-        for gpu_number, joules in counters.of(f"gpu_energy/{self._node.number}").items():
+        for gpu_number, joules in counters.by_label(f"gpu_energy/{self._node.number}").items():
             energy.add_metric([gpu_number], joules)
         yield energy
 
@@ -223,7 +223,7 @@ class Exporter(Collector):
         yield _gauge(
             "last_step_timestamp_seconds",
             "When the host was through with a step, or a part of an evaluation.",
-            value=self._watch.stepped_at,
+            value=self._watch.last_progress_time,
         )
         for name, (key, text) in GAUGES.items():
             value = metrics.get(key)
@@ -232,7 +232,7 @@ class Exporter(Collector):
         for name, (key, text) in COUNTERS.items():
             yield CounterMetricFamily(f"scale_mae_{name}", text, value=counters[key])
         failures = CounterMetricFamily("scale_mae_decode_failures", "Images that were replaced.", labels=["cause"])
-        for cause, number in counters.of("decode_failures").items():
+        for cause, number in counters.by_label("decode_failures").items():
             failures.add_metric([cause], number)
         yield failures
         histogram = HistogramMetricFamily(
@@ -267,7 +267,7 @@ def _derived(metrics: Metrics) -> Iterator[Metric]:
         _gauge("rank_number", "Which process that is.", "which"),
     )
     for which in ("slowest", "fastest"):
-        for family, key in ((seconds, f"rank_{which}_s"), (number, f"rank_{which}")):
+        for family, key in ((seconds, f"{which}_rank_s"), (number, f"{which}_rank")):
             if (value := metrics.get(key)) is not None:
                 family.add_metric([which], value)
     yield from (seconds, number)

@@ -12,7 +12,7 @@ import torch
 # unless it is told otherwise; fp16 and bf16 accumulate in fp32, which matters for GeForce. None: the device has no bf16.
 # Each group names its sources, NVIDIA's where nothing else is said. "Not confirmed": neither the source nor anybody who quotes
 # it could be read; the figure follows from the chip, or others reckon with it. The first match counts: longer names first.
-PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
+PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     # name, fp32, bf16, fp16
     # specifications of "HGX B300" and "HGX B200", a board's figures over its 8 GPUs, and of "GB200 NVL72", a rack's over 72. In
     # fp32 the "Blackwell Architecture Technical Brief" has 80 for B200, 90 for GB200 at 1,200 W; B100 is its, not confirmed
@@ -62,7 +62,7 @@ PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     ("RTX 3090", 35.6, 71.2, 71.2),
 )
 OTHERS = frozenset({"MIG", "Laptop", "SUPER", "D", "64GB"})  # a part of a GPU, or another one of a name that goes on
-REASONS = {  # bits of NVML's clocks-event reasons that mean that a GPU is held back, and how they are called
+THROTTLE_REASONS = {  # bits of NVML's clocks-event reasons that mean that a GPU is held back, and how they are called
     0x4: "power_cap",
     0x8: "hardware_slowdown",
     0x20: "software_thermal",
@@ -81,14 +81,14 @@ def peak_flops(name: str, precision: str) -> float | None:
     words = name.replace("-", " ").split()
     if OTHERS & set(words):
         return None
-    for part, *peaks in PEAKS:
+    for part, *peaks in PEAK_TFLOPS:
         if f" {part.replace('-', ' ')} " in f" {' '.join(words)} ":  # as words, so that an L4 is no L40S
             peak = peaks[("fp32", "bf16", "fp16").index(precision)]
             return None if peak is None else peak * 1e12
     return None
 
 
-class Memory(NamedTuple):
+class MemoryUsage(NamedTuple):
     """Bytes of a process: allocated on its GPU at most so far, reserved there by torch, resident on the host. No GPU: None."""
 
     allocated: int | None
@@ -96,23 +96,23 @@ class Memory(NamedTuple):
     host_rss: int
 
 
-def memory(device: torch.device) -> Memory:
+def memory_usage(device: torch.device) -> MemoryUsage:
     """Memory of this process."""
     rss = psutil.Process().memory_info().rss
     if device.type != "cuda":
-        return Memory(None, None, rss)
-    return Memory(torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device), rss)
+        return MemoryUsage(None, None, rss)
+    return MemoryUsage(torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device), rss)
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuReading:
     """What NVML says of a GPU. None: it does not say.
 
     Attributes:
         number: NVML's, which no ``CUDA_VISIBLE_DEVICES`` changes.
         power: watts.
         temperature: degrees Celsius.
-        throttled: which of :data:`REASONS` hold it back.
+        throttled: which of :data:`THROTTLE_REASONS` hold it back.
     """
 
     number: int
@@ -137,7 +137,7 @@ class Nvml:
         else:
             self._nvml = pynvml
 
-    def number(self, device: torch.device) -> int | None:
+    def gpu_index(self, device: torch.device) -> int | None:
         """NVML's number of a device of torch."""
         if self._nvml is None or device.type != "cuda":
             return None
@@ -145,19 +145,21 @@ class Nvml:
         index = self._ask(lambda nvml: nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")))
         return None if index is None else int(index)
 
-    def energy(self, number: int | None) -> float | None:
+    def energy_joules(self, number: int | None) -> float | None:
         """Joules since the driver was loaded."""
         millijoules = self._of(number, "nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
 
-    def read(self, number: int) -> Gpu:
+    def read(self, number: int) -> GpuReading:
         """What a GPU says now."""
         power, reasons = (
             self._of(number, "nvmlDeviceGetPowerUsage"),
             self._of(number, "nvmlDeviceGetCurrentClocksThrottleReasons"),
         )
-        held = None if reasons is None else frozenset(name for bit, name in REASONS.items() if int(reasons) & bit)
-        return Gpu(number, None if power is None else power / 1000, self._of(number, "nvmlDeviceGetTemperature", 0), held)
+        held = None if reasons is None else frozenset(name for bit, name in THROTTLE_REASONS.items() if int(reasons) & bit)
+        return GpuReading(
+            number, None if power is None else power / 1000, self._of(number, "nvmlDeviceGetTemperature", 0), held
+        )
 
     def _of(self, number: int | None, function: str, *arguments: Any) -> float | None:
         if number is None:

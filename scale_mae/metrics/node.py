@@ -13,8 +13,8 @@ from pathlib import Path
 
 from scale_mae.distributed.launcher import get_node_rank
 from scale_mae.distributed.process_group import World
+from scale_mae.metrics.calculator import Metrics
 from scale_mae.metrics.hardware import Nvml
-from scale_mae.metrics.meter import Metrics
 
 IDENTITY = "run.id"
 
@@ -32,29 +32,29 @@ class Node:
 
     number: int
     count: int
-    places: list[tuple[int, int | None]]
+    placements: list[tuple[int, int | None]]
     memory: Metrics = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[int]:
         """Processes of this node."""
-        return [rank for rank, (node, _) in enumerate(self.places) if node == self.number]
+        return [rank for rank, (node, _) in enumerate(self.placements) if node == self.number]
 
     @property
     def gpus(self) -> list[int]:
         """NVML's numbers of the GPUs that these use."""
-        return sorted({gpu for node, gpu in self.places if node == self.number and gpu is not None})
+        return sorted({gpu for node, gpu in self.placements if node == self.number and gpu is not None})
 
 
-def find_node(world: World, nvml: Nvml) -> Node:
+def detect_node(world: World, nvml: Nvml) -> Node:
     """This process's machine. All processes call it."""
-    found = world.all_gather((get_node_rank(), nvml.number(world.device)))
+    found = world.all_gather((get_node_rank(), nvml.gpu_index(world.device)))
     numbers = sorted({number for number, _ in found})
-    places = [(numbers.index(number), gpu) for number, gpu in found]
-    return Node(places[world.rank][0], len(numbers), places)
+    placements = [(numbers.index(number), gpu) for number, gpu in found]
+    return Node(placements[world.rank][0], len(numbers), placements)
 
 
-def address() -> str:
+def node_address() -> str:
     """A name or number by which other machines reach this one."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     with suppress(OSError):

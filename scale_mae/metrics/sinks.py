@@ -15,16 +15,16 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from scale_mae.metrics.meter import Metrics
+from scale_mae.metrics.calculator import Metrics
 
 
 class Sink(Protocol):
     """Takes messages and metrics somewhere."""
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """A message for people."""
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """The metrics of one log step."""
 
     def close(self, *, failed: bool = False) -> None:
@@ -42,16 +42,16 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self.say(f"stopped: {error}")
+            self.write_message(f"stopped: {error}")
         self._each(lambda sink: sink.close(failed=error is not None))
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """A message for people."""
-        self._each(lambda sink: sink.say(message))
+        self._each(lambda sink: sink.write_message(message))
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """The metrics of one log step."""
-        self._each(lambda sink: sink.metrics(metrics))
+        self._each(lambda sink: sink.write_metrics(metrics))
 
     def _each(self, action: Callable[[Sink], Any]) -> None:
         for sink in list(self._sinks):
@@ -59,16 +59,16 @@ class Log:
                 action(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                to_stderr(f"{type(sink).__name__} failed and is left out: {error}")
+                print_to_stderr(f"{type(sink).__name__} failed and is left out: {error}")
 
 
-def to_stderr(message: str) -> None:
+def print_to_stderr(message: str) -> None:
     """A line on standard error, if that can be written."""
     with suppress(OSError, ValueError):  # on a full disk, or closed
         print(message, file=sys.stderr, flush=True)
 
 
-class Lines:
+class LineWriter:
     """Lines appended to a file. A line that cannot be written is gone; the next one is tried again.
 
     Failures are told on standard error, once until it goes well again. A line that a full disk or a crash cut short is ended
@@ -85,11 +85,11 @@ class Lines:
             self._append(line.encode("utf-8", "backslashreplace") + b"\n")
         except OSError as error:
             if not self._lost:
-                to_stderr(f"{self._path}: cannot be written ({error.strerror}); lines are missing until it can be")
+                print_to_stderr(f"{self._path}: cannot be written ({error.strerror}); lines are missing until it can be")
             self._lost += 1
         else:
             if self._lost:
-                to_stderr(f"{self._path}: is written again; {self._lost} lines are missing")
+                print_to_stderr(f"{self._path}: is written again; {self._lost} lines are missing")
             self._lost = 0
 
     def _append(self, content: bytes) -> None:
@@ -123,20 +123,20 @@ class ConsoleSink:
             self._task = self._bar.add_task(f"step {first_step}/{total_steps}", total=total_steps, completed=first_step)
             self._bar.start()
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """Print above the bar."""
         if self._bar:
             self._bar.console.print(message, highlight=False, markup=False)
         else:
-            to_stderr(message)
+            print_to_stderr(message)
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """Move the bar, or print a line."""
-        line = describe(metrics, self._total)
+        line = format_metrics(metrics, self._total)
         if self._bar:
             self._bar.update(self._task, completed=float(metrics["step"] or 0), description=line)
         else:
-            to_stderr(line)
+            print_to_stderr(line)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the bar as it is."""
@@ -144,35 +144,35 @@ class ConsoleSink:
             self._bar.stop()
 
 
-class TextSink:
+class TextFileSink:
     """Plain lines with the time, appended to a file."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
-        self._lines, self._total = Lines(path), total_steps
+        self._lines, self._total = LineWriter(path), total_steps
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """Write a line."""
         self._lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """Write a line."""
-        self.say(describe(metrics, self._total))
+        self.write_message(format_metrics(metrics, self._total))
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file."""
         self._lines.close()
 
 
-class JsonSink:
+class JsonLinesSink:
     """One JSON object a log step, appended to a file. After a crash or a rollback steps appear twice; the later line counts."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = Lines(path)
+        self._lines = LineWriter(path)
 
-    def say(self, message: str) -> None:
+    def write_message(self, message: str) -> None:
         """Messages are not metrics."""
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """Write a line."""
         self._lines.append(json.dumps(metrics))
 
@@ -181,7 +181,7 @@ class JsonSink:
         self._lines.close()
 
 
-def describe(metrics: Metrics, total_steps: int) -> str:
+def format_metrics(metrics: Metrics, total_steps: int) -> str:
     """One line for people."""
     left = int(metrics["eta_s"] or 0)
     loss, norm = metrics["loss"], metrics["grad_norm"]
@@ -198,8 +198,8 @@ def build_log(run_dir: Path, total_steps: int, first_step: int, more: Sequence[S
     return Log(
         [
             ConsoleSink(total_steps, first_step),
-            TextSink(run_dir / "log.txt", total_steps),
-            JsonSink(run_dir / "log.jsonl"),
+            TextFileSink(run_dir / "log.txt", total_steps),
+            JsonLinesSink(run_dir / "log.jsonl"),
             *more,
         ]
     )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-PHASES: Mapping[str, tuple[str, ...]] = {
+PHASE_GROUPS: Mapping[str, tuple[str, ...]] = {
     "data_loading": ("data", "vote"),
     "forward_backward": ("forward", "backward"),
     "optimizer": ("optimizer",),
@@ -32,17 +32,17 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "evaluation": ("evaluation",),
     "other": ("other",),
 }
-STILL = ("checkpoint", "evaluation")  # training stands still in these phases; most steps have none of them
-OWN = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
+PAUSE_PHASES = ("checkpoint", "evaluation")  # training stands still in these phases; most steps have none of them
+LOCAL_PHASES = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
 PENDING = 4096  # events after which those that have come to pass are read early
 
 PhaseSeconds = dict[str, float]
 
 
-def phases(laps: PhaseSeconds) -> dict[str, float]:
+def group_phases(laps: PhaseSeconds) -> dict[str, float]:
     """Seconds of a step by phase; ``step`` is all but checkpoint and evaluation."""
-    found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASES.items()}
-    return {"step": sum(laps.values()) - sum(found[name] for name in STILL), **found}
+    found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASE_GROUPS.items()}
+    return {"step": sum(laps.values()) - sum(found[name] for name in PAUSE_PHASES), **found}
 
 
 class StepTimer:
@@ -56,7 +56,7 @@ class StepTimer:
             before the first one.
     """
 
-    stepped_at: float | None = None
+    last_progress_time: float | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"
@@ -64,41 +64,41 @@ class StepTimer:
         self._pending: deque[tuple[str, Any, bool]] = deque()
         self._steps: list[PhaseSeconds] = []
         self._laps: PhaseSeconds = defaultdict(float)
-        self._last = self._mark()
+        self._last = self._timestamp()
 
-    def lap(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         """The time since the last lap was that of ``name``."""
-        self._pending.append((name, self._mark(), False))
+        self._pending.append((name, self._timestamp(), False))
 
-    def after_forward(self, module: Module, *_: Any) -> None:
+    def mark_forward(self, module: Module, *_: Any) -> None:
         """A forward hook of the model, where the loop has no place for a lap. The passes of an evaluation are none."""
         if module.training:
-            self.lap("forward")
+            self.mark("forward")
 
-    def beat(self) -> None:
+    def record_progress(self) -> None:
         """The host gets on, though not with a step."""
-        self.stepped_at = time.time()
+        self.last_progress_time = time.time()
 
-    def stepped(self) -> None:
+    def end_step(self) -> None:
         """A step has ended; what was left of it was ``other``."""
-        self._pending.append(("other", self._mark(), True))
-        self.beat()
+        self._pending.append(("other", self._timestamp(), True))
+        self.record_progress()
         if len(self._pending) > PENDING:
             self._settle(wait=False)
 
-    def read(self) -> list[PhaseSeconds]:
+    def read_steps(self) -> list[PhaseSeconds]:
         """Seconds by name of each step that has ended since the last reading. This waits for the device."""
         self._settle(wait=True)
         steps, self._steps = self._steps, []
         return steps
 
-    def rest(self) -> PhaseSeconds:
+    def read_remainder(self) -> PhaseSeconds:
         """Seconds by name since the last step, when no other is to come. This waits for the device."""
         self._settle(wait=True)
-        rest, self._laps = dict(self._laps), defaultdict(float)
-        return rest
+        read_remainder, self._laps = dict(self._laps), defaultdict(float)
+        return read_remainder
 
-    def _mark(self) -> Any:
+    def _timestamp(self) -> Any:
         if not self._on_device:
             return time.perf_counter()
         event: Any = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

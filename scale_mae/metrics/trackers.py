@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.config import Config, UserError
-from scale_mae.metrics.meter import Metrics
+from scale_mae.metrics.calculator import Metrics
 from scale_mae.metrics.sinks import Sink
 
 BEHIND = 10_000  # log lines that may wait
@@ -75,7 +75,7 @@ class Tracker(Sink, ABC):
     def finish(self, *, finished: bool) -> None:
         """No more will come; ``finished``: the schedule is done."""
 
-    def metrics(self, metrics: Metrics) -> None:
+    def write_metrics(self, metrics: Metrics) -> None:
         """Hand over the metrics of one log step."""
         self._check()
         self._lines.put_nowait(metrics)

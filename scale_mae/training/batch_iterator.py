@@ -49,7 +49,7 @@ class BatchIterator:
         except Exception as problem:  # a fault of ours must not leave the others waiting either
             traceback.print_exc()
             self._problem, vote = DataError(f"a batch cannot be loaded ({type(problem).__name__}: {problem})"), Vote.FAILED
-        self._watch.lap("data")
+        self._watch.mark("data")
         self._ballot.cast(vote)
 
     def take(self) -> tuple[Batch, Vote]:
@@ -59,7 +59,7 @@ class BatchIterator:
             DataError: on every process, when any could not load its batch.
         """
         vote = self._ballot.count()
-        self._watch.lap("vote")
+        self._watch.mark("vote")
         if vote is Vote.FAILED:
             raise next(problem for problem in self._world.all_gather(self._problem) if problem)
         assert self._batch is not None  # the loop asks for no more than the loader has

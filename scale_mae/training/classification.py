@@ -27,7 +27,7 @@ from scale_mae.evaluation.accuracy import Score, scores
 from scale_mae.evaluation.datasets import Part, parts_of
 from scale_mae.evaluation.image_loader import central_view
 from scale_mae.evaluation.results import Result, content_digest, made_by
-from scale_mae.metrics.meter import Metrics
+from scale_mae.metrics.calculator import Metrics
 from scale_mae.weights.classifier_initialization import build_initial_classifier
 from scale_mae.weights.importing import read_weights
 from scale_mae.weights.metadata import recipe_of

@@ -14,10 +14,10 @@ from scale_mae.data.decoders import Decoder
 from scale_mae.data.failure_counter import DecodeFailure, FailureCounter
 from scale_mae.data.storage import Status
 from scale_mae.distributed.process_group import World
-from scale_mae.metrics.hardware import memory
-from scale_mae.metrics.meter import Metrics, ProcessStats, most_memory, own_seconds
-from scale_mae.metrics.sinks import to_stderr
-from scale_mae.metrics.step_timer import STILL, PhaseSeconds, phases
+from scale_mae.metrics.calculator import Metrics, ProcessStats, local_seconds, max_memory
+from scale_mae.metrics.hardware import memory_usage
+from scale_mae.metrics.sinks import print_to_stderr
+from scale_mae.metrics.step_timer import PAUSE_PHASES, PhaseSeconds, group_phases
 from scale_mae.runs import history
 from scale_mae.training.monitoring import Monitoring
 from scale_mae.training.time_limit import StopTimeEstimator
@@ -74,12 +74,12 @@ class MetricsLogger:
         self._instruments, self._world, self.decoder = instruments, world, decoder
         self.log, self.tally, self.saver, self.pace = instruments.log, tally, saver, pace
         self._save_every, self._newest = save_every, self._find(newest)
-        self._global_batch = instruments.meter.global_batch
+        self._global_batch = instruments.calculator.global_batch
         self._failures: list[DecodeFailure] = []
         self._failure_metrics: Metrics = {}
         self._judged: Metrics = {}  # the newest evaluation
         self._laps: list[PhaseSeconds] = []  # of steps since the last log line
-        self._energy = instruments.nvml.energy(instruments.gpu)
+        self._energy = instruments.nvml.energy_joules(instruments.gpu)
         self._lost: set[str] = set()  # files that could not be written, told once
         self._follow(skipped_steps, 0, rollbacks)
         self._persist()
@@ -97,7 +97,7 @@ class MetricsLogger:
             tally: as of then.
             decoder: a new one.
         """
-        self._instruments.meter.restore(state)
+        self._instruments.calculator.restore(state)
         decoder.fallbacks = self.decoder.fallbacks
         self._newest, self.tally, self.decoder = self._find(checkpoint), tally, decoder
 
@@ -121,16 +121,16 @@ class MetricsLogger:
             self.pace.saved(saved.seconds)
             stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
-            self.log.say(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
+            self.log.write_message(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
             for note in saved.notes:
-                self.log.say(note)
+                self.log.write_message(note)
             self._saved(saved)
             self._persist()  # what a kill must not take back
 
     def step(
         self, step: int, loss: float, lr: float, norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
     ) -> None:
-        """The metrics of a log step; see :meth:`scale_mae.metrics.meter.Meter.read`. ``rollbacks``: times that the run has gone
+        """The metrics of a log step; see :meth:`MetricsCalculator.compute`. ``rollbacks``: times that the run has gone
         back.
 
         Raises:
@@ -141,23 +141,23 @@ class MetricsLogger:
         failures, vitals = self._gather(step, self._vitals(laps))
         self.saves()
         self._follow(skipped_steps, int(self._failure_metrics["decoder_fallbacks"] or 0), rollbacks)
-        metrics = instruments.meter.read(step, loss, lr, norm, loss_scale, laps, vitals)
+        metrics = instruments.calculator.compute(step, loss, lr, norm, loss_scale, laps, vitals)
         metrics |= self._failure_metrics | self._checkpoint_metrics(metrics) | self._counted(vitals) | self._judged
-        instruments.node.memory = most_memory([vitals[rank].memory for rank in instruments.node.ranks])
+        instruments.node.memory = max_memory([vitals[rank].memory for rank in instruments.node.ranks])
         self._persist()
-        self.log.metrics(metrics)
+        self.log.write_metrics(metrics)
         self.tally.check(step * self._global_batch, failures)
 
     def judged(self, step: int, metrics: Metrics, lines: Sequence[str]) -> None:
         """The model was evaluated: told to people and to the history now, and with every log line from now on."""
         self._judged = metrics
         for line in lines:
-            self.log.say(line)
+            self.log.write_message(line)
         self.record("evaluation", step=step, **{name: value for name, value in metrics.items() if name != "val_step"})
 
     def not_judged(self, step: int, why: str) -> None:
         """An evaluation failed."""
-        self.log.say(f"step {step}: not evaluated, training goes on: {why}")
+        self.log.write_message(f"step {step}: not evaluated, training goes on: {why}")
         self.record("evaluation_failed", step=step, why=why)
 
     def record(self, event: str, **facts: Any) -> None:
@@ -167,7 +167,7 @@ class MetricsLogger:
 
     def rest(self) -> None:
         """Count what followed the last step. Of a run that ends in order: this waits for the device, which may have failed."""
-        self._observe(self._instruments.watch.rest(), STILL)
+        self._observe(self._instruments.watch.read_remainder(), PAUSE_PHASES)
 
     def end(self, step: int, reason: str) -> None:
         """The run stops here, whatever ended it."""
@@ -180,7 +180,7 @@ class MetricsLogger:
         self._failures = []
         failures = [failure for failures, _, _ in found for failure in failures]
         for failure in failures:
-            self.log.say(str(failure))
+            self.log.write_message(str(failure))
         self.tally.add(step * self._global_batch, failures)
         self._failure_metrics = {
             "decode_failures": sum(self.tally.causes.values()),
@@ -191,33 +191,33 @@ class MetricsLogger:
 
     def _count(self) -> list[PhaseSeconds]:
         """Laps of the steps since the last call, counted."""
-        laps, counters = self._instruments.watch.read(), self._instruments.counters
+        laps, counters = self._instruments.watch.read_steps(), self._instruments.counters
         counters.add("steps", len(laps))
         counters.add("images", len(laps) * self._global_batch)
         for step_laps in laps:
-            self._observe(step_laps, phases(step_laps))
+            self._observe(step_laps, group_phases(step_laps))
         return laps
 
     def _observe(self, laps: PhaseSeconds, wanted: Iterable[str]) -> None:
-        found = phases(laps)
+        found = group_phases(laps)
         for phase in wanted:
-            if found[phase] > 0 or phase not in STILL:
+            if found[phase] > 0 or phase not in PAUSE_PHASES:
                 self._instruments.counters.observe(f"step_seconds/{phase}", found[phase])
 
     def _vitals(self, laps: Sequence[PhaseSeconds]) -> ProcessStats:
-        before, self._energy = self._energy, self._instruments.nvml.energy(self._instruments.gpu)
+        before, self._energy = self._energy, self._instruments.nvml.energy_joules(self._instruments.gpu)
         used = None if before is None or self._energy is None else self._energy - before
-        return ProcessStats(own_seconds(laps), memory(self._world.device), used)
+        return ProcessStats(local_seconds(laps), memory_usage(self._world.device), used)
 
     def _follow(self, skipped_steps: int, fallbacks: int, rollbacks: int) -> None:
         counters = self._instruments.counters
-        counters.follow("skipped_steps", skipped_steps)
-        counters.follow("rollbacks", rollbacks)
-        counters.follow("decoder_fallbacks", fallbacks)
-        counters.follow("checkpoint_failures", self.saver.failures)
+        counters.follow_total("skipped_steps", skipped_steps)
+        counters.follow_total("rollbacks", rollbacks)
+        counters.follow_total("decoder_fallbacks", fallbacks)
+        counters.follow_total("checkpoint_failures", self.saver.failures)
         for cause in Status:
             if cause >= Status.EMPTY:
-                counters.follow(f"decode_failures/{cause.name.lower()}", self.tally.causes[cause])
+                counters.follow_total(f"decode_failures/{cause.name.lower()}", self.tally.causes[cause])
 
     def _checkpoint_metrics(self, metrics: Metrics) -> Metrics:
         newest, now = self._newest, metrics["time"] or 0
@@ -231,9 +231,9 @@ class MetricsLogger:
         }
 
     def _counted(self, vitals: Sequence[ProcessStats]) -> Metrics:
-        counters, places = self._instruments.counters, self._instruments.node.places
-        for place in set(places):
-            joules = vitals[places.index(place)].energy  # a GPU that processes share counts once
+        counters, placements = self._instruments.counters, self._instruments.node.placements
+        for place in set(placements):
+            joules = vitals[placements.index(place)].energy  # a GPU that processes share counts once
             if joules is not None:
                 counters.add(f"gpu_energy/{place[0]}/{place[1]}", max(0.0, joules))
         energy = [value for name, value in counters.values.items() if name.startswith("gpu_energy/")]
@@ -265,7 +265,7 @@ class MetricsLogger:
             action()
         except OSError as error:
             if name not in self._lost:
-                to_stderr(f"{self._instruments.run.dir / name}: cannot be written ({error.strerror})")
+                print_to_stderr(f"{self._instruments.run.dir / name}: cannot be written ({error.strerror})")
             self._lost.add(name)
         else:
             self._lost.discard(name)

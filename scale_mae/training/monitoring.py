@@ -16,12 +16,12 @@ from scale_mae.config import Config
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.activation_checkpointing import recomputed_flops
 from scale_mae.engine.trainable import TrainableModule
-from scale_mae.metrics.counters import Counters, restore
+from scale_mae.metrics.calculator import MetricsCalculator
+from scale_mae.metrics.counters import Counters, restore_counters
 from scale_mae.metrics.exporter import Exporter, RunInfo
 from scale_mae.metrics.hardware import Nvml, peak_flops
-from scale_mae.metrics.meter import Meter
-from scale_mae.metrics.node import Node, address, find_node, run_id
-from scale_mae.metrics.sinks import Log, Sink, build_log, to_stderr
+from scale_mae.metrics.node import Node, detect_node, node_address, run_id
+from scale_mae.metrics.sinks import Log, Sink, build_log, print_to_stderr
 from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.metrics.trackers import build_trackers
 
@@ -43,7 +43,7 @@ class Monitoring:
 
     run: RunInfo
     watch: StepTimer
-    meter: Meter
+    calculator: MetricsCalculator
     counters: Counters
     node: Node
     nvml: Nvml
@@ -54,8 +54,8 @@ class Monitoring:
         """What a checkpoint keeps."""
         return {
             "counters": dict(self.counters.values),
-            "smoothed": self.meter.smoothed,
-            "smoothed_at": self.meter.smoothed_at,
+            "smoothed": self.calculator.smoothed,
+            "smoothed_at": self.calculator.smoothed_at,
         }
 
 
@@ -75,16 +75,16 @@ def build_monitoring(
     """
     run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
     name, counters = world.run_on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
-    node = find_node(world, nvml)
+    node = detect_node(world, nvml)
     watch = StepTimer(world.device)
-    model.register_forward_hook(watch.after_forward)
+    model.register_forward_hook(watch.mark_forward)
     flops = model.flops()
     recomputed = recomputed_flops(flops, config.train.activation_checkpointing, config.train.activation_checkpointing_every)
     peak = None
     if world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
-    meter = Meter(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
-    meter.restore(saved)
+    calculator = MetricsCalculator(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
+    calculator.restore(saved)
     run = RunInfo(name, run_dir, _facts(config, counters))
     sinks: list[Sink] = []
     problems: list[str] = []
@@ -99,8 +99,8 @@ def build_monitoring(
         sinks += build_trackers(config, name, step)
     log = build_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
     for problem in problems:
-        (log.say if world.is_main else to_stderr)(problem)
-    return Monitoring(run, watch, meter, counters, node, nvml, node.places[world.rank][1], log)
+        (log.write_message if world.is_main else print_to_stderr)(problem)
+    return Monitoring(run, watch, calculator, counters, node, nvml, node.placements[world.rank][1], log)
 
 
 def start_facts(instruments: Monitoring, world: World, zero_stage: int, versions: dict[str, str]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def start_facts(instruments: Monitoring, world: World, zero_stage: int, versions
         "world_size": world.size,
         "zero_stage": zero_stage,
         "device": device,
-        "host": address(),
+        "host": node_address(),
         "job_id": _job_id(),
         "versions": versions,
         "command": shlex.join(sys.orig_argv),
@@ -120,7 +120,7 @@ def start_facts(instruments: Monitoring, world: World, zero_stage: int, versions
 
 def _restarted(run_dir: Path, saved: dict[str, float] | None) -> Counters:
     """The run's counters, this start among them, if it is not the first."""
-    counters = restore(run_dir, saved)
+    counters = restore_counters(run_dir, saved)
     counters.add("restarts", 1 if counters.values else 0)
     return counters
 
@@ -132,7 +132,7 @@ def _facts(config: Config, counters: Counters) -> dict[str, str]:
         "version": __version__,
         "model": config.model.size,
         "target": config.model.target if config.run.task == "pretrain" else config.run.task,
-        "host": address(),
+        "host": node_address(),
     }
 
 

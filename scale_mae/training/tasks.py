@@ -14,7 +14,7 @@ from scale_mae.data.loader import Batch
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.trainable import TrainableModule
-from scale_mae.metrics.meter import Metrics
+from scale_mae.metrics.calculator import Metrics
 from scale_mae.weights.initialization import build_initial_model
 
 

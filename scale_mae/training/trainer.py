@@ -26,7 +26,7 @@ from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import Vote
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.schedule import build_schedule
-from scale_mae.metrics.sinks import to_stderr
+from scale_mae.metrics.sinks import print_to_stderr
 from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
 from scale_mae.system.files import checkpoint_bytes
 from scale_mae.system.versions import versions
@@ -120,7 +120,7 @@ class Trainer:
             f"peak learning rate {config.peak_lr:.3g}; run directory {self.dir}"
         )
         for note in notes:
-            self.log.say(note)
+            self.log.write_message(note)
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         """Stand where a checkpoint stands; its state."""
@@ -133,7 +133,7 @@ class Trainer:
         return state
 
     def _say(self, message: str) -> None:
-        self.log.say(message)
+        self.log.write_message(message)
 
     def loop(self) -> TrainingResult:
         """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
@@ -151,7 +151,7 @@ class Trainer:
             self.teller.rest()
             if self.stop.reason or vote is Vote.STOP:
                 stopped = f"stopped by {self.stop.reason or 'a signal on another process'} after step {self.step}"
-                self.log.say(stopped)
+                self.log.write_message(stopped)
             if self.saver.error:
                 raise self.saver.error
             if self.world.is_main and (saved := store.checkpoints(self.dir)):
@@ -198,14 +198,14 @@ class Trainer:
             images = normalise(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
-            self.watch.lap("backward")
+            self.watch.mark("backward")
             norm = self.engine.step(lr, return_norm=logged and micro_step + 1 == accumulation)
-            self.watch.lap("optimizer")
+            self.watch.mark("optimizer")
             feed.advance()
         self.step += 1
         self.recovery.add(self.step, loss, self.engine.last_step_skipped)
         self.watchdog.beat()
-        self.watch.stepped()
+        self.watch.end_step()
         if self.task.due(self.step, self.schedule.total_steps):
             self._judge()
         if logged:
@@ -216,19 +216,19 @@ class Trainer:
 
     def _judge(self) -> None:
         """How good the model is by now."""
-        self.watch.lap("other")
+        self.watch.mark("other")
         try:
             metrics, lines = self.task.judge(self.engine, self.step, self._beat)
         except UserError as error:  # of the images to evaluate on, which end no run
             self.teller.not_judged(self.step, str(error))
         else:
             self.teller.judged(self.step, metrics, lines)
-        self.watch.lap("evaluation")
+        self.watch.mark("evaluation")
 
     def _beat(self) -> None:
         """Whoever looks for progress, here and from outside, is to see some."""
         self.watchdog.beat()
-        self.watch.beat()
+        self.watch.record_progress()
 
     def _go_back(self, verdict: Anomaly) -> None:
         """To the last good checkpoint, to go on without the images that led to a verdict.
@@ -237,7 +237,7 @@ class Trainer:
             RollbackError: that is not possible, or was done often enough.
         """
         notes: list[str] = []
-        self.watch.lap("other")
+        self.watch.mark("other")
         self.teller.failures(self.step)
         self.saver.drain()
         self.teller.saves()
@@ -246,21 +246,21 @@ class Trainer:
             checkpoint = self.recovery.go_back(verdict, self.step, notes)
         finally:
             for note in notes:
-                self.log.say(note)
+                self.log.write_message(note)
         self.watchdog.beat()
         state = self._load(checkpoint)
         self.watchdog.beat()
         decoder, _, _ = build_decoder(self.config, self.world)  # its loader has closed the old one
         self.teller.went_back(checkpoint, state.get("metrics") or {}, self.tally, decoder)
         self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
-        self.watch.lap("checkpoint")  # training stood still
+        self.watch.mark("checkpoint")  # training stood still
 
     def _save(self) -> None:
         """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
         self.teller.failures(self.step)
         if self.step == self.saved:
             return
-        self.watch.lap("other")
+        self.watch.mark("other")
         self.saver.drain()  # what the last one came to belongs into this one
         self.teller.saves()
         if not all(self.world.all_gather(self.engine.weights_are_finite())):
@@ -284,10 +284,10 @@ class Trainer:
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state), keep_all=keep_all)
         self.saved = self.step
         self.watchdog.beat()
-        self.watch.lap("checkpoint")
+        self.watch.mark("checkpoint")
         self.teller.saves()
 
 
 def _warn(rank: int, message: str) -> None:
     """From any process and thread, at once."""
-    to_stderr(f"rank {rank}: {message}")
+    print_to_stderr(f"rank {rank}: {message}")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scale_mae.metrics.hardware import Memory
-from scale_mae.metrics.step_timer import OWN, PhaseSeconds, phases
+from scale_mae.metrics.hardware import MemoryUsage
+from scale_mae.metrics.step_timer import LOCAL_PHASES, PhaseSeconds, group_phases
 
 Metrics = dict[str, int | float | None]
 SMOOTHING = 100.0  # steps after which a loss has 1/e of its weight left in the smoothed one
@@ -23,18 +23,18 @@ class ProcessStats(NamedTuple):
     """What each process tells of itself at a log step.
 
     Attributes:
-        own_s: seconds a step that it took for what it does without waiting for others; see :data:`OWN`.
+        own_s: seconds a step that it took for what it does without waiting for others; see :data:`LOCAL_PHASES`.
         memory: of the process.
         energy: joules that its GPU used since the last time; None where that is not known.
     """
 
-    own_s: float
-    memory: Memory
+    local_s: float
+    memory: MemoryUsage
     energy: float | None
 
 
 @dataclass
-class Meter:
+class MetricsCalculator:
     """Turns counts and clock readings into the metrics of one log line.
 
     Attributes:
@@ -63,7 +63,7 @@ class Meter:
         """Average on from a checkpoint; one of a version that kept no average begins anew."""
         self.smoothed, self.smoothed_at = saved.get("smoothed"), int(saved.get("smoothed_at", 0))
 
-    def read(
+    def compute(
         self,
         step: int,
         loss: float,
@@ -84,8 +84,8 @@ class Meter:
             laps: of this process in each step of the stretch.
             vitals: of all processes, in rank order.
         """
-        parts = [phases(step_laps) for step_laps in laps]
-        mean = {name: sum(part[name] for part in parts) / max(1, len(parts)) for name in phases({})}
+        parts = [group_phases(step_laps) for step_laps in laps]
+        mean = {name: sum(part[name] for part in parts) / max(1, len(parts)) for name in group_phases({})}
         images_per_s = self.global_batch / mean["step"]
         flops_per_s = images_per_s / self.processes * self.flops_per_image
         share = None if self.peak is None else flops_per_s / self.peak
@@ -105,7 +105,7 @@ class Meter:
             "mfu": share,
             "hfu": None if share is None else share * (1 + self.recomputed_per_image / self.flops_per_image),
             **_ranks(vitals),
-            "memory_gib": peak_memory() / 2**30,
+            "memory_gib": peak_memory_bytes() / 2**30,
             "loss_scale": loss_scale,
             "eta_s": (self.total_steps - step) * self.global_batch / images_per_s,
             "time": time.time(),
@@ -120,25 +120,25 @@ class Meter:
         return self.smoothed
 
 
-def own_seconds(laps: Sequence[PhaseSeconds]) -> float:
+def local_seconds(laps: Sequence[PhaseSeconds]) -> float:
     """Seconds a step that this process took without waiting for others."""
-    return sum(step.get(name, 0.0) for step in laps for name in OWN) / max(1, len(laps))
+    return sum(step.get(name, 0.0) for step in laps for name in LOCAL_PHASES) / max(1, len(laps))
 
 
 def _ranks(vitals: Sequence[ProcessStats]) -> Metrics:
     """The slowest and the fastest process, and the most memory that any has."""
-    own = [vital.own_s for vital in vitals]
+    own = [vital.local_s for vital in vitals]
     slowest, fastest = own.index(max(own)), own.index(min(own))
     return {
         "slowest_rank": slowest,
         "slowest_rank_s": own[slowest],
         "fastest_rank": fastest,
         "fastest_rank_s": own[fastest],
-        **most_memory([vital.memory for vital in vitals]),
+        **max_memory([vital.memory for vital in vitals]),
     }
 
 
-def most_memory(processes: Sequence[Memory]) -> Metrics:
+def max_memory(processes: Sequence[MemoryUsage]) -> Metrics:
     """The most of each kind of memory that any of these processes has, in GiB."""
     found: Metrics = {}
     for key, field in {
@@ -151,7 +151,7 @@ def most_memory(processes: Sequence[Memory]) -> Metrics:
     return found
 
 
-def peak_memory() -> int:
+def peak_memory_bytes() -> int:
     """Largest memory so far in bytes: allocated on the GPU, or resident in the process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -47,7 +47,7 @@ def test_fine_tuning_recipes_are_the_published_ones(size, base_lr, decay, drop_p
         o, c, d, t = config.optim, config.classify, config.data, config.train
         assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("finetune", size, f"{epochs} epochs", 1024)
         assert (o.name, o.base_lr, o.min_lr, o.warmup, o.weight_decay) == ("adamw", base_lr, 1e-6, "5 epochs", 0.05)
-        assert (o.betas, o.layer_decay, o.clip_grad_norm, o.ema) == ((0.9, 0.999), decay, None, None)
+        assert (o.betas, o.layer_decay, o.clip_grad_norm, o.ema_decay) == ((0.9, 0.999), decay, None, None)
         assert (c.pool, c.drop_path, c.smoothing, c.mixup, c.cutmix, c.mix_switch) == ("mean", drop_path, 0.1, 0.8, 1.0, 0.5)
         assert (c.erasing, c.train_blocks, c.crop_pct) == (0.25, None, None)
         assert (d.augmentation, d.crop_scale, d.flip) == ("random_crop", (0.08, 1.0), 0.5)
@@ -60,7 +60,7 @@ def test_linear_probe_recipes_are_the_published_ones(size):
     config = load_config(f"linprobe_{size}")
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("linprobe", size, "90 epochs", 16384)
-    assert (o.name, o.momentum, o.trust, o.min_lr, o.warmup, o.weight_decay) == ("lars", 0.9, 0.001, 0.0, "10 epochs", 0.0)
+    assert (o.name, o.momentum, o.trust_coefficient, o.min_lr, o.warmup, o.weight_decay) == ("lars", 0.9, 0.001, 0.0, "10 epochs", 0.0)
     assert config.peak_lr == pytest.approx(6.4)
     assert (c.pool, c.sweep) == ("token", (1.0,))
     assert (d.augmentation, d.crop_scale, d.crop_ratio, d.flip) == ("random_crop_once", (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
@@ -72,7 +72,7 @@ def test_supervised_recipes_are_the_papers(size, epochs, drop_path):
     config = load_config(f"supervised_{size}")
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.model.size, config.model.init_from, t.duration, t.global_batch) == (size, None, f"{epochs} epochs", 4096)
-    assert (o.base_lr, o.warmup, o.weight_decay, o.betas, o.ema) == (1e-4, "20 epochs", 0.3, (0.9, 0.95), 0.9999)
+    assert (o.base_lr, o.warmup, o.weight_decay, o.betas, o.ema_decay) == (1e-4, "20 epochs", 0.3, (0.9, 0.95), 0.9999)
     assert (o.layer_decay, c.drop_path, c.smoothing, c.mixup, c.cutmix) == (1.0, drop_path, 0.1, 0.8, 1.0)
     assert d.randaugment == "rand-m9-mstd0.5-inc1"
 
@@ -86,13 +86,13 @@ def test_the_partial_recipe_trains_four_blocks_of_a_large_encoder():
 @pytest.mark.parametrize(
     ("recipe", "override", "message"),
     [
-        ("demo", "classify.mixup=0.8", "classify.mixup means nothing to run.task=pretrain"),
-        ("demo", "optim.layer_decay=0.5", "optim.layer_decay means nothing to run.task=pretrain"),
-        ("finetune_base", "model.mask_ratio=0.5", "model.mask_ratio means nothing to run.task=finetune"),
-        ("finetune_base", "classify.lr_multipliers=[1, 2]", "classify.lr_multipliers means nothing to run.task=finetune"),
-        ("linprobe_base", "classify.drop_path=0.1", "classify.drop_path means nothing to run.task=linprobe"),
+        ("demo", "classify.mixup=0.8", "classify.mixup has no effect with run.task=pretrain"),
+        ("demo", "optim.layer_decay=0.5", "optim.layer_decay has no effect with run.task=pretrain"),
+        ("finetune_base", "model.mask_ratio=0.5", "model.mask_ratio has no effect with run.task=finetune"),
+        ("finetune_base", "classify.lr_multipliers=[1, 2]", "classify.lr_multipliers has no effect with run.task=finetune"),
+        ("linprobe_base", "classify.drop_path=0.1", "classify.drop_path has no effect with run.task=linprobe"),
         ("linprobe_base", "engine.deepspeed=zero2", "use zero0"),
-        ("finetune_base", "classify.trainable_blocks=1.3", "whole blocks, or a half"),
+        ("finetune_base", "classify.trainable_blocks=1.3", "not a multiple of 0.5. Set a whole or half number."),
     ],
 )
 def test_what_does_not_go_together_is_one_line(recipe, override, message):

@@ -103,7 +103,7 @@ def test_seeds_in_a_row_draw_the_whole_distribution():
 def test_pairs_need_an_even_micro_batch(tmp_path, key):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("run: {task: finetune}\ntrain: {global_batch: 15}\n")
-    with pytest.raises(ConfigError, match=r"train.micro_batch=5 is odd; .* mix pairs of images") as caught:
+    with pytest.raises(ConfigError, match=r"train.micro_batch=5 is odd, .* mix pairs of images") as caught:
         load_config(recipe, {"train.micro_batch": 5, f"classify.{key}": 0.8})
     assert "\n" not in str(caught.value)
     load_config(recipe, {"train.micro_batch": 5, "classify.label_smoothing": 0.1})

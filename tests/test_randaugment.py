@@ -133,7 +133,7 @@ def test_many_threads_at_once_change_nothing_and_nobody_elses_generators():
 @pytest.mark.parametrize("policy", ["augmix-m3", "rand-x3", "rand-m9-inc", "rand-tbest", "rand-m0.5", "rand_m9", "rand-m9-"])
 def test_a_policy_unknown_to_timm_is_told_before_anything_starts(policy):
     with pytest.raises(
-        ConfigError, match=f"data.randaugment={policy}: not a policy of timm's; it is rand and any of"
+        ConfigError, match=f"data.randaugment={policy}: not a RandAugment policy of timm. Write rand followed by any of"
     ) as caught:
         load_config("debug", {"data.randaugment": policy})
     assert "\n" not in str(caught.value)

@@ -119,7 +119,7 @@ def test_config_error_is_told_once_and_fails_the_job(cluster, tmp_path):
     assert done.returncode == 2, done.stderr
     ours = [line for line in done.stderr.splitlines() if not line.startswith("srun:")]
     assert len(ours) == 1, done.stderr
-    assert ours[0].startswith("scale-mae: error: unknown key 'train.learning_rate'")
+    assert ours[0].startswith("scale-mae: error: train.learning_rate: unknown key")
     assert not (tmp_path / "run").exists()
 
 

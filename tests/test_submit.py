@@ -426,7 +426,7 @@ def test_each_process_has_the_cores_that_were_asked_for(tmp_path, tmp_path_facto
 @service
 def test_a_config_error_never_reaches_the_queue(cluster, here, capsys):
     for words, message in (
-        (["train.learning_rate=1"], "unknown key 'train.learning_rate'"),
+        (["train.learning_rate=1"], "train.learning_rate: unknown key"),
         (["--nodes", "3"], "train.global_batch=16 is not divisible by train.micro_batch=4 x 3 processes = 12"),
         (["engine.deepspeed=zero9"], "engine.deepspeed=zero9: no such file"),
         (["--time", "soon"], "--time soon: not a time limit; write minutes"),

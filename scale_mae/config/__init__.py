@@ -1,15 +1,17 @@
-"""The configuration of a run: one frozen tree, read from a recipe and overrides, and checked before anything starts.
+"""The configuration of a run: one immutable tree, read from a recipe and overrides, and checked before anything starts.
 
-``sections`` declares every key, ``schema`` the tree and the checks across sections, ``loading`` reads recipes and overrides.
+``sections`` declares every key. ``schema`` declares the tree and the checks across sections. ``loading`` reads a recipe and
+overrides. ``recipes`` lists the shipped recipes.
 """
 
 from scale_mae.config.errors import ConfigError as ConfigError
 from scale_mae.config.errors import UserError as UserError
+from scale_mae.config.loading import config_keys as config_keys
 from scale_mae.config.loading import json_schema as json_schema
 from scale_mae.config.loading import load_config as load_config
 from scale_mae.config.loading import saved_config as saved_config
 from scale_mae.config.recipes import recipe_names as recipe_names
 from scale_mae.config.recipes import recipe_path as recipe_path
-from scale_mae.config.schema import PACKAGE as PACKAGE
-from scale_mae.config.schema import SHIPPED as SHIPPED
+from scale_mae.config.schema import PACKAGE_DIR as PACKAGE_DIR
+from scale_mae.config.schema import SHIPPED_CONFIGS as SHIPPED_CONFIGS
 from scale_mae.config.schema import Config as Config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right; its text is one line: what, where, what to do."""
+    """An error that the user can correct. Its text is one line: what is wrong, where, and what to do."""
 
 
 class ConfigError(UserError):

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_mae.config.schema import SHIPPED
+from scale_mae.config.schema import SHIPPED_CONFIGS
 
-FOLDER = SHIPPED / "recipes"
+FOLDER = SHIPPED_CONFIGS / "recipes"
 FACT = re.compile(r"^#   (command|hardware|time|result) +(\S.*)$", re.MULTILINE)
 
 

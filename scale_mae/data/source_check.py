@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 
-from scale_mae.config import PACKAGE
+from scale_mae.config import PACKAGE_DIR
 from scale_mae.data.layouts import LAYOUTS, Place, locate
 from scale_mae.data.storage import TAR_SUFFIXES, DataError
 
-DEMO = PACKAGE / "demo_data"
+DEMO = PACKAGE_DIR / "demo_data"
 
 
 def find(source: str) -> Place:

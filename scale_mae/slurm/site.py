@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from scale_mae.config import UserError
-from scale_mae.config.sections import Section
+from scale_mae.config.field_types import Section
 
 NAME = "site.yaml"
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.config import PACKAGE, SHIPPED, Config, ConfigError, saved_config
+from scale_mae.config import PACKAGE_DIR, SHIPPED_CONFIGS, Config, ConfigError, saved_config
 from scale_mae.data.source_check import find
 from scale_mae.data.storage import DataError, printable
 from scale_mae.slurm.queue import FOLDER, SCRIPT, STOP, SlurmError, call, clean_environment, queued
 from scale_mae.slurm.site import Site, seconds
 
-CLUSTER = PACKAGE / "cluster" if (PACKAGE / "cluster").is_dir() else PACKAGE.parent / "cluster"
+CLUSTER = PACKAGE_DIR / "cluster" if (PACKAGE_DIR / "cluster").is_dir() else PACKAGE_DIR.parent / "cluster"
 LEAD = 120  # seconds before the time limit at which Slurm warns a run whose saves have not been measured
 SAVED = re.compile(r" saved .* in ([\d.]+) s")
 # Variables that a job has unless its environment or the site says otherwise.
@@ -230,9 +230,9 @@ def set_aside(job: Job) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)
         package, ignored = folder / "code" / "scale_mae", shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PACKAGE, package, ignore=ignored)
+        shutil.copytree(PACKAGE_DIR, package, ignore=ignored)
         (folder / "code" / "run.py").write_text(RUN_PY)
-        for extra in (SHIPPED, CLUSTER):  # in an installed package they are inside already
+        for extra in (SHIPPED_CONFIGS, CLUSTER):  # in an installed package they are inside already
             shutil.copytree(extra, package / extra.name, ignore=ignored, dirs_exist_ok=True)
         (folder / "config.yaml").write_text(_own_deepspeed(job.config, folder).to_yaml())
         script = script_path(job.run_dir)
@@ -247,7 +247,7 @@ def set_aside(job: Job) -> Path:
 def _own_deepspeed(config: Config, folder: Path) -> Config:
     """A DeepSpeed file of the user's is copied too."""
     given = Path(config.engine.deepspeed)
-    if (SHIPPED / f"{given}.json").is_file() or not given.is_file():
+    if (SHIPPED_CONFIGS / f"{given}.json").is_file() or not given.is_file():
         return config
     own = folder / "deepspeed.json"
     if given.resolve() != own.resolve():

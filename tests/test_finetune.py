@@ -48,8 +48,9 @@ def test_fine_tuning_recipes_are_the_published_ones(size, base_lr, decay, drop_p
         assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("finetune", size, f"{epochs} epochs", 1024)
         assert (o.name, o.base_lr, o.min_lr, o.warmup, o.weight_decay) == ("adamw", base_lr, 1e-6, "5 epochs", 0.05)
         assert (o.betas, o.layer_decay, o.clip_grad_norm, o.ema_decay) == ((0.9, 0.999), decay, None, None)
-        assert (c.pool, c.drop_path, c.smoothing, c.mixup, c.cutmix, c.mix_switch) == ("mean", drop_path, 0.1, 0.8, 1.0, 0.5)
-        assert (c.erasing, c.train_blocks, c.crop_pct) == (0.25, None, None)
+        assert (c.pool, c.drop_path, c.label_smoothing) == ("mean", drop_path, 0.1)
+        assert (c.mixup, c.cutmix, c.mixup_switch_prob) == (0.8, 1.0, 0.5)
+        assert (c.random_erasing, c.trainable_blocks, c.crop_pct) == (0.25, None, None)
         assert (d.augmentation, d.crop_scale, d.flip) == ("random_crop", (0.08, 1.0), 0.5)
         assert d.randaugment == "rand-m9-mstd0.5-inc1"
         assert config.model.image_size == ((448, 448) if "448" in name else (224, 224))
@@ -60,11 +61,12 @@ def test_linear_probe_recipes_are_the_published_ones(size):
     config = load_config(f"linprobe_{size}")
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("linprobe", size, "90 epochs", 16384)
-    assert (o.name, o.momentum, o.trust_coefficient, o.min_lr, o.warmup, o.weight_decay) == ("lars", 0.9, 0.001, 0.0, "10 epochs", 0.0)
+    assert (o.name, o.momentum, o.trust_coefficient) == ("lars", 0.9, 0.001)
+    assert (o.min_lr, o.warmup, o.weight_decay) == (0.0, "10 epochs", 0.0)
     assert config.peak_lr == pytest.approx(6.4)
-    assert (c.pool, c.sweep) == ("token", (1.0,))
+    assert (c.pool, c.lr_multipliers) == ("token", (1.0,))
     assert (d.augmentation, d.crop_scale, d.crop_ratio, d.flip) == ("random_crop_once", (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-    assert (d.randaugment, c.mixup, c.cutmix, c.erasing, c.smoothing, c.drop_path) == (None, 0, 0, 0, 0, 0)
+    assert (d.randaugment, c.mixup, c.cutmix, c.random_erasing, c.label_smoothing, c.drop_path) == (None, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)])
@@ -73,7 +75,7 @@ def test_supervised_recipes_are_the_papers(size, epochs, drop_path):
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.model.size, config.model.init_from, t.duration, t.global_batch) == (size, None, f"{epochs} epochs", 4096)
     assert (o.base_lr, o.warmup, o.weight_decay, o.betas, o.ema_decay) == (1e-4, "20 epochs", 0.3, (0.9, 0.95), 0.9999)
-    assert (o.layer_decay, c.drop_path, c.smoothing, c.mixup, c.cutmix) == (1.0, drop_path, 0.1, 0.8, 1.0)
+    assert (o.layer_decay, c.drop_path, c.label_smoothing, c.mixup, c.cutmix) == (1.0, drop_path, 0.1, 0.8, 1.0)
     assert d.randaugment == "rand-m9-mstd0.5-inc1"
 
 

@@ -72,10 +72,8 @@ def examine(name: str, seconds: float, options: argparse.Namespace) -> None:
     """Run a stage to its end or to its time limit, and record how it ended."""
     began = time.monotonic()
     print(f"{name}: at most {seconds:.0f} s", flush=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder,
-        (options.out / "log.txt").open("ab") as log,
-    ):
+    output = options.out / "log.txt"
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder, output.open("ab") as log:
         start = log.tell()
         process = subprocess.Popen(
             [

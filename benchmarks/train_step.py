@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
 import traceback
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from training import (
     POLICIES,
     Trial,
     engine_step,
+    engine_world,
     largest,
     make_engine,
     make_inputs,
@@ -53,13 +53,7 @@ IMAGE = 224
 
 def main() -> None:
     options = _options()
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
-    from scale_mae.engine.distributed import world
-
-    with world() as ranks:
-        if ranks.device.type != options.device:
-            raise SystemExit(f"--device {options.device}: this machine has only {ranks.device.type}")
+    with engine_world(torch.device(options.device)) as ranks:
         compare(options, ranks) if options.peer else sweep(options, ranks)
 
 

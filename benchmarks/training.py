@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,6 +24,19 @@ POLICIES = ("none", "full", "every_k", "selective", "offload")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Step = Callable[[Tensor, Tensor], Tensor]  # one whole training step of (images, noise); gives the loss
+
+
+@contextmanager
+def engine_world(device: torch.device) -> Iterator[Any]:
+    """The process group of one process, which the engine needs, on a device."""
+    if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
+    from scale_mae.engine.distributed import world
+
+    with world() as ranks:
+        if ranks.device.type != device.type:
+            raise SystemExit(f"the engine uses {ranks.device}, not {device}")
+        yield ranks
 
 
 def plain(model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Step:

@@ -31,10 +31,12 @@ def run(stage: Stage, decoder: str) -> None:
     """A case for each model."""
     models = {"debug": 4} if stage.rehearse else MODELS
     with world() as ranks:
+        if stage.rehearse:
+            torch.set_num_threads(1)  # threads that wait for each other are slow on cores that others use
         for recipe, batch in models.items():
             with stage.case(f"train {recipe}", needs=2 if stage.rehearse else 30) as case:
                 case.update(recipe=recipe, decoder=decoder, micro_batch=batch)
-                alternate(_config(stage, recipe, batch, decoder), ranks, case, 0.5 if stage.rehearse else SECONDS)
+                alternate(_config(stage, recipe, batch, decoder), ranks, case, 0.2 if stage.rehearse else SECONDS)
 
 
 def _config(stage: Stage, recipe: str, batch: int, decoder: str) -> Config:

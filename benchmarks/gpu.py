@@ -54,11 +54,11 @@ def main() -> int:
                 (options.out / f"{name}.json").unlink(missing_ok=True)
             (options.out / "log.txt").unlink(missing_ok=True)
             for name in options.stages:
-                seconds = min(STAGES[name][0], until - time.monotonic())
-                if seconds < TOO_LATE:
-                    _record(options.out, name, status="cut", error=f"{max(0, seconds):.0f} s were left")
+                left = until - time.monotonic()
+                if left < TOO_LATE:
+                    _record(options.out, name, status="cut", error=f"{max(0, left):.0f} s were left")
                 else:
-                    examine(name, seconds, options)
+                    examine(name, min(STAGES[name][0], left), options)
                 save_result(options.out, rehearse=options.rehearse)
         except Stopped as stop:
             print(f"stopped by {stop}", flush=True)
@@ -217,8 +217,8 @@ def _options() -> argparse.Namespace:
     unknown = [name for name in options.stages if name not in STAGES]
     if unknown:
         _refuse(f"--stages: there is no stage {unknown[0]!r}; there are {','.join(STAGES)}")
-    if not options.minutes >= 1:
-        _refuse(f"--minutes {options.minutes:g}: at least 1")
+    if not options.minutes >= 0.5:
+        _refuse(f"--minutes {options.minutes:g}: at least 0.5")
     if options.out.exists() and not options.out.is_dir():
         _refuse(f"--out {options.out}: is not a folder")
     options.stages = [name for name in STAGES if name in options.stages]

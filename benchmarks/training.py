@@ -21,13 +21,14 @@ from scale_mae.sections import OptimConfig
 
 LR = 1.5e-4
 POLICIES = ("none", "full", "every_k", "selective", "offload")
+TINY_DECODER = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 2}  # of a rehearsal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Step = Callable[[Tensor, Tensor], Tensor]  # one whole training step of (images, noise); gives the loss
 
 
 @contextmanager
-def engine_world(device: torch.device) -> Iterator[Any]:
+def engine_world(device: torch.device, *, rehearse: bool = False) -> Iterator[Any]:
     """The process group of one process, which the engine needs, on a device."""
     if device.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
@@ -36,6 +37,8 @@ def engine_world(device: torch.device) -> Iterator[Any]:
     with world() as ranks:
         if ranks.device.type != device.type:
             raise SystemExit(f"the engine uses {ranks.device}, not {device}")
+        if rehearse:
+            torch.set_num_threads(1)  # threads of a shared machine wait for each other longer than they work
         yield ranks
 
 

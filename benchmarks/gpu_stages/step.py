@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from training import Trial, engine_step, engine_world, free, make_inputs, matmul_rate, mixed, peer_of, times_of
+from training import TINY_DECODER, Trial, engine_step, engine_world, free, make_inputs, matmul_rate, mixed, peer_of, times_of
 
 from gpu_stages.stage import OutOfTime, Stage
 from scale_mae.metrics.hardware import peak_flops
@@ -75,9 +75,7 @@ def rehearsed() -> list[Case]:
 
 
 def run(stage: Stage) -> None:
-    with engine_world(stage.device) as ranks:
-        if stage.rehearse:
-            torch.set_num_threads(1)  # threads of a shared machine wait for each other longer than they work
+    with engine_world(stage.device, rehearse=stage.rehearse) as ranks:
         with stage.case("peak speed"):
             name = torch.cuda.get_device_name(stage.device) if stage.device.type == "cuda" else "cpu"
             stage.result["peak_flops_per_s"] = peak_flops(name, "bf16")
@@ -121,9 +119,9 @@ class Examination:
 
     def build(self, size: str) -> MAE:
         """On the device, where random numbers are fast."""
-        side = 32 if self.stage.rehearse else 224
+        side, decoder = (64, TINY_DECODER) if self.stage.rehearse else (224, {})
         with self.device:
-            return build_mae(size, image_size=(side, side), seed=0)
+            return build_mae(size, image_size=(side, side), seed=0, **decoder)
 
     def measure(self, case: Case, trial: Trial, found: dict[str, Any]) -> None:
         """Speed at one batch or at all that fit, and the largest that fits."""

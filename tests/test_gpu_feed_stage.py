@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_without_dali_the_stage_says_so_and_measures_pillow(feed, index, tmp_pat
     stage = Stage("feed", tmp_path / "feed.json", tmp_path, seconds=60, rehearse=True)
     stage.result["not_here"] = missing
     with stage.case("decoders") as case:
-        case.update(feed.compete(stage, index, names))
+        feed.compete(stage, case, index, names)
     table = {row["case"]: row for row in feed.rows(stage.result)}
     assert float(table["pillow"]["images/s"]) > 0
     assert table["dali_cpu"]["images/s"] == "-"
@@ -91,7 +93,30 @@ def test_images_that_pillow_decoded_are_no_result_of_dali(feed, index, tmp_path,
     with pytest.raises(RuntimeError, match="Pillow decoded 4 images in place of Broken: no JPEG engine"):
         feed.parity(index, "dali_cpu", 4, torch.device("cpu"))
     stage = Stage("feed", tmp_path / "feed.json", tmp_path, seconds=60, rehearse=True)
-    found = feed.compete(stage, index, ["dali_cpu", "pillow"])
-    assert list(found["images_per_s"]) == ["pillow"]
-    assert len(found["images_per_s"]["pillow"]) == 2
-    assert "no JPEG engine" in found["failed"]["dali_cpu"]
+    case = {}
+    feed.compete(stage, case, index, ["dali_cpu", "pillow"])
+    assert list(case["turns"]) == ["pillow"]
+    assert len(case["turns"]["pillow"]) == 2
+    assert "no JPEG engine" in case["failed"]["dali_cpu"]
+    assert feed.speed(case, "pillow") > feed.speed(case, "dali_cpu") == 0
+
+
+def test_nvml_is_sampled_and_what_a_gpu_lacks_is_left_empty(feed, monkeypatch):
+    import pynvml
+
+    def missing(handle):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    assert all(hasattr(pynvml, function) for function in feed.COUNTERS.values())
+    monkeypatch.setattr(feed, "Nvml", lambda: SimpleNamespace(number=lambda device: 3))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetJpgUtilization", lambda handle: [40 + handle, 167000])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetDecoderUtilization", missing)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=77, memory=5))
+    with feed.sampled(torch.device("cuda", 0)) as samples:
+        deadline = time.monotonic() + 10
+        while not samples["gpu"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(samples["jpeg_engine"]) == {43.0}
+    assert set(samples["gpu"]) == {77.0}
+    assert samples["video_decoder"] == []

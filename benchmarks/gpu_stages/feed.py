@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batches import SIZE, Turn, check_fallbacks, our_batches, turn
+from batches import SIZE, check_fallbacks, our_batches, turn
 from numpy.typing import NDArray
 
 from gpu_stages import feed_training
@@ -30,7 +30,8 @@ from scale_mae.sections import DataConfig
 
 DECODERS: tuple[decoders.Name, ...] = ("dali_gpu", "dali_cpu", "pillow")
 LIMITS = {"dali_gpu": (0.5, 8), "dali_cpu": (0.1, 3)}  # mean of an image and largest difference, as in the tests
-ROUNDS = 4  # turns of each decoder
+ROUNDS, MORE_ROUNDS = 2, 4  # turns of each decoder, the latter where time is left
+TRAINING = 75.0  # seconds that training takes
 COUNTERS = {  # of NVML, in per cent
     "jpeg_engine": "nvmlDeviceGetJpgUtilization",
     "video_decoder": "nvmlDeviceGetDecoderUtilization",
@@ -52,10 +53,8 @@ def run(stage: Stage) -> None:
                 case.update(parity(index, name, 16 if stage.rehearse else 256, stage.device))
                 check_limits(case, *LIMITS[name])
     with stage.case("decoders", needs=20) as case:
-        case.update(compete(stage, index, names))
-    speeds = case.get("images_per_s", {})
-    best = max(speeds, key=lambda name: median(speeds[name]), default="pillow")
-    feed_training.run(stage, best)
+        compete(stage, case, index, names)
+    feed_training.run(stage, max(names, key=partial(speed, case)))
 
 
 def available(device: torch.device) -> tuple[list[decoders.Name], dict[str, str]]:
@@ -109,35 +108,31 @@ def check_limits(found: dict[str, Any], mean: float, largest: int) -> None:
     assert found["largest"] <= largest, f"a pixel differs by {found['largest']}, {largest} is the limit"
 
 
-def compete(stage: Stage, index: Index, names: list[decoders.Name]) -> dict[str, Any]:
-    """The decoders take turns (A B C, C B A). A decoder that fails drops out; the others go on."""
+def compete(stage: Stage, case: dict[str, Any], index: Index, names: list[decoders.Name]) -> None:
+    """The decoders take turns (A B C, C B A). A decoder that fails drops out; the others go on. Saves after each turn."""
     batch, seconds = (8, 0.2) if stage.rehearse else (256, 1.5)
     threads = decoding_threads(DataConfig())
-    turns: dict[str, list[Turn]] = {name: [] for name in names}
-    used: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    errors: dict[str, str] = {}
-    for number in range(2 if stage.rehearse else ROUNDS):
+    case.update(batch=batch, threads=threads, cores=len(os.sched_getaffinity(0)), turns={}, failed={})
+    for number in range(ROUNDS if stage.rehearse else MORE_ROUNDS):
+        if number >= ROUNDS and stage.left() < TRAINING:
+            break
         for name in names[:: -1 if number % 2 else 1]:
-            if name in errors:
+            if name in case["failed"]:
                 continue
+            make = partial(our_batches, index, name, batch, threads, stage.device)
             try:
                 with sampled(stage.device) as samples:
-                    turns[name].append(
-                        turn(partial(our_batches, index, name, batch, threads, stage.device), batches=2, seconds=seconds)
-                    )
-                used[name].append({key: max(values) for key, values in samples.items() if values})
+                    found = turn(make, batches=2, seconds=seconds)
+                case["turns"].setdefault(name, []).append(found._asdict() | samples)
             except Exception as error:
-                errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    turns = {name: found for name, found in turns.items() if found and name not in errors}
-    return {
-        "batch": batch,
-        "threads": threads,
-        "cores": len(os.sched_getaffinity(0)),
-        "images_per_s": {name: [round(each.images_per_s, 1) for each in found] for name, found in turns.items()},
-        "busy_cores": {name: [round(each.busy_cores, 2) for each in found] for name, found in turns.items()},
-        "utilisation": {name: used[name] for name in turns},
-        "failed": errors,
-    }
+                case["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                case["turns"].pop(name, None)
+            stage.save()
+
+
+def speed(case: dict[str, Any], name: str) -> float:
+    """Median images a second of a decoder; 0 where it was not measured."""
+    return median(found["images_per_s"] for found in case["turns"][name]) if name in case.get("turns", {}) else 0.0
 
 
 @contextmanager
@@ -177,9 +172,10 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
     table = []
     for name in DECODERS:
         row = {"case": name, "images/s": "-", "busy cores": "-", "JPEG engine": "-"}
-        if speeds := found.get("images_per_s", {}).get(name):
-            engine = [used["jpeg_engine"] for used in found["utilisation"][name] if "jpeg_engine" in used]
-            row |= {"images/s": f"{median(speeds):.0f}", "busy cores": f"{median(found['busy_cores'][name]):.1f}"}
+        if turns := found.get("turns", {}).get(name):
+            cores = median(each["busy_cores"] for each in turns)
+            row |= {"images/s": f"{speed(found, name):.0f}", "busy cores": f"{cores:.1f}"}
+            engine = [max(each["jpeg_engine"]) for each in turns if each["jpeg_engine"]]
             row |= {"JPEG engine": f"{median(engine):.0f} %"} if engine else {}
         table.append(row | {"finding": _finding(name, result, cases)})
     return table + feed_training.rows(result)

@@ -36,7 +36,7 @@ def run(stage: Stage, decoder: str) -> None:
         for recipe, batch in models.items():
             with stage.case(f"train {recipe}", needs=2 if stage.rehearse else 30) as case:
                 case.update(recipe=recipe, decoder=decoder, micro_batch=batch)
-                alternate(_config(stage, recipe, batch, decoder), ranks, case, 0.2 if stage.rehearse else SECONDS)
+                alternate(stage, case, _config(stage, recipe, batch, decoder), ranks)
 
 
 def _config(stage: Stage, recipe: str, batch: int, decoder: str) -> Config:
@@ -53,9 +53,11 @@ def _config(stage: Stage, recipe: str, batch: int, decoder: str) -> Config:
     )
 
 
-def alternate(config: Config, ranks: World, case: dict[str, Any], seconds: float) -> None:
-    """Train from one batch in memory and from JPEG files in turns; fills the case as it goes."""
+def alternate(stage: Stage, case: dict[str, Any], config: Config, ranks: World) -> None:
+    """Train from one batch in memory and from JPEG files in turns. Saves after each turn."""
     torch.compiler.reset()
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     run = Run(config, ranks, StopRequest(), Watchdog(0, 0))
     try:
         with run.log, run.saver:
@@ -63,10 +65,12 @@ def alternate(config: Config, ranks: World, case: dict[str, Any], seconds: float
             batch = first_batch(run)
             stretch(run, repeated(batch), 3)  # compiles, and finds the largest buffers
             step_s = stretch(run, repeated(batch), 4)["step_s"]
-            steps = max(4, round(seconds / step_s))
+            steps = max(4, round((0.2 if stage.rehearse else SECONDS) / step_s))
             case.update(steps=steps, memory=[], jpegs=[])
             for source in ORDER:
-                case[source].append(stretch(run, repeated(batch), steps) if source == "memory" else from_jpegs(run, steps))
+                found = stretch(run, repeated(batch), steps) if source == "memory" else from_jpegs(run, steps)
+                case[source].append(found)
+                stage.save()
     finally:
         run.engine._engine.destroy()
     speed = {source: median(each["images_per_s"] for each in case[source]) for source in ("memory", "jpegs")}

@@ -118,19 +118,17 @@ class Examination:
                 self.compiled_needs = 1.2 * (before - self.stage.left())
 
     def build(self, size: str) -> MAE:
-        """On the device, where random numbers are fast."""
+        """Made on the device, where random numbers are fast, and kept by the host, so that it takes no memory there."""
         side, decoder = (64, TINY_DECODER) if self.stage.rehearse else (224, {})
         with self.device:
-            return build_mae(size, image_size=(side, side), seed=0, **decoder)
+            return build_mae(size, image_size=(side, side), seed=0, **decoder).cpu()
 
     def measure(self, case: Case, trial: Trial, found: dict[str, Any]) -> None:
         """Speed at one batch or at all that fit, and the largest that fits."""
         static = self.allocated()
         first = self.fastest.get(case.size, self.batches()[0])
         for batch in self.batches() if case.search and not case.compiled else [first]:
-            if found["batches"] and batch > largest_batch(found["batches"], static, self.memory()):
-                break
-            if not self.tried(trial, batch, found):
+            if (found["batches"] and self.limit(found, static) < batch) or not self.tried(trial, batch, found):
                 break
         if not found["batches"]:
             raise torch.OutOfMemoryError(f"a batch of {first} does not fit")
@@ -143,10 +141,11 @@ class Examination:
     def largest(self, trial: Trial, found: dict[str, Any], static: int) -> int:
         """The largest batch that has run; the estimate is tried, then a few smaller ones."""
         known = max(tried["batch"] for tried in found["batches"])
-        estimate = largest_batch(found["batches"], static, self.memory())
-        found["largest_batch_estimated"] = estimate
+        if self.device.type != "cuda":
+            return known
+        found["largest_batch_estimated"] = self.limit(found, static)
         for share in (1.0, 0.96, 0.9):
-            batch = int(estimate * share) // 8 * 8
+            batch = int(found["largest_batch_estimated"] * share) // 8 * 8
             if batch <= known:
                 break
             if self.tried(trial, batch, found, rounds=1):
@@ -212,10 +211,12 @@ class Examination:
     def batches(self) -> tuple[int, ...]:
         return (2, 4) if self.stage.rehearse else BATCHES
 
+    def limit(self, found: dict[str, Any], static: int) -> float:
+        """The largest batch that should fit, by those that have run. A CPU has no limit."""
+        return largest_batch(found["batches"], static, self.memory()) if self.device.type == "cuda" else float("inf")
+
     def memory(self) -> int:
-        """Bytes that tensors may use; in a rehearsal, what a small GPU has."""
-        if self.device.type != "cuda":
-            return 2**33
+        """Bytes of the GPU that tensors may use."""
         free(self.device)
         return int(RESERVE * (torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_allocated(self.device)))
 
@@ -231,14 +232,8 @@ class Examination:
 
 
 def largest_batch(tried: list[dict[str, Any]], static: int, memory: int) -> int:
-    """The largest batch by a straight line through the peaks of the last two batches, or through ``static`` bytes at 0.
-
-    Without peaks, which only a GPU has, it is the largest one tried.
-    """
-    points = [(each["batch"], each["peak_bytes"]) for each in tried if each["peak_bytes"]]
-    if not points:
-        return max(each["batch"] for each in tried)
-    (low, less), (high, more) = [(0, static), *points][-2:]
+    """The largest batch by a straight line through the peaks of the last two batches, or through ``static`` bytes at 0."""
+    (low, less), (high, more) = [(0, static), *((each["batch"], each["peak_bytes"]) for each in tried)][-2:]
     return int(high + (memory - more) * (high - low) / (more - less))
 
 

@@ -16,27 +16,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
+from batches import MEAN, SIZE, STD, our_batches, turn
 from report import save
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from scale_mae.config.sections import DataConfig
-from scale_mae.data import decoders
-from scale_mae.data.index import Index
 from scale_mae.data.index_builder import build
-from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.pack import pack
-from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.transforms import normalise
-
-SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def reference_transform(size: tuple[int, int]) -> transforms.Compose:
@@ -51,43 +42,11 @@ def reference_transform(size: tuple[int, int]) -> transforms.Compose:
     )
 
 
-def torchvision_batches(folder: Path, batch: int, workers: int) -> Iterator[Tensor]:
+def torchvision_batches(folder: Path, batch: int, workers: int) -> Generator[Tensor, None, None]:
     data = datasets.ImageFolder(str(folder), reference_transform(SIZE))
     loader = torch.utils.data.DataLoader(data, batch, shuffle=True, num_workers=workers, drop_last=True)
     while True:
         yield from (images for images, _ in loader)
-
-
-def our_batches(index: Index, name: decoders.Name, batch: int, threads: int, device: torch.device) -> Iterator[Tensor]:
-    decoder = decoders.make(name, SIZE, batch, threads, device)
-    plan = SamplePlan(0, len(index), batch)
-    loader = Loader(
-        index, plan, BatchShard(0, 1, batch, 1), DataConfig(threads=threads), decoder, SIZE, 196, device.type == "cuda"
-    )
-    batches = loader.batches(0, 1_000_000)
-    try:
-        for found in batches:
-            assert not found.failures
-            yield normalise(found.images.to(device, non_blocking=True), MEAN, STD)
-    finally:
-        batches.close()
-
-
-def rate(make: Callable[[], Iterator[Tensor]], batches: int) -> float:
-    """Images a second, once it runs."""
-    stream = make()
-    for _ in islice(stream, 2):
-        pass
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began, images = time.perf_counter(), 0
-    for found in islice(stream, batches):
-        images += len(found)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    stream.close()  # type: ignore[attr-defined]
-    return images / seconds
 
 
 def main() -> None:
@@ -112,7 +71,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in sources}
         for number in range(args.rounds):
             for name in list(sources) if number % 2 else list(sources)[::-1]:
-                rates[name].append(rate(sources[name], args.batches))
+                rates[name].append(turn(sources[name], batches=args.batches).images_per_s)
     table = []
     for name, found in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(found, rates["torchvision"], strict=True)]

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from report import save
 from torch import Tensor
-from train_step import paired_ratio
+from training import paired_ratio
 
 from scale_mae.checkpoint.saver import Saver
 from scale_mae.config import load_config

@@ -29,7 +29,7 @@ import report
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from train_step import DTYPES, POLICIES, make_inputs, paired_ratio, plain, timed
+from training import DTYPES, POLICIES, make_inputs, paired_ratio, plain, timed
 
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 from scale_mae.model.mae import MAE, build_mae

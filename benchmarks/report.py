@@ -1,6 +1,7 @@
 """What the benchmarks share: facts about the machine, a readable table, a result file; and the tables of result files.
 
 python benchmarks/report.py benchmarks/results/*.json     print the tables of these files as Markdown
+python benchmarks/report.py benchmarks/results/gpu_X.json     "not measured yet" where a GPU examination has no result
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from gpu_stages import STAGES
+
+if TYPE_CHECKING:  # benchmarks/gpu.py prints tables without torch, which takes seconds to import
+    import torch
 
 PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "deepspeed", "timm", "transformers", "fairscale")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
+    import torch
+
     facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -59,7 +65,14 @@ def save(
         "table": table,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | content, indent=1) + "\n")
+    write(path, facts | content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file. It is replaced at once, so that no reader finds half of one."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def as_text(table: list[dict[str, str]]) -> str:
@@ -82,7 +95,34 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
+def tables(path: Path) -> str:
+    """The tables of a result file as Markdown: the first one, and those under ``tables``, which have names."""
+    if not path.exists() and path.name.startswith("gpu_"):
+        return f"`{path.name}`: GPU examination.\n\n{as_markdown(overview({}))}\n"
+    result = json.loads(path.read_text())
+    more = "".join(f"\n`{name}`:\n\n{as_markdown(rows)}\n" for name, rows in result.get("tables", {}).items() if rows)
+    return f"`{path.name}`: {result['title']}.\n\n{as_markdown(result['table'])}\n{more}"
+
+
+def overview(results: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """One row for each stage of the GPU examination, by the results of the stages that ran."""
+    table = []
+    for name, (_, question) in STAGES.items():
+        result = results.get(name, {"status": "not measured yet"})
+        cases = result.get("cases", [])
+        table.append(
+            {
+                "stage": name,
+                "question": question,
+                "status": str(result["status"]),
+                "seconds": f"{result['seconds']:.0f}" if "seconds" in result else "-",
+                "cases": str(len(cases)) if cases else "-",
+                "errors": str(sum("error" in case for case in cases)) if cases else "-",
+            }
+        )
+    return table
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        result = json.loads(Path(name).read_text())
-        print(f"`{Path(name).name}`: {result['title']}.\n\n{as_markdown(result['table'])}\n")
+        print(tables(Path(name)))

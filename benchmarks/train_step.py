@@ -20,10 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
-import time
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,31 +28,32 @@ from typing import Any
 
 import report
 import torch
-from torch import Tensor, nn
+from training import (
+    DTYPES,
+    POLICIES,
+    Trial,
+    engine_step,
+    engine_world,
+    largest,
+    make_engine,
+    make_inputs,
+    matmul_rate,
+    paired_ratio,
+    peer_of,
+    plain,
+    timed,
+)
 
-from scale_mae.config import Config
-from scale_mae.config.sections import OptimConfig
 from scale_mae.metrics.hardware import peak_flops
-from scale_mae.model.mae import MAE, build_mae
+from scale_mae.model.mae import build_mae
 from scale_mae.model.sizes import SIZES
 
 IMAGE = 224
-LR = 1.5e-4
-POLICIES = ("none", "full", "every_k", "selective", "offload")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Step = Callable[[Tensor, Tensor], Tensor]  # one whole training step of (images, noise); gives the loss
 
 
 def main() -> None:
     options = _options()
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU; the engine takes one where it finds one
-    from scale_mae.distributed.process_group import process_group
-
-    with process_group() as world:
-        if world.device.type != options.device:
-            raise SystemExit(f"--device {options.device}: this machine has only {world.device.type}")
+    with engine_world(torch.device(options.device)) as world:
         compare(options, world) if options.peer else sweep(options, world)
 
 
@@ -100,101 +98,6 @@ def compare(options: argparse.Namespace, world: Any) -> None:
         gc.collect()
     title = f"Training step, ViT-{size} MAE, batch {batch}, {IMAGE} pixels, medians of {options.rounds} steps taken in turns"
     report.save(options.out, device=world.device, title=title, table=table, samples=samples)
-
-
-def paired_ratio(values: list[dict[str, float]], ours: list[dict[str, float]], key: str) -> str:
-    pairs = [value[key] / mine[key] for value, mine in zip(values, ours, strict=True)]
-    return f"{median(pairs):.3f} ({min(pairs):.3f}-{max(pairs):.3f})"
-
-
-def plain(model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Step:
-    """A PyTorch training loop's step, with our weight-decay groups and fused AdamW."""
-    from scale_mae.engine.optimizer import build_optimizer
-
-    optimizer = build_optimizer(model.train(), OptimConfig())
-    for group in optimizer.param_groups:
-        group["lr"] = LR
-
-    def step(images: Tensor, noise: Tensor) -> Tensor:
-        loss = loss_of(model, images, noise)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def make_engine(
-    model: MAE, world: Any, *, size: str, batch: int, precision: str, policy: str = "none", compiled: bool = False
-) -> Any:
-    """The system's engine over a copy of the model."""
-    from scale_mae.engine.deepspeed import Engine
-
-    config = Config.model_validate(
-        {
-            "model": {"size": size},
-            "train": {"global_batch": batch, "micro_batch": batch, "precision": precision, "activation_checkpointing": policy},
-            "engine": {"deepspeed": "zero1", "compile": compiled},
-        }
-    )
-    return Engine(copy.deepcopy(model), config, world)
-
-
-def engine_step(engine: Any) -> Step:
-    def step(images: Tensor, noise: Tensor) -> Tensor:
-        loss: Tensor = engine.forward_backward(images, noise)
-        engine.step(LR)
-        return loss
-
-    return step
-
-
-def peer_of(model: MAE) -> nn.Module:
-    """transformers' (5.x) model of the same shape with the same weights."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    size, decoder = model.size, model.decoder_embed.out_features
-    peer = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=size.width,
-            num_hidden_layers=size.depth,
-            num_attention_heads=size.heads,
-            intermediate_size=int(size.width * size.mlp_ratio),
-            image_size=IMAGE,
-            patch_size=size.patch,
-            layer_norm_eps=model.norm.eps,
-            decoder_hidden_size=decoder,
-            decoder_num_hidden_layers=len(model.decoder_blocks),
-            decoder_num_attention_heads=model.decoder_blocks[0].attn.num_heads,
-            decoder_intermediate_size=4 * decoder,
-            mask_ratio=model.mask_ratio,
-            norm_pix_loss=True,
-            attn_implementation="sdpa",
-        )
-    )
-    peer.load_state_dict(dict(pair for name, value in model.state_dict().items() for pair in _renamed(name, value)))
-    return peer
-
-
-def _renamed(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    outer = {
-        "cls_token": "vit.embeddings.cls_token",
-        "pos_embed": "vit.embeddings.position_embeddings",
-        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-        "norm": "vit.layernorm",
-    }
-    inner = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
-    stem, _, kind = name.rpartition(".")
-    if name in outer or stem in outer:
-        return [(outer[name] if name in outer else f"{outer[stem]}.{kind}", value)]
-    if ".qkv." in name or "blocks." in name:
-        stack, number, part = stem.split(".", 2)
-        layer = f"{'vit.' if stack == 'blocks' else 'decoder.decoder_'}layers.{number}"
-        if part == "attn.qkv":
-            return [(f"{layer}.attention.{x}_proj.{kind}", third) for x, third in zip("qkv", value.chunk(3), strict=True)]
-        return [(f"{layer}.{inner.get(part, part)}.{kind}", value)]
-    return [(f"decoder.{name}", value)]
 
 
 def sweep(options: argparse.Namespace, world: Any) -> None:
@@ -248,119 +151,18 @@ def _sweep_row(case: dict[str, Any], flops: int, peak: float | None, measured: f
     }
 
 
-class Trial:
-    """One case. Its engine is made anew after running out of memory, which leaves DeepSpeed's buffers half filled."""
-
-    def __init__(self, model: MAE, world: Any, size: str, policy: str, compiled: bool) -> None:
-        self.model, self.world, self.size, self.policy, self.compiled = model, world, size, policy, compiled
-        self.step: Step | None = None
-        self.engine: Any = None
-
-    def fits(self, batch: int) -> bool:
-        """Whether two steps of this micro-batch run in the device's memory."""
-        torch.compiler.reset()  # compile for this batch, not for a batch of any size
-        try:
-            self.run(batch, 2)
-        except torch.OutOfMemoryError:
-            fitted = False
-        else:
-            fitted = True
-        if not fitted:  # outside of the handler, where the traceback still holds the activations
-            self.close()
-        print(f"  {self.size} {self.policy} {'compiled' if self.compiled else 'eager'} {batch}: {fitted}", flush=True)
-        return fitted
-
-    def run(self, batch: int, steps: int) -> None:
-        if self.engine is None:
-            options = {"size": self.size, "batch": batch, "precision": "bf16", "policy": self.policy}
-            self.engine = make_engine(self.model, self.world, compiled=self.compiled, **options)
-        images, noise = make_inputs(self.model, batch, self.world.device)
-        step = engine_step(self.engine)
-        for _ in range(steps):
-            step(images, noise)
-        _wait(self.world.device)
-
-    def close(self) -> None:
-        if self.engine is not None:
-            self.engine._engine.destroy()
-        self.engine = None
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def measure(trial: Trial, options: argparse.Namespace, start: int) -> dict[str, Any]:
     """The largest micro-batch of a case, and how fast that is."""
-    device, cuda = trial.world.device, trial.world.device.type == "cuda"
+    device = trial.world.device
     try:
         trial.close()  # collects what the case before it left
-        before = torch.cuda.memory_allocated(device) if cuda else 0
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         batch = largest(trial.fits, start, options.max_batch)
         if not batch:
             return {"batch": 0}
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        trial.run(batch, 2)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        at_once = 4 if cuda else 1  # steps between two looks at the clock, so that the host runs ahead as in training
-        images, noise = make_inputs(trial.model, batch, device)
-        step = engine_step(trial.engine)
-        seconds = [
-            timed(lambda: [step(images, noise) for _ in range(at_once)], device)["wall_s"] / at_once
-            for _ in range(options.rounds)
-        ]
-        return {
-            "batch": batch,
-            "step_s": seconds,
-            "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
-            "bytes_before": before,
-            "graphs": graphs,
-        }
+        return trial.measure(batch, options.rounds) | {"bytes_before": before}
     finally:
         trial.close()
-
-
-def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
-    """The largest batch up to ``limit`` that fits, to one part in 16; 0 if none does."""
-    low, high, batch = 0, limit + 1, start
-    while low < batch < high:
-        if fits(batch):
-            low, batch = batch, min(2 * batch, limit)
-        else:
-            high, batch = batch, batch if low else batch // 2
-    while high - low > max(1, low // 16) and low:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large matrix product, the fastest of ten."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return float(2 * n**3 / min(timed(lambda: a @ b, device)["wall_s"] for _ in range(10)))
-
-
-def timed(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of the clock, and of this process's threads."""
-    _wait(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    _wait(device)
-    return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def make_inputs(model: MAE, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
-    return images.to(device), torch.rand(batch, model.patches, generator=generator).to(device)
 
 
 def _options() -> argparse.Namespace:

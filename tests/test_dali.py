@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline
 from PIL import Image, ImageFile
 
 from scale_mae.data import dali, pillow
@@ -228,6 +229,14 @@ def test_nothing_is_left_behind(decoder):
     mebibytes, files = (now - then for now, then in zip(held(), before, strict=True))
     assert mebibytes < 30
     assert files <= 0
+
+
+def test_dali_accepts_the_graph_for_gpus():
+    pipeline = Pipeline(BATCH, 2, None, prefetch_queue_depth=1)  # no GPU is needed unless the pipeline is built
+    dali.define_graph(pipeline, "mixed")
+    graph = pipeline.serialize()
+    assert b"decoders__ImageSlice" in graph
+    assert b"mixed" in graph
 
 
 @pytest.mark.gpu

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
 
@@ -64,9 +63,7 @@ class Stage:
 
     def save(self) -> None:
         """Write the result file."""
-        aside = self.out.with_suffix(".partial")
-        aside.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(aside, self.out)
+        report.write(self.out, self.result)
 
 
 class OutOfTime(Exception):

@@ -131,24 +131,7 @@ class DaliDecoder:
     def _build(self) -> Pipeline:
         # a batch at a time, because finish returns what it was given: there is nothing to prefetch
         pipeline = Pipeline(self._batch_size, self._threads, self._device_id, prefetch_queue_depth=1)
-        with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-            start = fn.external_source(name="start", dtype=types.INT32, ndim=1, no_copy=True)
-            end = fn.external_source(name="end", dtype=types.INT32, ndim=1, no_copy=True)
-            boxes = fn.decoders.image_slice(
-                encoded,
-                device="cpu" if self._device_id is None else "mixed",
-                start=start,
-                end=end,
-                axis_names="HW",
-                output_type=types.RGB,
-                adjust_orientation=False,  # it reads EXIF only; Pillow also reads XMP
-                jpeg_fancy_upsampling=True,
-                hw_decoder_load=HARDWARE_SHARE,
-                preallocate_width_hint=USUAL_SIDE,
-                preallocate_height_hint=USUAL_SIDE,
-            )
-            pipeline.set_outputs(boxes)
+        define_graph(pipeline, "cpu" if self._device_id is None else "mixed")
         pipeline.build()
         return pipeline
 
@@ -183,6 +166,33 @@ class DaliDecoder:
             except ImageError as error:
                 errors[number] = error
         return torch.from_numpy(images_BHW3).to(self._device), errors
+
+
+def define_graph(pipeline: Pipeline, device: str) -> None:
+    """Add the decoder to an empty pipeline: encoded images and the boxes to decode go in, the boxes come out.
+
+    Args:
+        pipeline: whose graph is empty.
+        device: ``cpu``, or ``mixed`` for a decoder that reads host memory and writes GPU memory.
+    """
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1, no_copy=True)
+        end = fn.external_source(name="end", dtype=types.INT32, ndim=1, no_copy=True)
+        boxes = fn.decoders.image_slice(
+            encoded,
+            device=device,
+            start=start,
+            end=end,
+            axis_names="HW",
+            output_type=types.RGB,
+            adjust_orientation=False,  # it reads EXIF only; Pillow also reads XMP
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=HARDWARE_SHARE,
+            preallocate_width_hint=USUAL_SIDE,
+            preallocate_height_hint=USUAL_SIDE,
+        )
+        pipeline.set_outputs(boxes)
 
 
 def plain_jpeg(data: bytes) -> Header | None:

@@ -61,6 +61,11 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
+def fence(language: str, lines: Iterable[str]) -> str:
+    """Return a fenced block."""
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
 def prose(text: str) -> str:
     """Return a docstring or help text as Markdown that is safe inside a table."""
     plain = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.replace("``", "`")).replace("%%", "%")
@@ -99,10 +104,10 @@ def keys(section: Any, prefix: str) -> str:
 
 def key_rows(section: Any, prefix: str) -> Iterator[list[str]]:
     """Yield key, type, default, whether it may change on resume, and meaning."""
-    from scale_mae.config.sections import is_free
+    from scale_mae.config.sections import may_change_on_resume
 
     for name, field in section.model_fields.items():
-        free = is_free(field) or prefix + name == "run.dir"
+        free = may_change_on_resume(field) or prefix + name == "run.dir"
         default = "(empty)" if (value := field.get_default(call_default_factory=True)) is None else code(as_yaml(value))
         limits = bounds(field.metadata)
         yield [
@@ -189,12 +194,12 @@ def command(name: str, parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     words = [word(action) for action in actions if not action.option_strings or action.required]
     usage = " ".join(["scale-mae", name, *words, *(["[options]"] if len(words) < len(actions) else [])])
-    found = [prose(parser.description or ""), f"```text\n{usage}\n```"]
+    found = [prose(" ".join((parser.description or "").split())), fence("text", [usage])]
     if actions:
         found.append(table(["argument", "default", "meaning"], map(argument, actions)))
     if example := re.search(r"[Ee]xamples?:\n(.*)", parser.epilog or "", re.DOTALL):
         lines = [line.strip() for line in example[1].splitlines()]
-        found.append("```text\n" + "\n".join(lines).strip() + "\n```")
+        found.append(fence("bash", filter(None, lines)))
     return "\n\n".join(found)
 
 
@@ -223,31 +228,30 @@ def argument(action: argparse.Action) -> list[str]:
     default = action.default if not isinstance(action.default, list) else " ".join(map(str, action.default))
     if action.required and action.option_strings:
         default, shown = "(required)", False
-    return [code(word(action)), code(str(default)) if shown else "(required)" * (default == "(required)"), prose(meaning) + choices]
+    return [
+        code(word(action)),
+        code(str(default)) if shown else "(required)" * (default == "(required)"),
+        prose(meaning) + choices,
+    ]
 
 
 # Recipes
 
 
 def recipes() -> str:
-    """Return the shipped recipes with what their headers say."""
-    from scale_mae.config import SHIPPED, load_config
-    from scale_mae.config import recipes as names
+    """Return the shipped recipes with the facts in their headers."""
+    from scale_mae.config import load_config
+    from scale_mae.config.recipes import read_header, recipe_names, recipe_path
 
+    tasks = {name: load_config(name).run.task for name in recipe_names()}
     rows, found = [], []
-    for name in sorted(names(), key=lambda name: (load_config(name).run.task != "pretrain", name)):
-        text = (SHIPPED / "recipes" / f"{name}.yaml").read_text()
-        head = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
-        settings = load_config(name)
-        rows.append([f"[`{name}`](#{name})", f"`{settings.run.task}`", prose(head[0])])
-        notes = [line.split(maxsplit=1) for line in head[1:]]
-        found.append(
-            f"## {name}\n\n{prose(head[0])}\n\n"
-            + table(["", ""], [[key, code(value) if key == "command" else prose(value)] for key, value in notes])
-            + "\n\n```yaml\n"
-            + "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-            + "\n```"
-        )
+    for name in sorted(tasks, key=lambda name: (tasks[name] != "pretrain", name)):
+        header = read_header(name)
+        rows.append([f"[`{name}`](#{name})", f"`{tasks[name]}`", prose(header.summary)])
+        facts = [["command", code(header.command)]]
+        facts += [[key, prose(getattr(header, key))] for key in ("hardware", "time", "result")]
+        settings = [line for line in recipe_path(name).read_text().splitlines() if not line.startswith("#")]
+        found.append(f"## {name}\n\n{prose(header.summary)}\n\n{table(['', ''], facts)}\n\n" + fence("yaml", settings))
     return "\n\n".join([table(["recipe", "task", "what it trains"], rows), *found])
 
 
@@ -275,7 +279,14 @@ def sizes() -> str:
                 f"{flops.train / 1e9:.1f}",
             ]
         )
-    header = ["`model.size`", "width x depth", "patch", "encoder, M parameters", "decoder, M parameters", "training, GFLOP per image"]
+    header = [
+        "`model.size`",
+        "width x depth",
+        "patch",
+        "encoder, M parameters",
+        "decoder, M parameters",
+        "training, GFLOP per image",
+    ]
     return table(header, rows)
 
 
@@ -312,7 +323,9 @@ def prometheus() -> str:
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         names = list(getattr(family, "_labelnames", ())) or (["run", *labels] if family.type == "info" else [])
         shown = family.name + suffix + (f"{{{', '.join(names)}}}" if names else "")
-        rows.append([code(shown), family.type, "every node" if family.name in own else "first node", prose(family.documentation)])
+        rows.append(
+            [code(shown), family.type, "every node" if family.name in own else "first node", prose(family.documentation)]
+        )
     return table(["series", "type", "served by", "meaning"], rows)
 
 
@@ -376,6 +389,13 @@ def export_metadata() -> str:
 # The map of the code
 
 
+def layers() -> str:
+    """Return the layers of the architecture test, lowest first."""
+    from tests.test_architecture import LAYERS
+
+    return " → ".join(code(name) for name in LAYERS)
+
+
 def packages() -> str:
     """Return one sentence for every module: the first sentence of its docstring."""
     folder, rows = ROOT / "scale_mae", {}
@@ -422,10 +442,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "result": result,
     "index entry": index_entry,
     "export metadata": export_metadata,
+    "layers": layers,
     "packages": packages,
-    **{
-        f"benchmark {path.stem}": benchmark(path.stem) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    },
+    **{f"benchmark {path.stem}": benchmark(path.stem) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))},
 }
 
 if __name__ == "__main__":

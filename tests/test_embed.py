@@ -68,7 +68,7 @@ def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
 
 
 def paths_in(file):
-    """As docs/evaluation.md reads them."""
+    """As docs/guides/evaluation.md reads them."""
     tensors = load_file(file)
     text, ends = tensors["paths"].tobytes(), tensors["path_ends"].tolist()
     return [text[begin:end].decode() for begin, end in zip([0, *ends], ends)]  # noqa: B905

@@ -176,7 +176,9 @@ def test_every_metric_that_is_asked_for_exists_and_every_one_that_exists_is_show
     asked = {name for text in texts for name in names_in(text)}
     there = offered(watched.server.scrape())
     assert len(there) > 40
-    (documented,) = re.findall(r"(\d+) samples per scrape", (MONITORING.parents[1] / "docs" / "guides" / "monitoring.md").read_text())
+    (documented,) = re.findall(
+        r"(\d+) samples per scrape", (MONITORING.parents[1] / "docs" / "guides" / "monitoring.md").read_text()
+    )
     without_gpu = len({name for name in there if needs_gpu(name) and "_gpu_" not in name}) + 2  # and memory of the device
     assert watched.server.value("scrape_samples_scraped") == int(documented) - without_gpu
     assert asked - set(recorded()) - there == set()

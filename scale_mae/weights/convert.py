@@ -48,7 +48,7 @@ def convert(
 
     Args:
         checkpoint: a run directory or a checkpoint; for ``state_dict`` also a folder that plain DeepSpeed code wrote.
-        to: one of ``FORMATS``, see docs/weights.md.
+        to: one of ``FORMATS``, see docs/guides/converting.md.
         out: file or folder.
         dtype: of the weights: ``fp32``, ``bf16`` or ``fp16``. ``state_dict`` leaves buffers as they are.
         image_size: (height, width) to interpolate the position tables to.

@@ -141,27 +141,17 @@ def named_type(field: Any) -> str | None:
 def type_name(annotation: Any) -> str:
     """Return the type of a key in words."""
     origin, args = get_origin(annotation), get_args(annotation)
-    if annotation is type(None):
-        return "empty"
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(code(str(arg)) for arg in args)
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        from scale_mae.config.sections import Duration, Pixels
-
-        for alias, name in ((Duration, "duration"), (Pixels, "pixels")):
-            if annotation == alias:
-                return name
-        return type_name(args[0])
     if origin is tuple:
         count = "any number" if args[-1] is Ellipsis else str(len(args))
         return f"list of {count}: {type_name(args[0])}"
-    if origin is dict:
-        return "mapping"
-    if args:  # a union
+    if args and origin is not dict:  # a union
         return " or ".join(dict.fromkeys(type_name(arg) for arg in args))
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "empty"}
+    return "mapping" if origin is dict else words[annotation]
 
 
 def bounds(metadata: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Reference curves: the band in which the loss of a run of a certain setting lies. docs/guides/reports.md describes their files."""
+"""Reference curves: the band in which the loss of a run of a certain setting lies; see docs/guides/reports.md."""
 
 from __future__ import annotations
 

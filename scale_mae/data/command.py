@@ -1,4 +1,4 @@
-"""The commands that prepare images: ``index`` and ``pack``. Imports no torch."""
+"""The commands that prepare images: ``sources``, ``index`` and ``pack``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import argparse
 
 from scale_mae.config import UserError
 from scale_mae.system.command_line import SOURCE_HELP, Command, positive_int, warn
+
+SOURCE_KINDS = {  # example -> what it is
+    "/data/train": "class folders, root/class/image; other folders may lie between class and image",
+    "/data/photos": "a folder of images without labels",
+    "/data/shards": "a folder of tar shards in the WebDataset format, with key.jpg next to key.cls",
+    "/data/train-{000..146}.tar": "a numbered list of tar shards",
+    "/data/list.txt": "a list with one path per line, optionally followed by a label; paths are relative to the list",
+    "/data/list.csv": "a table (.csv or .tsv) with the columns path and, optionally, label",
+    "/data/annotations.json": "annotations in COCO format",
+    "imagenet.index": "an index of any source, written by `scale-mae index`",
+    "/fast/packed": "a folder written by `scale-mae pack`",
+    "demo:train, demo:val": "the images that scale_mae contains: 10,000 and 2,000 labeled images of Fashion-MNIST",
+}
 
 
 def _add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +38,20 @@ def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the shuffled order (default: %(default)s)")
     add("--workers", type=positive_int, metavar="N", help="number of processes (default: one per core)")
+
+
+def sources(args: argparse.Namespace) -> int:
+    """``scale-mae sources``."""
+    from scale_mae.data.layouts import LAYOUTS
+
+    print("A SOURCE of images, also the value of data.source and classify.val_source, is one of:\n")
+    for example, meaning in SOURCE_KINDS.items():
+        print(f"  {example:28}{meaning}")
+    print("\nor a data set in the form in which it is distributed, NAME:SPLIT:ROOT, such as imagenet1k:train:/data/imagenet:\n")
+    print(f"  {'NAME':14}SPLITS")
+    for name, (splits, _) in LAYOUTS.items():
+        print(f"  {name:14}{', '.join(splits)}")
+    return 0
 
 
 def index(args: argparse.Namespace) -> int:
@@ -61,6 +88,13 @@ def pack(args: argparse.Namespace) -> int:
 
 
 DATA_COMMANDS = (
+    Command(
+        name="sources",
+        group="data",
+        summary="List the kinds of image sources and the named data sets.",
+        example="scale-mae sources",
+        run=sources,
+    ),
     Command(
         name="index",
         group="data",

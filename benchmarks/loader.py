@@ -30,11 +30,11 @@ from torchvision import datasets, transforms
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
-from scale_mae.data.index_builder import build
+from scale_mae.data.index_builder import build_index
 from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.pack import pack
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 
 SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,8 +58,8 @@ def torchvision_batches(folder: Path, batch: int, workers: int) -> Iterator[Tens
         yield from (images for images, _ in loader)
 
 
-def our_batches(index: Index, name: decoders.Name, batch: int, threads: int, device: torch.device) -> Iterator[Tensor]:
-    decoder = decoders.make(name, SIZE, batch, threads, device)
+def our_batches(index: Index, name: decoders.DecoderName, batch: int, threads: int, device: torch.device) -> Iterator[Tensor]:
+    decoder = decoders.build_decoder(name, SIZE, batch, threads, device)
     plan = SamplePlan(0, len(index), batch)
     loader = Loader(
         index, plan, BatchShard(0, 1, batch, 1), DataConfig(threads=threads), decoder, SIZE, 196, device.type == "cuda"
@@ -68,7 +68,7 @@ def our_batches(index: Index, name: decoders.Name, batch: int, threads: int, dev
     try:
         for found in batches:
             assert not found.failures
-            yield normalise(found.images.to(device, non_blocking=True), MEAN, STD)
+            yield normalize(found.images.to(device, non_blocking=True), MEAN, STD)
     finally:
         batches.close()
 
@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        index = build(str(args.folder), Path(temporary) / "photos.index")
+        index = build_index(str(args.folder), Path(temporary) / "photos.index")
         packed = pack(str(args.folder), Path(temporary) / "packed").index
         sizes = [f"mean {found.entries['length'].mean() / 1e3:.0f} KB, {len(found)} images" for found in (index, packed)]
         sources = {"torchvision": partial(torchvision_batches, args.folder, args.batch, args.threads)}

@@ -16,7 +16,7 @@ from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.evaluation.evaluate import _view
 from scale_mae.evaluation.features import pooled
 from scale_mae.evaluation.results import Result
-from scale_mae.model.positions import sincos_table
+from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.importing import read_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
@@ -196,7 +196,7 @@ def moco(**more):
     """Its position table is the fixed one, without gradient."""
     model = vit("token", **more)
     side = model.patch_embed.grid_size
-    model.pos_embed.data.copy_(sincos_table(model.embed_dim, side))
+    model.pos_embed.data.copy_(sincos_pos_embed(model.embed_dim, side))
     return model
 
 

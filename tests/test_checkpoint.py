@@ -36,7 +36,7 @@ def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tm
     facts, weights = read_export(out)
     model = timm.create_model(facts["timm_name"], **facts["timm_kwargs"])
     model.load_state_dict(weights, strict=True)
-    mae = build_mae("nano", image_size=(32, 32), patch=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
+    mae = build_mae("nano", image_size=(32, 32), patch_size=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
     reader = ZeroReader(locate(run_dir, print) / "deepspeed")
     state = {name: torch.from_numpy(value) for name, value in live.items()}
     if layout == ("zero0", "bf16"):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from scale_mae import load_config
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.classifier import load_classifier, load_subject
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.weights.encoders import load_encoder
 from scale_mae.weights.metadata import METADATA_KEY, describe
 from scale_mae.weights.models import encoder_weights, model_from_config
@@ -76,12 +76,12 @@ def test_a_folder_of_transformers(tmp_path):
 def test_another_size_interpolates_the_positions(golden, tmp_path):
     """As the reference's fine-tuning does; also the table itself."""
     values, _ = golden("recipe.safetensors")
-    after = resize_table(values["interp.before"], (7, 7), (10, 10))
+    after = resize_pos_embed(values["interp.before"], (7, 7), (10, 10))
     torch.testing.assert_close(after, values["interp.after"], atol=1e-6, rtol=0)
     theirs = vit()
     write_timm(tmp_path, theirs)
     bigger = vit(img_size=48)
-    state = theirs.state_dict() | {"pos_embed": resize_table(theirs.pos_embed.detach(), (4, 4), (6, 6))}
+    state = theirs.state_dict() | {"pos_embed": resize_pos_embed(theirs.pos_embed.detach(), (4, 4), (6, 6))}
     bigger.load_state_dict(state)
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(logits(load_classifier(tmp_path, size=48), images), bigger(images).detach())

@@ -57,14 +57,14 @@ def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
     torch.testing.assert_close(torch.from_numpy(values), tokens[:, 1:].mean(1), atol=1e-5, rtol=1e-4)
     lines = (tmp_path / "f.tsv").read_text().splitlines()
     assert lines[0] == "path\tlabel"
-    assert lines[4].split("\t") == [index.where(3), "1"]
+    assert lines[4].split("\t") == [index.location(3), "1"]
     assert sorted(os.listdir(tmp_path)) == ["f.npy", "f.tsv"]
     write(model, data, tmp_path / "t.safetensors", pool="token")
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
         torch.testing.assert_close(file.get_tensor("features"), tokens[:, 0], atol=1e-5, rtol=1e-4)
         assert file.get_tensor("labels").tolist() == [c for c in range(10) for _ in range(3)]
         assert json.loads(file.metadata()["scale_mae_embed"])["pool"] == "token"
-    assert paths_in(tmp_path / "t.safetensors") == [index.where(row) for row in range(30)]
+    assert paths_in(tmp_path / "t.safetensors") == [index.location(row) for row in range(30)]
 
 
 def paths_in(file):

@@ -19,7 +19,7 @@ SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEP
 
 
 def small_mae():
-    return build_mae("nano", image_size=(16, 16), patch=(4, 4), decoder_width=32, decoder_depth=1, decoder_heads=2, seed=0)
+    return build_mae("nano", image_size=(16, 16), patch_size=(4, 4), decoder_width=32, decoder_depth=1, decoder_heads=2, seed=0)
 
 
 def batch(step):

@@ -16,8 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from scale_mae import UserError, load_config
 from scale_mae.cli import main
+from scale_mae.data.errors import DataError
 from scale_mae.data.index_builder import list_source
-from scale_mae.data.storage import DataError
 from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import knn
 from scale_mae.evaluation.classifier import load_subject
@@ -25,7 +25,7 @@ from scale_mae.evaluation.features import Source, features
 from scale_mae.evaluation.knn import decide, knn_accuracy, nearest
 from scale_mae.evaluation.logistic_regression import choose_penalty, fit, logistic_accuracy, logits
 from scale_mae.evaluation.reconstruct import draw, reconstruct
-from scale_mae.model.targets import make_target, unpatchify
+from scale_mae.model.targets import compute_target, unpatchify
 from scale_mae.system import progress
 from scale_mae.weights.metadata import METADATA_KEY, describe
 from scale_mae.weights.models import encoder_weights, model_from_config
@@ -167,7 +167,7 @@ def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
 def test_a_model_that_predicts_its_target_reconstructs_the_image(target, monkeypatch):
     model = model_from_config(load_config("debug", {"model.target": target}))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    perfect = make_target(images, model.patch, target)
+    perfect = compute_target(images, model.patch_size, target)
     monkeypatch.setattr(model, "decode", lambda latent, ids: perfect)
     filled, mask = reconstruct(model, images, noise, 0.75)
     torch.testing.assert_close(filled, images, atol=1e-4, rtol=1e-4)
@@ -181,7 +181,7 @@ def test_visible_patches_are_left_alone_and_hidden_ones_predicted():
     filled, mask = reconstruct(model, images, noise, 0.5)
     with torch.inference_mode():
         output = model(images, noise, 0.5)
-    predicted = unpatchify(output.pred, model.patch, model.grid)
+    predicted = unpatchify(output.pred, model.patch_size, model.grid)
     assert torch.equal(filled * (1 - mask), images * (1 - mask))
     torch.testing.assert_close(filled * mask, predicted * mask)
 

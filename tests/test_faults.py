@@ -307,7 +307,7 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
 def train_with_a_failing_publication(config, step, bad_image):
     """The publication of ``step`` fails, after a while; ``bad_image`` ends the run at that step."""
     from scale_mae.checkpoint.saver import Saver
-    from scale_mae.data.storage import DataError
+    from scale_mae.data.errors import DataError
     from scale_mae.training.trainer import Run
 
     commit, one_step = Saver._commit, Run._one_step

@@ -24,7 +24,7 @@ from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.cli import main
 from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
-from scale_mae.model.positions import resize_table, sincos_table
+from scale_mae.model.pos_embed import resize_pos_embed, sincos_pos_embed
 from scale_mae.weights.convert import convert
 from scale_mae.weights.encoders import untrained_encoder
 from scale_mae.weights.importing import is_decoder, locate_weights, read_weights
@@ -411,15 +411,15 @@ def test_vit_mae_gives_transformers_loss_for_equal_noise(tmp_path, eps):
 
     config = ViTMAEConfig(**SIZES, **SIDES, **DECODER, norm_pix_loss=True, layer_norm_eps=eps)
     theirs = stir(ViTMAEForPreTraining(config))
-    theirs.vit.embeddings.position_embeddings.data = sincos_table(96, (4, 4))
-    theirs.decoder.decoder_pos_embed.data = sincos_table(64, (4, 4))
+    theirs.vit.embeddings.position_embeddings.data = sincos_pos_embed(96, (4, 4))
+    theirs.decoder.decoder_pos_embed.data = sincos_pos_embed(64, (4, 4))
     theirs.save_pretrained(tmp_path)
     model, note = begin(tmp_path)
     with torch.inference_mode():
         expected, got = theirs(IMAGES, noise=NOISE), model.eval()(IMAGES, NOISE)
     assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5 if eps == 1e-6 else 1e-3)
     torch.testing.assert_close(got.pred, expected.logits, atol=1e-5 if eps == 1e-6 else 1e-2, rtol=1e-4)
-    assert torch.equal(model.pos_embed, sincos_table(96, (4, 4)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
     assert "Hugging Face ViTMAEForPreTraining" in note
     assert ("its norms' epsilon is 1e-12, here 1e-06" in note) == (eps == 1e-12)
 
@@ -567,7 +567,7 @@ def test_tables_are_interpolated_to_another_image_size_and_that_is_said(tmp_path
     torch.save({"model": trained()}, tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(64, 32)))
     for name, width in (("pos_embed", 96), ("decoder_pos_embed", 64)):
-        assert torch.equal(getattr(model, name), resize_table(sincos_table(width, (4, 4)), (4, 4), (8, 4)))
+        assert torch.equal(getattr(model, name), resize_pos_embed(sincos_pos_embed(width, (4, 4)), (4, 4), (8, 4)))
         assert f"{name} interpolated from 4 x 4 to 8 x 4 patches" in note
 
 
@@ -575,8 +575,8 @@ def test_tables_are_interpolated_to_another_image_size_and_that_is_said(tmp_path
 def test_a_rounded_sine_cosine_table_becomes_the_exact_one(tmp_path, dtype):
     torch.save({n: t.to(dtype) for n, t in trained().items()}, tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth")
-    assert torch.equal(model.pos_embed, sincos_table(96, (4, 4)))
-    assert torch.equal(model.decoder_pos_embed, sincos_table(64, (4, 4)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
+    assert torch.equal(model.decoder_pos_embed, sincos_pos_embed(64, (4, 4)))
     assert torch.equal(model.norm.weight, trained()["norm.weight"].to(dtype).float())
     assert "sine-cosine" not in note
 
@@ -585,11 +585,11 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
     """16 patches as 2 x 8 and as 4 x 4."""
     torch.save(nano(image_size=(16, 64)).state_dict(), tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
-    assert torch.equal(model.pos_embed, sincos_table(96, (2, 8)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (2, 8)))
     assert "interpolated" not in note
     torch.save(trained(), tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
-    assert torch.equal(model.pos_embed, resize_table(sincos_table(96, (4, 4)), (4, 4), (2, 8)))
+    assert torch.equal(model.pos_embed, resize_pos_embed(sincos_pos_embed(96, (4, 4)), (4, 4), (2, 8)))
     assert "pos_embed interpolated from 4 x 4 to 2 x 8 patches" in note
 
 

@@ -162,7 +162,7 @@ def test_a_damaged_export_is_found(exports, tmp_path, to, capsys):
 
 def test_weights_of_others(tmp_path, capsys):
     state = {
-        f"module.{n}": t.bfloat16() for n, t in build_mae("tiny", image_size=(64, 32), patch=(16, 16)).state_dict().items()
+        f"module.{n}": t.bfloat16() for n, t in build_mae("tiny", image_size=(64, 32), patch_size=(16, 16)).state_dict().items()
     }
     torch.save({"model": state | {"module.head.weight": torch.zeros(2, 192)}, "epoch": 7}, tmp_path / "w.pth")
     report = inspect(tmp_path / "w.pth")

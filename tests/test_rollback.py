@@ -246,7 +246,7 @@ def poison(value, first, stop):
     import scale_mae.training.trainer
     from scale_mae.data.loader import Loader
 
-    assemble, normalise = Loader._assemble, scale_mae.training.trainer.normalise
+    assemble, normalize = Loader._assemble, scale_mae.training.trainer.normalize
 
     def poisoned(self, staged, *pools):
         positions, (batch, changes) = staged.result().positions, assemble(self, staged, *pools)
@@ -255,9 +255,9 @@ def poison(value, first, stop):
 
     def spoilt(images, *args):
         marked = (images == MARK).flatten(1).all(1)
-        return torch.where(marked[:, None, None, None], value, 1.0) * normalise(images, *args)
+        return torch.where(marked[:, None, None, None], value, 1.0) * normalize(images, *args)
 
-    Loader._assemble, scale_mae.training.trainer.normalise = poisoned, spoilt
+    Loader._assemble, scale_mae.training.trainer.normalize = poisoned, spoilt
 
 
 def train_on_poison(config, value, span=POISON):
@@ -270,7 +270,7 @@ def train_without(config, left_out):
     import scale_mae.training.trainer
     from scale_mae.data.sample_plan import SamplePlan
 
-    scale_mae.training.trainer.SamplePlan = lambda *args: SamplePlan(*args).without(*left_out)
+    scale_mae.training.trainer.SamplePlan = lambda *args: SamplePlan(*args).skip(*left_out)
     return train(config)
 
 

@@ -19,7 +19,7 @@ from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.model.positions import sincos_table
+from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.convert import convert
 
 # ---------------------------------------------------------------- ours
@@ -33,7 +33,7 @@ def test_reader_gives_every_weight_of_the_live_model(runs, layout):
     assert reader.state["step"] == 3
     assert set(reader) == set(live) | {"pos_embed", "decoder_pos_embed"}
     assert set(reader.parameters) == set(live)
-    assert torch.equal(reader["pos_embed"], sincos_table(96, (4, 4)))
+    assert torch.equal(reader["pos_embed"], sincos_pos_embed(96, (4, 4)))
     for name, expected in live.items():
         got = reader[name]
         assert got.dtype == torch.float32

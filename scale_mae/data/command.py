@@ -56,17 +56,17 @@ def sources(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """``scale-mae index``."""
-    from scale_mae.data.index import SUFFIX
-    from scale_mae.data.index_builder import build
+    from scale_mae.data.index import INDEX_SUFFIX
+    from scale_mae.data.index_builder import build_index
     from scale_mae.system.progress import ProgressBar
 
-    if not args.out.endswith(SUFFIX):
-        raise UserError(f"--out {args.out}: the name of an index ends in {SUFFIX}")
+    if not args.out.endswith(INDEX_SUFFIX):
+        raise UserError(f"--out {args.out}: the name of an index ends in {INDEX_SUFFIX}")
     with ProgressBar("images") as bar:
-        built = build(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
+        built = build_index(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
     for problem in built.problems:
         warn(problem)
-    if causes := built.causes():
+    if causes := built.quarantine_counts():
         listed = ", ".join(f"{number} {cause}" for cause, number in causes.items())
         warn(f"quarantined, never trained on: {listed}; named in {args.out}.quarantined.txt")
     print(f"{args.out}: {len(built)} images, {len(built.classes)} named classes, digest {built.digest}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scale_mae.config.sections import TrainConfig
-from scale_mae.model.sizes import Flops
+from scale_mae.model.flops import Flops
 
 _aten = torch.ops.aten
 KEPT = {

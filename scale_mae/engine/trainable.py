@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from scale_mae.model.sizes import Flops
+from scale_mae.model.flops import Flops
 
 
 class TrainableModule(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.beit import is_beit, read_beit
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.model.sizes import SIZES
 from scale_mae.weights.importing import Weights, locate_weights, read_weights
 from scale_mae.weights.initialization import encoder_of
@@ -111,7 +111,7 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     if new[0] % patch[0] or new[1] % patch[1]:
         raise CheckpointError(f"{path}: --size {size} is no multiple of its patches, {patch[0]} x {patch[1]}")
     grids = [(sides[0] // patch[0], sides[1] // patch[1]) for sides in (old, new)]
-    tensors["pos_embed"] = resize_table(tensors["pos_embed"], grids[0], grids[1])
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], grids[0], grids[1])
     if head:
         shapes = {name: list(tensor.shape) for name, tensor in head.items()}
         rows = shapes.get("head.bias", [0])[0] if shapes.get("head.bias") else 0

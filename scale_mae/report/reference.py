@@ -67,11 +67,11 @@ def setting_value(config: Config, key: str) -> Any:
 
 
 def _digest(record: Record) -> str | None:
-    from scale_mae.data.index import NAME, Index, index_of
+    from scale_mae.data.index import INDEX_NAME, Index, existing_index
 
     try:
-        own = index_of(record.config.data.source) if record.config else None
-        return Index.open(own or record.dir / NAME).digest
+        own = existing_index(record.config.data.source) if record.config else None
+        return Index.open(own or record.dir / INDEX_NAME).digest
     except (UserError, OSError):
         return None
 

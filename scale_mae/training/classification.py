@@ -15,12 +15,12 @@ from torch import Tensor
 
 from scale_mae.checkpoint.store import step_of
 from scale_mae.config import Config, UserError
-from scale_mae.data.crops import reference_crop
+from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
 from scale_mae.data.mixup import BatchAugmentation
 from scale_mae.data.sources import NO_LABEL
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.evaluation.accuracy import Score, scores
@@ -41,7 +41,7 @@ class ClassificationTask:
             fit.
     """
 
-    patches = 0
+    num_patches = 0
 
     def __init__(self, config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> None:
         self._config, self._world = config, world
@@ -123,11 +123,11 @@ class ClassificationTask:
         with engine.evaluation_mode(ema=ema):
 
             def logits(images_BHW3: Tensor) -> Tensor:
-                images = normalise(images_BHW3.to(device), config.data.mean, config.data.std)
+                images = normalize(images_BHW3.to(device), config.data.mean, config.data.std)
                 outputs: Tensor = engine.model(images).logits
                 return outputs if outputs.dim() == 3 else outputs[None]
 
-            view, batch = central_view(side, config.classify.crop_pct or reference_crop(side)), config.train.micro_batch
+            view, batch = central_view(side, config.classify.crop_pct or reference_crop_pct(side)), config.train.micro_batch
             return scores(logits, val, view, self._world, batch, lambda done, total: beat())
 
     def _write(self, found: list[Score], told: dict[str, Score], step: int, seconds: float) -> list[str]:
@@ -143,7 +143,7 @@ class ClassificationTask:
                 "name": config.run.task,
                 "set": c.val_source,
                 "size": side,
-                "crop_pct": c.crop_pct or reference_crop(side),
+                "crop_pct": c.crop_pct or reference_crop_pct(side),
                 **trained,
             },
             {

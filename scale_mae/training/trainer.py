@@ -15,12 +15,12 @@ import torch
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.saver import Saver
 from scale_mae.config import Config, UserError
+from scale_mae.data.errors import DataError
 from scale_mae.data.failure_counter import FailureCounter
 from scale_mae.data.index import Index
 from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import Vote
@@ -103,7 +103,7 @@ class Trainer:
         pin_memory = world.device.type == "cuda"
         share = BatchShard(world.rank, world.size, config.train.micro_batch, accumulation)
         decoder, chosen, why = build_decoder(config, world)
-        shape, warn = (config.model.image_size, self.task.patches), functools.partial(_warn, world.rank)
+        shape, warn = (config.model.image_size, self.task.num_patches), functools.partial(_warn, world.rank)
         self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
         instruments = build_monitoring(
             config, world, self.task.model, len(index), self.schedule.total_steps, self.step, measured
@@ -194,8 +194,8 @@ class Trainer:
             batch, each = feed.take()
             vote = max(vote, each)
             images = batch.images.to(world.device, non_blocking=True)
-            jitter = None if batch.jitter is None else batch.jitter.to(world.device, non_blocking=True)
-            images = normalise(images, config.data.mean, config.data.std, jitter)
+            jitter = None if batch.color_jitter is None else batch.color_jitter.to(world.device, non_blocking=True)
+            images = normalize(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
             self.watch.mark("backward")

@@ -10,7 +10,7 @@ from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.process_group import World
 from scale_mae.model.classifier import Classifier, build_classifier
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 from scale_mae.weights.importing import Weights
 from scale_mae.weights.initialization import begin_everywhere, encoder_of
@@ -24,7 +24,7 @@ def classifier_from_config(config: Config, classes: int) -> Classifier:
         seed=config.run.seed,
         scratch=m.init_from is None,
         image_size=m.image_size,
-        patch=m.patch,
+        patch_size=m.patch,
         classes=classes,
         pool=c.pool,
         drop_path=c.drop_path,
@@ -53,7 +53,7 @@ def begin_with_encoder(model: Classifier, weights: Weights) -> str:
     if tuple(given["patch_size"]) != patch:
         raise CheckpointError(f"{weights.path}: patches of {given['patch_size']}: set model.patch_size={given['patch_size']}")
     old, new = ((height // patch[0], width // patch[1]) for height, width in (facts["image_size"], model.patch_embed.img_size))
-    tensors["pos_embed"] = resize_table(tensors["pos_embed"], old, new)
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], old, new)
     notes = [f"pos_embed interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"] if old != new else []
     if facts["layer_norm_eps"] != LAYER_NORM_EPS:
         notes.append(f"its norms' epsilon is {facts['layer_norm_eps']:g}, here {LAYER_NORM_EPS:g}")

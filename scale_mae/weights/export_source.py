@@ -18,7 +18,7 @@ from scale_mae.checkpoint.store import DEEPSPEED_TAG, read_config, read_manifest
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.weights.classifier_heads import Head, chosen, plain, read_head
 from scale_mae.weights.metadata import METADATA_KEY, Pool, describe, is_classifier
 
@@ -161,7 +161,7 @@ def _resized(
 
     def resized(table: LazyTensor) -> LazyTensor:
         shape = (1, 1 + math.prod(new), table.shape[2])
-        return replace(table, shape=shape, stretches=lambda: [resize_table(table.read(), old, new).reshape(-1)])
+        return replace(table, shape=shape, stretches=lambda: [resize_pos_embed(table.read(), old, new).reshape(-1)])
 
     tables = {name: resized(weights[name]) for name in TABLES if name in weights}
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables

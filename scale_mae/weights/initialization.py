@@ -22,7 +22,7 @@ from scale_mae.checkpoint.safetensors_io import LazyTensor, TensorFiles, write_t
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, UserError
 from scale_mae.distributed.process_group import World
-from scale_mae.model.mae import MAE, TABLES
+from scale_mae.model.mae import MAE, POS_EMBED_NAMES
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 from scale_mae.weights.export_formats import SAFETENSORS
 from scale_mae.weights.importing import Weights, is_decoder, locate_weights, read_weights
@@ -57,10 +57,10 @@ def begin_with(model: MAE, weights: Weights) -> str:
     if origin.layer_norm_eps != LAYER_NORM_EPS:
         told.append(f"its norms' epsilon is {origin.layer_norm_eps:g}, here {LAYER_NORM_EPS:g}")
     for name, own in wanted.items():
-        if name not in TABLES:
+        if name not in POS_EMBED_NAMES:
             own.copy_(checked(weights, name, own))
     grids = {"old": grid_of(weights, model.grid), "new": model.grid}
-    for name in wanted.keys() & set(TABLES):
+    for name in wanted.keys() & set(POS_EMBED_NAMES):
         table, said = fit_table(weights, name, wanted[name], grids)
         wanted[name].copy_(table)
         told += said

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.model.positions import resize_table, sincos_table
+from scale_mae.model.pos_embed import resize_pos_embed, sincos_pos_embed
 from scale_mae.model.sizes import SIZES
 from scale_mae.weights.importing import Weights, is_decoder
 
@@ -166,7 +166,7 @@ def is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
     """Whether a table is the fixed one of this grid, but for the rounding of the dtype that it went through."""
     if table.shape[2] % 4:
         return False
-    exact, table = sincos_table(table.shape[2], grid), table.float()
+    exact, table = sincos_pos_embed(table.shape[2], grid), table.float()
     if exact.shape != table.shape:
         return False
     difference = float((table - exact).abs().max())
@@ -196,9 +196,9 @@ def fit_table(weights: Weights, name: str, wanted: Tensor, grids: Mapping[str, t
         )
     values, told = in_fp32(weights.path, name, table), []
     if is_sincos(table, old):
-        values = sincos_table(table.shape[2], old)
+        values = sincos_pos_embed(table.shape[2], old)
     else:
         told.append(f"its {name} is not the sine-cosine one: kept, and not trained")
     if old != new:
         told.append(f"{name} interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
-    return resize_table(values, old, new), told
+    return resize_pos_embed(values, old, new), told

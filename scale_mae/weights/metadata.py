@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scale_mae.config import Config
 from scale_mae.config.field_types import may_change_on_resume
-from scale_mae.data.crops import reference_crop
+from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _classifier_facts(config: Config, pool: Pool, side: int, head: Head | None) 
         "num_classes": len(head.classes) if head else 0,
         "label_names": list(head.classes) if head else [],
         "began_with": head.began_with if head else "",
-        "crop_pct": config.classify.crop_pct or reference_crop(side),
+        "crop_pct": config.classify.crop_pct or reference_crop_pct(side),
         "pooling": CLASSIFIER_POOLING[pool],
         **({"probe": head.probe} if head and head.probe is not None else {}),
     }

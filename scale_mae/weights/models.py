@@ -25,7 +25,7 @@ def model_from_config(config: Config, seed: int | None = None) -> MAE:
     return build_mae(
         m.size,
         image_size=m.image_size,
-        patch=m.patch,
+        patch_size=m.patch,
         seed=config.run.seed if seed is None else seed,
         mask_ratio=m.mask_ratio,
         target=m.target,

@@ -119,6 +119,6 @@ def fixed_size_crops(
     return np.concatenate([corner, box], axis=1)
 
 
-def reference_crop(size: int) -> float:
+def reference_crop_pct(size: int) -> float:
     """The share of the scaled short side that the reference's evaluation cuts out for a model of ``size`` pixels."""
     return 224 / 256 if size <= REFERENCE_SIDE else 1.0

@@ -14,7 +14,7 @@ def _sincos(positions_L: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
+def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
     """Position table for a class token and ``grid = (rows, columns)`` of patches.
 
     The first half of each row encodes the column, the second half the row: the order that released MAE weights were
@@ -35,7 +35,7 @@ def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
 
 
-def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """A position table for another grid of patches, as MAE's fine-tuning does it (He et al. 2022, appendix A.1).
 
     The class token's row stays; the others, laid out as ``old_grid = (rows, columns)``, are interpolated bicubically

@@ -225,7 +225,7 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     for i in range(60):
         (root / "class0" / f"x{i}.jpg").write_bytes(slow)
     program = (
-        "import sys; from scale_mae.data import index_builder;index_builder.CHUNK = 3; index_builder.build_index(*sys.argv[1:])"
+        "import sys; from scale_mae.data import index_builder; index_builder.CHUNK = 3; index_builder.build_index(*sys.argv[1:])"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(root), str(tmp_path / "x.index")])
     partial = tmp_path / "x.index.partial"
@@ -254,7 +254,7 @@ def test_an_image_that_ends_the_decoder_costs_only_itself(tmp_path, monkeypatch)
         if data == b"poison":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(building, "examine", lambda data, verify: end(data) or original(data, verify))
+    monkeypatch.setattr(building, "read_header", lambda data, verify: end(data) or original(data, verify))
     index = build_index(str(root), tmp_path / "x.index")
     assert index.quarantine_counts() == {"ends the decoder": 1}
     assert len(index) == 11

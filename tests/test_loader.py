@@ -336,7 +336,7 @@ def test_a_process_ends_though_storage_still_hangs(tmp_path):
     make_folders(tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
-        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_source(sys.argv[1]);"
+        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_index(sys.argv[1]);"
         "import time; from scale_mae.data import storage; storage._Shard = lambda path: time.sleep(1000);"
         "next(test_loader.make_loader(index).batches(0, 3))"
     )

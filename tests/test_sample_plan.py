@@ -282,7 +282,7 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
     kept = [position for position in range(500) if position not in skipped]
     assert taken.tolist() == kept[: steps * batch]
     assert {p for first, stop in plan.skipped for p in range(first, stop)} == skipped
-    assert all(a[1] < b[0] for a, b in zip(plan.skipped, plan.skips[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in zip(plan.skipped, plan.skipped[1:], strict=False))
     # what is drawn for a position is the same, whatever is left out and however positions are taken together
     whole = SamplePlan(3, 37, batch)
     positions = plan.positions(steps - 1, 0, 1, 0, batch)

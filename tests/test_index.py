@@ -224,9 +224,7 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     slow = jpeg(2500, 2500)
     for i in range(60):
         (root / "class0" / f"x{i}.jpg").write_bytes(slow)
-    program = (
-        "import sys; from scale_mae.data import index_builder; index_builder.CHUNK = 3; index_builder.build_index(*sys.argv[1:])"
-    )
+    program = "import sys; from scale_mae.data import index_builder as b; b.CHUNK = 3; b.build_index(*sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", program, str(root), str(tmp_path / "x.index")])
     partial = tmp_path / "x.index.partial"
     while not partial.exists() or not (np.array(building.map_index(partial)[1]["status"]) == ImageStatus.DECODED).any():

@@ -42,7 +42,7 @@ def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sources(args: argparse.Namespace) -> int:
     """``scale-mae sources``."""
-    from scale_mae.data.layouts import LAYOUTS
+    from scale_mae.data.dataset_layouts import LAYOUTS
 
     print("A SOURCE of images, also the value of data.source and classify.val_source, is one of:\n")
     for example, meaning in SOURCE_KINDS.items():

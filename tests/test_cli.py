@@ -106,7 +106,7 @@ def test_recipes_lists_every_recipe_and_prints_one(capsys):
 
 
 def test_sources_lists_kinds_and_named_data_sets(capsys):
-    from scale_mae.data.layouts import LAYOUTS
+    from scale_mae.data.dataset_layouts import LAYOUTS
 
     assert main(["sources"]) == 0
     text = capsys.readouterr().out

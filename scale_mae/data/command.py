@@ -34,7 +34,7 @@ def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help=SOURCE_HELP)
     add("--out", required=True, metavar="DIR", help="folder for the shards and their index")
     add("--short-side", type=int, default=256, metavar="PIXELS", help="scale larger images down to it (default: %(default)s)")
-    add("--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: %(default)s)")
+    add("--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 95 (default: %(default)s)")
     add("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the shuffled order (default: %(default)s)")
     add("--workers", type=positive_int, metavar="N", help="number of processes (default: one per core)")

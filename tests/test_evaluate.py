@@ -124,7 +124,7 @@ def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", -1)
     with progress.ProgressBar("images") as bar:
         for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
-            bar.move(done, total)
+            bar.update(done, total)
     told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
     told += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
     assert capsys.readouterr().err.splitlines() == told

@@ -63,7 +63,7 @@ def index(args: argparse.Namespace) -> int:
     if not args.out.endswith(INDEX_SUFFIX):
         raise UserError(f"--out {args.out}: the name of an index ends in {INDEX_SUFFIX}")
     with ProgressBar("images") as bar:
-        built = build_index(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.move)
+        built = build_index(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.update)
     for problem in built.problems:
         warn(problem)
     if causes := built.quarantine_counts():
@@ -80,7 +80,7 @@ def pack(args: argparse.Namespace) -> int:
 
     options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
     with ProgressBar("images") as bar:
-        packed = pack(args.source, args.out, **options, progress=bar.move)
+        packed = pack(args.source, args.out, **options, progress=bar.update)
     for line in packed.left_out:
         warn(f"left out {line}")
     print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards; data.source={args.out}")

@@ -27,7 +27,7 @@ from scale_mae.data.index import Index
 from scale_mae.data.pillow import Crop
 from scale_mae.data.randaugment import RandAugment, on_host
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.system.resources import available_cores, available_memory, processes_here
+from scale_mae.system.resources import available_cores, available_memory, processes_on_node
 from scale_mae.system.thread_pool import DaemonThreadPool
 
 PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
@@ -266,7 +266,7 @@ def _in_new_thread(action: Callable[..., Any], *args: Any) -> Future[Any]:
 
 def num_decoding_threads(config: DataConfig) -> int:
     """Threads that read and decode: as asked for, or this machine's cores shared among its processes."""
-    return config.threads or max(1, available_cores() // processes_here())
+    return config.threads or max(1, available_cores() // processes_on_node())
 
 
 def default_prefetch(micro_batch: int, threads: int, image_size: tuple[int, int]) -> int:
@@ -274,7 +274,7 @@ def default_prefetch(micro_batch: int, threads: int, image_size: tuple[int, int]
     they would fill more than an eighth of the free memory."""
     wanted = max(PREFETCH, math.ceil(2 * threads / micro_batch))
     bytes_each = micro_batch * (image_size[0] * image_size[1] * 3 + ENCODED)
-    return max(1, min(wanted, available_memory() // 8 // processes_here() // bytes_each))
+    return max(1, min(wanted, available_memory() // 8 // processes_on_node() // bytes_each))
 
 
 def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, int]) -> NDArray[np.uint8]:

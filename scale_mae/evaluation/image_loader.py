@@ -16,7 +16,7 @@ from torch import Tensor
 from scale_mae.data import pillow
 from scale_mae.data.errors import DataError, ImageError
 from scale_mae.data.index import Index
-from scale_mae.system.resources import available_cores, processes_here
+from scale_mae.system.resources import available_cores, processes_on_node
 from scale_mae.system.thread_pool import DaemonThreadPool
 
 AHEAD = 3  # batches
@@ -73,7 +73,7 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
     Raises:
         DataError: an image cannot be read or decoded; names it.
     """
-    threads = max(1, available_cores() // processes_here())
+    threads = max(1, available_cores() // processes_on_node())
     pool = DaemonThreadPool(threads, "decode")
     labels = index.entries["label"]
 

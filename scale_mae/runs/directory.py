@@ -91,7 +91,7 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
             if stop.reason:
                 raise StoppedError(f"stopped by {stop.reason} while building {path}; the same command goes on with it")
             if time.perf_counter() - began > QUICK:
-                bar.move(done, total)
+                bar.update(done, total)
 
         index = build_index(source, path, verify=False, progress=progress)
     notes.append(

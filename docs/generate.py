@@ -104,11 +104,11 @@ def keys(section: Any, prefix: str) -> str:
 
 def key_rows(section: Any, prefix: str) -> Iterator[list[str]]:
     """Yield key, type, default, whether it may change on resume, and meaning."""
-    from scale_mae.config.sections import may_change_on_resume
+    from scale_mae.config.field_types import may_change_on_resume
 
     for name, field in section.model_fields.items():
         free = may_change_on_resume(field) or prefix + name == "run.dir"
-        default = "(empty)" if (value := field.get_default(call_default_factory=True)) is None else code(as_yaml(value))
+        default = code(as_yaml(field.get_default(call_default_factory=True)))
         limits = bounds(field.metadata)
         yield [
             code(prefix + name),
@@ -131,7 +131,7 @@ def as_yaml(value: Any) -> str:
 
 def named_type(field: Any) -> str | None:
     """Return the name of a type that the page explains; ``None`` for any other."""
-    from scale_mae.config.sections import DURATION, Pixels
+    from scale_mae.config.field_types import DURATION, Pixels
 
     if any(getattr(item, "pattern", None) == DURATION for item in field.metadata):
         return "duration"
@@ -150,7 +150,7 @@ def type_name(annotation: Any) -> str:
         return f"list of {count}: {type_name(args[0])}"
     if args and origin is not dict:  # a union
         return " or ".join(dict.fromkeys(type_name(arg) for arg in args))
-    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "empty"}
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "`null`"}
     return "mapping" if origin is dict else words[annotation]
 
 
@@ -249,6 +249,7 @@ def sizes() -> str:
     """Return the encoder sizes with their parameters and their cost."""
     import torch
 
+    from scale_mae.config.sections import ModelConfig
     from scale_mae.model.mae import build_mae
     from scale_mae.model.sizes import SIZES
 
@@ -263,7 +264,7 @@ def sizes() -> str:
             [
                 code(name),
                 f"{size.width} x {size.depth}, {size.heads} heads",
-                str(size.patch),
+                str(ModelConfig(size=name).patch[0]),
                 f"{(parameters - decoder) / 1e6:.1f}",
                 f"{decoder / 1e6:.1f}",
                 f"{flops.train / 1e9:.1f}",

@@ -208,8 +208,8 @@ BAD = [
         "engine.compile=true has no effect with train.activation_checkpointing=offload",
     ),
     (["pretrain", "debug", "train.duration=10"], "train.duration='10': not a duration. Set a number and a unit"),
-    (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, more than train.duration=10 steps"),
-    (["pretrain", "debug", "checkpoint.interval=0 steps"], "checkpoint.interval is no step at all"),
+    (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, but train.duration=10 steps is only 10"),
+    (["pretrain", "debug", "checkpoint.interval=0 steps"], "checkpoint.interval=0 steps is 0 steps"),
     (
         ["pretrain", "debug", "engine.deepspeed=zero9"],
         "engine.deepspeed=zero9: cannot be read (No such file or directory). Set one of zero0, ",

@@ -471,7 +471,7 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
         ({"classify.val_source": "nowhere", "model.init_from": None}, "classify.val_source=nowhere"),
         ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
         ({"data.source": "ONE", "model.init_from": None}, "all images are of one class"),
-        ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval is no step at all"),
+        ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval=0 epochs is 0 steps"),
         ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
     ],
 )

@@ -540,7 +540,7 @@ def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}, "offload_param on nvme is not supported"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}, "offload_param to NVMe is not supported"),
         ({"stage": 1, "elastic_checkpoint": True}, "elastic_checkpoint is not supported"),
     ],
 )

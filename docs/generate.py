@@ -151,7 +151,7 @@ def type_name(annotation: Any) -> str:
     if args and origin is not dict:  # a union
         return " or ".join(dict.fromkeys(type_name(arg) for arg in args))
     words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "`null`"}
-    return "mapping" if origin is dict else words[annotation]
+    return "mapping" if origin is dict else words.get(annotation, "mapping")
 
 
 def bounds(metadata: Iterable[Any]) -> str:

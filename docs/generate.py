@@ -140,9 +140,11 @@ def named_type(field: Any) -> str | None:
 
 def type_name(annotation: Any) -> str:
     """Return the type of a key in words."""
+    from scale_mae.config.field_types import Duration, Pixels
+
     origin, args = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):  # Annotated
-        return type_name(args[0])
+        return {Duration: "duration", Pixels: "pixels"}.get(annotation) or type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(code(str(arg)) for arg in args)
     if origin is tuple:
@@ -357,10 +359,10 @@ def result() -> str:
 
 def index_entry() -> str:
     """Return the fields of a row of an index."""
-    from scale_mae.data.index import ENTRY
+    from scale_mae.data.index import ENTRY_DTYPE
 
-    fields: Any = ENTRY.fields
-    rows = [[code(name), code(str(fields[name][0])), str(fields[name][1])] for name in ENTRY.names or () if name]
+    fields: Any = ENTRY_DTYPE.fields
+    rows = [[code(name), code(str(fields[name][0])), str(fields[name][1])] for name in ENTRY_DTYPE.names or () if name]
     return table(["field", "numpy type", "byte"], rows)
 
 

@@ -12,9 +12,9 @@ from scale_mae import load_config
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.model.pos_embed import resize_pos_embed
-from scale_mae.weights.encoders import load_encoder
-from scale_mae.weights.metadata import METADATA_KEY, describe
-from scale_mae.weights.models import encoder_weights, model_from_config
+from scale_mae.weights.metadata import METADATA_KEY, build_metadata
+from scale_mae.weights.model_builder import build_mae_from_config, encoder_state
+from scale_mae.weights.model_loader import load_encoder
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -127,8 +127,8 @@ def test_the_encoder_of_a_classifier_and_of_an_export_of_ours(tmp_path):
 
 def test_an_export_of_ours_is_an_encoder(tmp_path):
     config = load_config("debug", ["run.seed=5"])
-    state, facts = encoder_weights(model_from_config(config).state_dict()), describe(config, 7)
-    save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(facts)})
+    state, metadata = encoder_state(build_mae_from_config(config).state_dict()), build_metadata(config, 7)
+    save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(CheckpointError, match="no classifier"):
         load_classifier(tmp_path / "e.safetensors")
     subject = load_subject(tmp_path / "e.safetensors")

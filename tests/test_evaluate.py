@@ -27,8 +27,8 @@ from scale_mae.evaluation.logistic_regression import choose_penalty, fit, logist
 from scale_mae.evaluation.reconstruct import draw, reconstruct
 from scale_mae.model.targets import compute_target, unpatchify
 from scale_mae.system import progress
-from scale_mae.weights.metadata import METADATA_KEY, describe
-from scale_mae.weights.models import encoder_weights, model_from_config
+from scale_mae.weights.metadata import METADATA_KEY, build_metadata
+from scale_mae.weights.model_builder import build_mae_from_config, encoder_state
 
 
 def test_votes_follow_an_independent_implementation(monkeypatch):
@@ -68,10 +68,10 @@ def test_the_penalty_is_chosen_on_images_held_out():
 def encoder(tmp_path_factory):
     """A MAE, and its encoder as an export of ours."""
     config = load_config("debug")
-    model = model_from_config(config)
+    model = build_mae_from_config(config)
     path = tmp_path_factory.mktemp("encoder") / "e.safetensors"
-    facts = {METADATA_KEY: json.dumps(describe(config, 0))}
-    save_file({n: t.contiguous() for n, t in encoder_weights(model.state_dict()).items()}, path, facts)
+    metadata = {METADATA_KEY: json.dumps(build_metadata(config, 0))}
+    save_file({n: t.contiguous() for n, t in encoder_state(model.state_dict()).items()}, path, metadata)
     return path, model
 
 
@@ -165,7 +165,7 @@ def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
 
 @pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
 def test_a_model_that_predicts_its_target_reconstructs_the_image(target, monkeypatch):
-    model = model_from_config(load_config("debug", {"model.target": target}))
+    model = build_mae_from_config(load_config("debug", {"model.target": target}))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     perfect = compute_target(images, model.patch_size, target)
     monkeypatch.setattr(model, "decode", lambda latent, ids: perfect)
@@ -176,7 +176,7 @@ def test_a_model_that_predicts_its_target_reconstructs_the_image(target, monkeyp
 
 
 def test_visible_patches_are_left_alone_and_hidden_ones_predicted():
-    model = model_from_config(load_config("debug", {"model.target": "pixel"}))
+    model = build_mae_from_config(load_config("debug", {"model.target": "pixel"}))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     filled, mask = reconstruct(model, images, noise, 0.5)
     with torch.inference_mode():
@@ -199,7 +199,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
         paths.append(str(tmp_path / f"{i}.jpg"))
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(90, 60, seed=i))
     out = tmp_path / "out.png"
-    draw(model_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
+    draw(build_mae_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
     picture = Image.open(out)
     assert picture.height > picture.width  # six rows of three
     assert ("mean and deviation of the true patch" in titles[0]) == (target == "norm_pixel")
@@ -208,7 +208,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
 
 def test_pictures_that_cannot_be_drawn(tmp_path):
     config = load_config("debug")
-    model = model_from_config(config)
+    model = build_mae_from_config(config)
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "b.jpg").write_bytes(b"no")
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")

@@ -27,9 +27,9 @@ from scale_mae.report.record import read_record
 from scale_mae.report.sections import evaluations, what_ran
 from scale_mae.training import classification
 from scale_mae.weights.convert import convert
-from scale_mae.weights.importing import read_weights
-from scale_mae.weights.metadata import describe
-from scale_mae.weights.provenance import of_ours
+from scale_mae.weights.metadata import build_metadata
+from scale_mae.weights.provenance import provenance_from_metadata
+from scale_mae.weights.weight_import import read_weights
 
 TINY = EncoderSize(width=32, depth=3, heads=4, patch_size=8)
 
@@ -298,9 +298,9 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     scores = [result["scores"] for result in results]
     assert scores[0] == scores[1]
     assert results[0]["protocol"] == results[1]["protocol"]
-    training = read_weights(checkpoints(encoder)[-1]).origin.training
+    training = read_weights(checkpoints(encoder)[-1]).provenance.training_digest
     # also after resuming, which reads no weights
-    assert results[0]["protocol"]["began_with"] == f"scale-mae checkpoint, step 4, trained as {training}"
+    assert results[0]["protocol"]["initialized_from"] == f"scale-mae checkpoint, step 4, training {training}"
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
     for run, result in ((whole, results[0]), (parts, results[1])):
         assert result["model"]["sha256"] == read_weights(run / "checkpoints" / "step-00000006").digest()
@@ -319,8 +319,8 @@ def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
     trained, evaluated = (json.loads(path.read_text()) for path in (run / "results" / "finetune.json", out))
     assert evaluated["scores"] == pytest.approx({name: trained["scores"][name] for name in evaluated["scores"]}, abs=1e-6)
     assert evaluated["protocol"]["crop_pct"] == trained["protocol"]["crop_pct"] == 0.7
-    for facts in (("model", "sha256"), ("data", "digest"), ("data", "images")):
-        assert evaluated[facts[0]][facts[1]] == trained[facts[0]][facts[1]]
+    for metadata in (("model", "sha256"), ("data", "digest"), ("data", "images")):
+        assert evaluated[metadata[0]][metadata[1]] == trained[metadata[0]][metadata[1]]
     assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
 
 
@@ -398,7 +398,7 @@ def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path,
 )
 def test_a_training_is_what_makes_the_weights_but_for_the_seed(override, same):
     def training(own):
-        return of_ours(describe(load_config("finetune_base", own), 5), "").training
+        return provenance_from_metadata(build_metadata(load_config("finetune_base", own), 5), "").training_digest
 
     assert (training({"model.init_from": "x"}) == training({"model.init_from": "x"} | override)) == same
 

@@ -157,11 +157,11 @@ def evaluate(args: argparse.Namespace) -> int:
 def knn(args: argparse.Namespace) -> int:
     """``scale-mae knn``."""
     from scale_mae.evaluation.knn import knn_accuracy
-    from scale_mae.weights.encoders import untrained_encoder
+    from scale_mae.weights.model_loader import load_untrained_encoder
 
     with _together("images", args.out) as (world, bar, tell):
         subject, train, val = _frozen(args, world)
-        begun = world.run_on_all(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
+        begun = world.run_on_all(lambda: load_untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
         result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.update)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
         if begun:
@@ -202,7 +202,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
     from scale_mae.checkpoint.store import locate, read_config, read_manifest
     from scale_mae.evaluation.reconstruct import draw
-    from scale_mae.weights.models import load_mae
+    from scale_mae.weights.model_loader import load_mae
 
     checkpoint = locate(args.checkpoint, warn)
     step = read_manifest(checkpoint).step

@@ -161,7 +161,7 @@ def _own_images(run: Path, config: Config, scratch: Path) -> list[str]:
 def _draw(checkpoint: Path, ratios: Sequence[int], paths: Sequence[str], folder: Path, scratch: Path) -> None:
     from scale_mae.checkpoint.store import read_config, verify
     from scale_mae.evaluation.reconstruct import draw
-    from scale_mae.weights.models import load_mae
+    from scale_mae.weights.model_loader import load_mae
 
     step = verify(checkpoint, checksums=False).step
     model, config = load_mae(checkpoint), read_config(checkpoint)

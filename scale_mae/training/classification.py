@@ -29,8 +29,8 @@ from scale_mae.evaluation.image_loader import central_view
 from scale_mae.evaluation.results import Result, content_digest, made_by
 from scale_mae.metrics.calculator import Metrics
 from scale_mae.weights.classifier_initialization import build_initial_classifier
-from scale_mae.weights.importing import read_weights
-from scale_mae.weights.metadata import recipe_of
+from scale_mae.weights.metadata import training_settings
+from scale_mae.weights.weight_import import read_weights
 
 
 class ClassificationTask:
@@ -102,11 +102,11 @@ class ClassificationTask:
     def state(self) -> dict[str, Any]:
         """Names of the classes, which probe was the best, and what the run began with."""
         self._settle()
-        return {"classifier": {"classes": self.classes, "best_probe": self._best, "began_with": self._began}}
+        return {"classifier": {"classes": self.classes, "best_probe": self._best, "initialized_from": self._began}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See :class:`scale_mae.training.tasks.Task`."""
-        self._best, self._began = state["classifier"]["best_probe"], state["classifier"]["began_with"]
+        self._best, self._began = state["classifier"]["best_probe"], state["classifier"]["initialized_from"]
 
     def _settle(self) -> None:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
@@ -134,9 +134,9 @@ class ClassificationTask:
         """The result file of the newest evaluation; what there is to tell of it."""
         config = self._config
         c, side = config.classify, config.model.image_size[0]
-        trained: dict[str, Any] = recipe_of(config.model_dump(mode="json"))
+        trained: dict[str, Any] = training_settings(config.model_dump(mode="json"))
         del trained["data"]["source"]  # a path; its images have a digest
-        trained |= {"trained_on": self._train_digest, "began_with": self._began}
+        trained |= {"trained_on": self._train_digest, "initialized_from": self._began}
         named = {f"{kind}{key}": value for kind, each in told.items() for key, value in _plain(each).items()}
         result = Result(
             {
@@ -154,7 +154,7 @@ class ClassificationTask:
                 "sha256": "",  # not known before they are saved
                 "step": step,
                 "seed": config.run.seed,
-                "began_with": config.model.init_from,
+                "initialized_from": config.model.init_from,
             },
             {"root": c.val_source, "images": found[0].images, "digest": content_digest([found[0].content])},
             named,

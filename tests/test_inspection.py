@@ -9,13 +9,13 @@ import pytest
 import torch
 from layouts import copy_as
 from safetensors.torch import save_file
-from strangers import Stranger
+from third_party_checkpoints import AwkwardModel
 
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate
 from scale_mae.cli import main
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
-from scale_mae.weights.inspect import inspect, render
+from scale_mae.weights.inspection import inspect, render
 
 NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}
@@ -53,7 +53,7 @@ def test_a_checkpoint(runs):
     checkpoint = locate(runs["zero3", "bf16"][0], print)
     report = inspect(checkpoint)
     model = build_mae("nano", **NANO)
-    assert report["kind"] == "checkpoint of scale-mae"
+    assert report["kind"] == "scale-mae checkpoint"
     assert (report["step"], report["ZeRO stage"], report["processes"], report["precision"]) == (3, 3, 2, "bf16")
     assert {key: report[key] for key in ("tensors", "parameters")} == numbers(model)
     assert report["dtypes"] == {"fp32": len(model.state_dict())}
@@ -83,11 +83,11 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     (run_dir / "checkpoints" / checkpoint_name(9)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(9)}")
     assert main(["inspect", "--json", str(run_dir)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["resume takes"] == checkpoint_name(3)
+    assert report["resumes from"] == checkpoint_name(3)
     assert report["set aside"] == [f"damaged-{checkpoint_name(9)}"]
     assert [(c["step"], c["problem"]) for c in report["checkpoints"]] == [(3, None)]
     (run_dir / "checkpoints" / checkpoint_name(3)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(3)}")
-    complains(run_dir, capsys, "all 2 checkpoints are damaged and set aside")
+    complains(run_dir, capsys, "all checkpoints (2) are damaged and set aside")
 
 
 def test_a_folder_of_checkpoints_points_to_the_run(run_dir, capsys):
@@ -138,7 +138,7 @@ def test_an_export_says_what_it_is(exports, to):
         assert report["parameters"] == pytest.approx(wanted, rel=0.01)
     else:
         assert report["parameters"] == wanted
-        assert report["encoder"] == "width 96, depth 6, 3 heads, patches of 8 x 8, 16 of them"
+        assert report["encoder"] == "width 96, depth 6, 3 heads, patches of 8 x 8, 16 patches per image"
         assert ("decoder" in report) == whole
     assert set(report["dtypes"]) >= {"fp32"}
     assert report["problem"] is None
@@ -167,12 +167,12 @@ def test_weights_of_others(tmp_path, capsys):
     torch.save({"model": state | {"module.head.weight": torch.zeros(2, 192)}, "epoch": 7}, tmp_path / "w.pth")
     report = inspect(tmp_path / "w.pth")
     assert report["kind"] == "MAE with the reference's names, epoch 7"
-    assert report["encoder"] == "width 192, depth 12, patches of 16 x 16, 8 of them"
+    assert report["encoder"] == "width 192, depth 12, patches of 16 x 16, 8 patches per image"
     assert report["decoder"] == "width 512, depth 8"
-    assert report["head"] == "module.head.weight"
+    assert report["other tensors"] == "module.head.weight"
     assert report["dtypes"] == {"bf16": len(state), "fp32": 1}
     assert report["verified"] == "CRC-32 of every entry"
-    other = {n: t.detach().clone() for n, t in Stranger().state_dict().items()}
+    other = {n: t.detach().clone() for n, t in AwkwardModel().state_dict().items()}
     save_file(other, tmp_path / "s.safetensors")
     report = inspect(tmp_path / "s.safetensors")
     assert report["kind"] == "tensors of an unknown model"

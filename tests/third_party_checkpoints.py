@@ -15,7 +15,7 @@ TABLE = torch.sin(torch.arange(15, dtype=torch.float32).reshape(3, 5) * 0.37)  #
 STEPS = 3
 
 
-class Live(NamedTuple):
+class LiveState(NamedTuple):
     """What the live engine held when it saved.
 
     Attributes:
@@ -29,7 +29,7 @@ class Live(NamedTuple):
     moments: dict
 
 
-class Stranger(nn.Module):
+class AwkwardModel(nn.Module):
     """All that makes a checkpoint hard to read: tied, frozen, unused, empty and odd-sized parameters, buffers."""
 
     def __init__(self):
@@ -129,7 +129,7 @@ LAYOUTS = {
 }
 
 
-def train_strangers(folder, layouts):
+def train_third_party_checkpoints(folder, layouts):
     """Train each layout, save the last two steps; the first rank leaves ``live.pt`` beside the checkpoints."""
     import deepspeed
     from deepspeed import comm as dist
@@ -143,7 +143,7 @@ def train_strangers(folder, layouts):
         config = {"zero_optimization": layout.zero, **layout.precision, **(layout.more or {})}
         config |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
         with deepspeed.zero.Init(config_dict_or_path=config) if layout.init else contextlib.nullcontext():
-            model = Stranger()
+            model = AwkwardModel()
         optimizer = torch.optim.AdamW(groups_of(model, layout.groups), lr=0.02)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         generator = torch.Generator().manual_seed(dist.get_rank())
@@ -222,7 +222,7 @@ def cut(optimizer, params):
             yield p, safe_get_full_fp32_param(p), moments | ({"step": steps[0]} if steps else {})
 
 
-def make_strangers(folder, layouts=LAYOUTS, ranks=2):
+def make_third_party_checkpoints(folder, layouts=LAYOUTS, ranks=2):
     """Train and save every layout: layout -> Live."""
-    run_ranks(ranks, train_strangers, folder, layouts)
-    return {name: Live(folder / name, *torch.load(folder / name / "live.pt")) for name in layouts}
+    run_ranks(ranks, train_third_party_checkpoints, folder, layouts)
+    return {name: LiveState(folder / name, *torch.load(folder / name / "live.pt")) for name in layouts}

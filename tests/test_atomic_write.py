@@ -12,10 +12,10 @@ import pytest
 from test_export import IMAGES, SUFFIX
 
 from scale_mae import UserError
-from scale_mae.weights import graph_export, publish
+from scale_mae.weights import atomic_write, graph_export
 from scale_mae.weights.convert import convert
 from scale_mae.weights.export_formats import FORMATS
-from scale_mae.weights.inspect import inspect
+from scale_mae.weights.inspection import inspect
 
 
 def refuse(monkeypatch, method, *names):
@@ -63,9 +63,9 @@ def test_an_old_folder_that_cannot_even_be_moved_back_is_not_deleted_and_found_a
         refuse(patch, "rename", "vit")
         with pytest.raises(UserError, match="vit: not written"):
             convert(run_dir, "vit", out, dtype="fp16")
-    assert content_of(tmp_path / ".vit.tmp" / publish.REPLACED) == before
+    assert content_of(tmp_path / ".vit.tmp" / atomic_write.REPLACED) == before
     with pytest.raises(UserError, match="a full stop"):
-        publish.publish(out, 0, Path.touch, lambda target: stop())
+        atomic_write.write_atomically(out, 0, Path.touch, lambda target: stop())
     assert content_of(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["vit"]
 
@@ -78,7 +78,7 @@ def test_onnx_with_its_tensors_beside_it_is_whole_at_every_moment(runs, tmp_path
     """Whatever move fails, the old file names the old tensors; after the last, the old tensors are gone."""
     import onnxruntime
 
-    monkeypatch.setattr(graph_export, "ONNX_BYTES", 0)
+    monkeypatch.setattr(graph_export, "ONNX_INLINE_BYTES", 0)
     run_dir, _ = runs["zero2", "fp32"]
 
     def compute():
@@ -106,12 +106,12 @@ def test_onnx_with_its_tensors_beside_it_is_whole_at_every_moment(runs, tmp_path
 
 def on_full_disks(run_dir, disk):
     """In a mount namespace of its own: every format on a disk too small, seen before and while it is written; what was said."""
-    told, real = {}, publish.check_space
+    told, real = {}, atomic_write.check_space
     for to in FORMATS:
         out = disk / f"x{SUFFIX.get(to, '')}"
         for seen in (True, False):
             first = []  # others fill the disk between the look at it and the writing
-            publish.check_space = real if seen else lambda *args, first=first: real(*args) if first else first.append(1)
+            atomic_write.check_space = real if seen else lambda *args, first=first: real(*args) if first else first.append(1)
             try:
                 convert(run_dir, to, out)
                 told[f"{to} {seen}"] = "written"
@@ -127,8 +127,8 @@ def test_a_full_disk_is_one_line_in_every_format_and_leaves_nothing(runs, tmp_pa
     program = (
         f"import sys, json, subprocess; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
         f"subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', {str(disk)!r}], check=True)\n"
-        "import test_publish\n"
-        f"told = test_publish.on_full_disks(Path({str(runs['zero2', 'fp32'][0])!r}), Path({str(disk)!r}))\n"
+        "import test_atomic_write\n"
+        f"told = test_atomic_write.on_full_disks(Path({str(runs['zero2', 'fp32'][0])!r}), Path({str(disk)!r}))\n"
         "print('told ' + json.dumps(told))"
     )
     flags = [] if os.getuid() == 0 else ["--user", "--map-root-user"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from scale_mae.config import Config
-from scale_mae.config.sections import may_change_on_resume
+from scale_mae.config.field_types import may_change_on_resume
 from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 

@@ -98,7 +98,7 @@ def test_what_is_no_classifier_is_refused_in_one_line(tmp_path):
             {"head.weight": torch.ones(10, 31)},
             r"not one linear layer on 32 features .*head.weight .10, 31",
         ),
-        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds values that are not finite"),
+        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds NaN or infinity"),
     }
     for name, (more, changes, message) in cases.items():
         folder = write_timm(tmp_path / name, vit(**more))

@@ -13,7 +13,7 @@ from scale_mae.evaluation.tables import Table
 
 @functools.cache
 def _published() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published_results.yaml").read_text())
     return content
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from scale_mae.config import Config
 from scale_mae.config.sections import OptimConfig
-from scale_mae.metrics.hardware import peak_flops
+from scale_mae.metrics.peak_flops import peak_flops
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.sizes import SIZES
 

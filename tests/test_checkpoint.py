@@ -315,7 +315,7 @@ def test_a_missing_part_is_named(run_dir):
 def train_huge(config):
     """Two steps of ViT-H/14; the peak memory of this rank in GiB."""
     from scale_mae import pretrain
-    from scale_mae.metrics.calculator import peak_memory_bytes
+    from scale_mae.metrics.memory import peak_memory_bytes
 
     torch.set_num_threads(1)
     result = pretrain(config)

@@ -618,14 +618,14 @@ def train_several(configs, stops):
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
                 run = Trainer(config, ranks, request, Watchdog(0, 0))
-                original = run.log.metrics
+                original = run.log.write_metrics
 
                 def metrics(values, original=original, request=request, stop=stop):
                     original(values)
                     if values["step"] >= stop:
                         request.ask("the test")
 
-                run.log.metrics = metrics
+                run.log.write_metrics = metrics
                 run.loop()
                 tables.append((run.engine.model.pos_embed.dtype, run.engine.model.pos_embed.clone().numpy()))
     return tables

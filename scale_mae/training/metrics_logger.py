@@ -14,8 +14,8 @@ from scale_mae.data.decoders import Decoder
 from scale_mae.data.errors import ImageStatus
 from scale_mae.data.failure_counter import DecodeFailure, FailureCounter
 from scale_mae.distributed.process_group import World
-from scale_mae.metrics.calculator import Metrics, ProcessStats, local_seconds, max_memory
-from scale_mae.metrics.hardware import memory_usage
+from scale_mae.metrics.calculator import Metrics, ProcessStats, local_seconds
+from scale_mae.metrics.memory import max_memory, memory_usage
 from scale_mae.metrics.sinks import print_to_stderr
 from scale_mae.metrics.step_timer import PAUSE_PHASES, PhaseSeconds, group_phases
 from scale_mae.runs import history

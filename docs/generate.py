@@ -15,7 +15,6 @@ import html
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -294,31 +293,15 @@ def log_keys() -> str:
 
 
 def prometheus() -> str:
-    """Return the series that an exporter of the first node serves."""
-    import torch
+    """Return the Prometheus metrics that a run serves."""
+    from scale_mae.metrics.prometheus_metrics import NODE_METRICS, PREFIX, RUN_METRICS
 
-    from scale_mae.metrics.counters import Counters
-    from scale_mae.metrics.exporter import Exporter, RunInfo
-    from scale_mae.metrics.hardware import Nvml
-    from scale_mae.metrics.node import Node
-    from scale_mae.metrics.step_timer import StepTimer
-
-    with tempfile.TemporaryDirectory() as folder:
-        labels = dict.fromkeys(("job_id", "restart", "version", "model", "target", "host"), "")
-        node, timer = Node(0, 1, [(0, None)]), StepTimer(torch.device("cpu"))
-        run = RunInfo("run", Path(folder), labels)
-        exporter = Exporter(run, node, Nvml(), Counters(), timer, 0, Path(folder), is_first=True)
-        own = {family.name for family in exporter._of_the_node({}, Counters())}
-        families = list(exporter.collect())
-        exporter.close()
     rows = []
-    for family in families:
-        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        names = list(getattr(family, "_labelnames", ())) or (["run", *labels] if family.type == "info" else [])
-        shown = family.name + suffix + (f"{{{', '.join(names)}}}" if names else "")
-        rows.append(
-            [code(shown), family.type, "every node" if family.name in own else "first node", prose(family.documentation)]
-        )
+    for server, metrics in (("every node", NODE_METRICS), ("first node", RUN_METRICS)):
+        for name, spec in metrics.items():
+            labels = f"{{{', '.join(spec.labels)}}}" if spec.labels else ""
+            suffix = "_total" if spec.type == "counter" else ""
+            rows.append([code(f"{PREFIX}{name}{suffix}{labels}"), spec.type, server, prose(spec.help)])
     return table(["series", "type", "served by", "meaning"], rows)
 
 

@@ -30,8 +30,8 @@ LOG_KEYS = {  # series -> key of a log line
     "scale_mae_learning_rate": "lr",
     "scale_mae_gradient_norm": "grad_norm",
     "scale_mae_images_per_second": "images_per_s",
-    'scale_mae_rank_seconds{which="slowest"}': "slowest_rank_s",
-    'scale_mae_rank_number{which="fastest"}': "fastest_rank",
+    "scale_mae_slowest_rank_seconds": "slowest_rank_s",
+    "scale_mae_fastest_rank": "fastest_rank",
     "scale_mae_checkpoints_total": "checkpoints",
 }
 

@@ -25,7 +25,7 @@ LOG_KEYS = {
     "mfu": "Model FLOP utilization: the share of the device's peak in [0, 1]. `null` if the peak is not known.",
     "hfu": "Hardware FLOP utilization: like `mfu`, with the recomputation of activation checkpointing included.",
     "slowest_rank": "The rank whose own work takes the longest per step.",
-    "slowest_rank_s": "Seconds per step of the own work of the slowest rank: data loading, copy to the device and forward pass.",
+    "slowest_rank_s": "Seconds per step of the own work of the slowest rank: data loading, copy to the device, forward pass.",
     "fastest_rank": "The rank whose own work takes the shortest per step.",
     "fastest_rank_s": "Seconds per step of the own work of the fastest rank.",
     "peak_memory_gib": "Peak memory of rank 0 in GiB: allocated on its GPU, or resident on the host without a GPU.",

@@ -1,4 +1,4 @@
-# scale_mae with all that it needs, for one GPU machine and for clusters. How to build and use it: docs/containers.md.
+# scale_mae with all that it needs, for one GPU machine and for clusters. How to build and use it: docs/guides/containers.md.
 #
 # The wheels of PyTorch and DALI bring their own CUDA libraries. Of CUDA the default base adds only what lets the older driver of a
 # data-centre GPU run them (cuda-compat); any Debian or Ubuntu with Python 3.11 or 3.12 does as well.

@@ -39,7 +39,7 @@ check: setup
 # The site goes to site/. Both steps work without a network and fail on a stale page, a broken link or a page outside the navigation.
 docs: setup
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 services:
 	$(SUDO) apt-get update --quiet=2

@@ -16,7 +16,7 @@ from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 
 SIZE, MEAN, STD = (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,14 +29,14 @@ class Turn(NamedTuple):
 
 
 def our_batches(
-    index: Index, name: decoders.Name, batch: int, threads: int, device: torch.device
+    index: Index, name: decoders.DecoderName, batch: int, threads: int, device: torch.device
 ) -> Generator[Tensor, None, None]:
     """Normalised batches on the device, without end.
 
     Raises:
         RuntimeError: Pillow decoded images in place of the decoder, so the speed would not be the decoder's.
     """
-    decoder = decoders.make(name, SIZE, batch, threads, device)
+    decoder = decoders.build_decoder(name, SIZE, batch, threads, device)
     plan = SamplePlan(0, len(index), batch)
     loader = Loader(
         index, plan, BatchShard(0, 1, batch, 1), DataConfig(threads=threads), decoder, SIZE, 196, device.type == "cuda"
@@ -46,7 +46,7 @@ def our_batches(
         for found in batches:
             assert not found.failures
             check_fallbacks(decoder)
-            yield normalise(found.images.to(device, non_blocking=True), MEAN, STD)
+            yield normalize(found.images.to(device, non_blocking=True), MEAN, STD)
     finally:
         batches.close()
 

@@ -56,7 +56,7 @@ def main() -> None:
         index = pack("demo:train", folder, shard_mb=1).index
         spoil(index, 1000)
         for name in args.decoders:
-            decoder = decoders.make(name, SIZE, BATCH, 2, cpu)
+            decoder = decoders.build_decoder(name, SIZE, BATCH, 2, cpu)
             plan, share = SamplePlan(0, len(index), BATCH), BatchShard(0, 1, BATCH, 1)
             loader = Loader(index, plan, share, DataConfig(threads=2), decoder, SIZE, 4, warn=print)
             failures, states, began = 0, [], time.perf_counter()

@@ -26,7 +26,7 @@ from report import save
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from scale_mae.data.index_builder import build
+from scale_mae.data.index_builder import build_index
 from scale_mae.data.pack import pack
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        index = build(str(args.folder), Path(temporary) / "photos.index")
+        index = build_index(str(args.folder), Path(temporary) / "photos.index")
         packed = pack(str(args.folder), Path(temporary) / "packed").index
         sizes = [f"mean {found.entries['length'].mean() / 1e3:.0f} KB, {len(found)} images" for found in (index, packed)]
         sources = {"torchvision": partial(torchvision_batches, args.folder, args.batch, args.threads)}

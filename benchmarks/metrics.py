@@ -158,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, process_group() as world, redirect_stderr(io.StringIO()):
         training = Training(world, Path(name), options.size, options.batch)
         images = torch.randn(options.batch, 3, IMAGE, IMAGE, device=world.device)
-        noise = torch.rand(options.batch, training.model.patches, device=world.device)
+        noise = torch.rand(options.batch, training.model.num_patches, device=world.device)
         training.steps(images, noise, measured=True)
         laps = time_laps(world.device, options.repeats)
         log_wall, log_cpu = time_log_steps(training, options.repeats)

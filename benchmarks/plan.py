@@ -62,9 +62,9 @@ def peak_memory(size: int, ranks: int) -> int:
 
 def step_seconds_per_image(batch: int, steps: int) -> tuple[float, int]:
     config = load_config("vit_base")
-    from scale_mae.weights.models import model_from_config
+    from scale_mae.weights.model_builder import build_mae_from_config
 
-    model: MAE = model_from_config(config)
+    model: MAE = build_mae_from_config(config)
     images, noise = torch.randn(batch, 3, *IMAGE_SIZE), torch.rand(batch, PATCHES)
     times = []
     for _ in range(steps + 1):

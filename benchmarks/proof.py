@@ -1,6 +1,6 @@
 """Proof that pre-training works, on real images and this machine's CPU: full Fashion-MNIST, one small ViT, several seeds.
 
-python benchmarks/proof.py --runs DIR --out benchmarks/results/proof_cpu.json --picture docs/proof.png
+python benchmarks/proof.py --runs DIR --out benchmarks/results/proof_cpu.json --picture docs/images/proof.png
 
 Needs Debian's package dataset-fashion-mnist (60,000 and 10,000 images, MIT licence). Pre-trains without labels for four
 lengths, and compares with encoders that were not pre-trained: k-NN and a linear probe on frozen features, fine-tuning against

@@ -31,7 +31,7 @@ from report import save, versions
 
 import scale_mae
 from scale_mae.config import Config
-from scale_mae.data.index import NAME, Index, index_of
+from scale_mae.data.index import INDEX_NAME, Index, existing_index
 from scale_mae.report.record import Record, read_record
 from scale_mae.report.reference import FORMAT, Reference, band, judge, setting_value, stretch_means
 
@@ -81,7 +81,7 @@ def main() -> None:
     records = [train(args.recipe, args.runs / f"seed-{seed}", [f"run.seed={seed}", *args.set]) for seed in args.seeds]
     config = records[0].config
     assert isinstance(config, Config)
-    index = Index.open(index_of(config.data.source) or records[0].dir / NAME)
+    index = Index.open(existing_index(config.data.source) or records[0].dir / INDEX_NAME)
     total = config.steps(config.train.duration, len(index)) * config.train.global_batch
     ends = np.round(np.arange(1, args.stretches + 1) * total / args.stretches)
     losses = np.stack([means(record, ends) for record in records])

@@ -23,18 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loader import MEAN, STD, reference_transform
+from batches import MEAN, STD
+from loader import reference_transform
 from PIL import Image
 from report import save
 from torchvision import datasets
 
 from scale_mae.config.sections import DataConfig
 from scale_mae.data.decoders import PillowDecoder
-from scale_mae.data.index import ENTRY, Index, Paths, write_file
-from scale_mae.data.index_builder import build
+from scale_mae.data.index import ENTRY_DTYPE, Index, ShardPaths, write_index
+from scale_mae.data.index_builder import build_index
 from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 
 CLASSES, BATCH, SIZE = 1000, 64, (64, 64)
 OPEN = """
@@ -43,7 +44,7 @@ from scale_mae.data.index import Index
 own = psutil.Process().memory_full_info
 before, began = own().uss, time.perf_counter()
 index = Index.open(sys.argv[1])
-index.where(len(index) // 2)
+index.location(len(index) // 2)
 print(time.perf_counter() - began, own().uss - before)
 """
 
@@ -72,7 +73,7 @@ def with_index(path: Path) -> None:
     plan = SamplePlan(0, len(index), BATCH)
     loader = Loader(index, plan, BatchShard(0, 1, BATCH, 1), DataConfig(threads=2), PillowDecoder(SIZE), SIZE, 16)
     batches = loader.batches(0, len(index) // BATCH)
-    normalise(next(batches).images, MEAN, STD)
+    normalize(next(batches).images, MEAN, STD)
     batches.close()
 
 
@@ -84,12 +85,12 @@ def timed(action: Callable[[Path], None], argument: Path) -> float:
 
 def open_millions(folder: Path, count: int) -> tuple[float, float, float]:
     """Median seconds and bytes of own memory to open a synthetic index, and its size in bytes."""
-    rows = np.zeros(count, ENTRY)
+    rows = np.zeros(count, ENTRY_DTYPE)
     rows["shard"] = np.arange(count)
     text = np.tile(np.frombuffer(b"n01440764/n01440764_10026.JPEG", np.uint8), count)
     ends = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(30)
     path = folder / "synthetic.index"
-    write_file(path, rows, Paths("/data", text, ends), {"usable": count, "classes": [], "source": "", "problems": []})
+    write_index(path, rows, ShardPaths("/data", text, ends), {"usable": count, "classes": [], "source": "", "problems": []})
     del rows, text, ends
     runs = []
     for _ in range(5):
@@ -113,7 +114,7 @@ def main() -> None:
         building = {}
         for verify in (False, True):
             began = time.perf_counter()
-            build(str(folder / "images"), folder / "images.index", verify=verify)
+            build_index(str(folder / "images"), folder / "images.index", verify=verify)
             building[verify] = time.perf_counter() - began
         samples: dict[str, list[float]] = {"ImageFolder": [], "index": []}
         for number in range(args.rounds):

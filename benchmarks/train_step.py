@@ -44,7 +44,7 @@ from training import (
     timed,
 )
 
-from scale_mae.metrics.hardware import peak_flops
+from scale_mae.metrics.peak_flops import peak_flops
 from scale_mae.model.mae import build_mae
 from scale_mae.model.sizes import SIZES
 

@@ -137,7 +137,7 @@ def peer_of(model: MAE) -> nn.Module:
             num_attention_heads=size.heads,
             intermediate_size=int(size.width * size.mlp_ratio),
             image_size=model.image_size[0],
-            patch_size=size.patch,
+            patch_size=size.patch_size,
             layer_norm_eps=model.norm.eps,
             decoder_hidden_size=decoder,
             decoder_num_hidden_layers=len(model.decoder_blocks),
@@ -278,7 +278,7 @@ def free(device: torch.device) -> None:
 def make_inputs(model: MAE, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, *model.image_size, generator=generator)
-    return images.to(device), torch.rand(batch, model.patches, generator=generator).to(device)
+    return images.to(device), torch.rand(batch, model.num_patches, generator=generator).to(device)
 
 
 def paired_ratio(values: list[dict[str, float]], ours: list[dict[str, float]], key: str) -> str:

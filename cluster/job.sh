@@ -1,7 +1,7 @@
 #!/bin/bash
 @directives@
 # Written by scale-mae submit. It may be read, changed, and submitted again: sbatch @script@
-# The run then goes on from its newest checkpoint, on as many nodes as it gets. cluster/README.md is the runbook.
+# The run then goes on from its newest checkpoint, on as many nodes as it gets. docs/guides/slurm.md describes it.
 
 # In a function, since the site's setup may use the same names.
 names() {

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from scale_mae.api import pretrain as pretrain
     from scale_mae.config import UserError as UserError
     from scale_mae.config import load_config as load_config
-    from scale_mae.weights.encoders import load_encoder as load_encoder
+    from scale_mae.weights.model_loader import load_encoder as load_encoder
 
 __version__ = "0.1.0"
 _HOMES = {
     "pretrain": "scale_mae.api",
     "finetune": "scale_mae.api",
     "linprobe": "scale_mae.api",
-    "load_encoder": "scale_mae.weights.encoders",
+    "load_encoder": "scale_mae.weights.model_loader",
     "load_config": "scale_mae.config",
     "UserError": "scale_mae.config",
 }

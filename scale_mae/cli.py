@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-from scale_mae.config import UserError, json_schema, load_config
+from scale_mae.config import UserError, json_schema, load_config, recipe_names, recipe_path
+from scale_mae.config.recipes import read_header
 from scale_mae.data.command import DATA_COMMANDS
 from scale_mae.evaluation.command import EVALUATION_COMMANDS
 from scale_mae.preflight.command import PREFLIGHT_COMMAND
 from scale_mae.report.command import REPORT_COMMANDS
 from scale_mae.slurm.command import SLURM_COMMANDS
 from scale_mae.system.command_line import Command, add_command, add_recipe_arguments, list_commands
+from scale_mae.system.completion import complete, completion_script
 from scale_mae.weights.command import WEIGHT_COMMANDS
 
 DESCRIPTION = "Pre-train masked autoencoders at scale, and use the result."
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 2 for an error that the user can correct, or a code that the command documents.
     """
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        complete(parser)
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional words after an option
@@ -108,6 +112,23 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", choices=recipe_names(), help="print the file of this recipe")
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """``scale-mae recipes``."""
+    if args.name:
+        print(recipe_path(args.name).read_text(), end="")
+        return 0
+    print(f"{'NAME':19}{'TASK':10}{'MODEL':7}SUMMARY / HARDWARE / TIME")
+    for name in recipe_names():
+        config, header = load_config(name), read_header(name)
+        print(f"{name:19}{config.run.task:10}{config.model.size:7}{header.summary}")
+        print(f"{'':36}{header.hardware} / {header.time}")
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     """``scale-mae doctor``."""
     from scale_mae.doctor import examine
@@ -118,6 +139,16 @@ def doctor(args: argparse.Namespace) -> int:
 def schema(args: argparse.Namespace) -> int:
     """``scale-mae schema``."""
     print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh"], help="the shell that runs the script")
+
+
+def completion(args: argparse.Namespace) -> int:
+    """``scale-mae completion``."""
+    print(completion_script(args.shell))
     return 0
 
 
@@ -150,6 +181,25 @@ COMMANDS = (
         add_arguments=_add_training_arguments,
         run=train,
     ),
+    Command(
+        name="recipes",
+        group="train",
+        summary="List the shipped recipes, or print one.",
+        description="A recipe is a YAML file with the configuration of a run.",
+        example="scale-mae recipes vit_base",
+        add_arguments=_add_recipes_arguments,
+        run=recipes,
+    ),
+    Command(
+        name="schema",
+        group="train",
+        summary="Print the JSON Schema of a recipe, for completion and checks in editors.",
+        description=(
+            "Put `# yaml-language-server: $schema=recipe.schema.json` on the first line of a recipe to use it in an editor."
+        ),
+        example="scale-mae schema > recipe.schema.json",
+        run=schema,
+    ),
     *DATA_COMMANDS,
     *WEIGHT_COMMANDS,
     *EVALUATION_COMMANDS,
@@ -157,18 +207,23 @@ COMMANDS = (
     PREFLIGHT_COMMAND,
     *REPORT_COMMANDS,
     Command(
-        name="schema",
-        group="train",
-        summary="Print the JSON Schema of a recipe, for completion in editors.",
-        example="scale-mae schema > recipe.schema.json",
-        run=schema,
-    ),
-    Command(
         name="doctor",
         group="machine",
         summary="Check versions, accelerators, DALI, DeepSpeed, disk and memory.",
         description="For each problem it prints what to do.",
         example="scale-mae doctor",
         run=doctor,
+    ),
+    Command(
+        name="completion",
+        group="machine",
+        summary="Print a script that enables completion in bash or zsh.",
+        description=(
+            "It completes commands, options, files, recipes, and config keys with their values. To enable it in every shell, "
+            "add the line of the example to ~/.bashrc, or with zsh instead of bash to ~/.zshrc after compinit."
+        ),
+        example="source <(scale-mae completion bash)",
+        add_arguments=_add_completion_arguments,
+        run=completion,
     ),
 )

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from scale_mae.config import UserError, load_config
-from scale_mae.data.index_builder import open_source
+from scale_mae.data.index_builder import open_index
 
 PROCESSES = 2
 PICTURES = (1, 5, 23, 42)  # of the validation images
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not an earlier demonstration; name another folder")
     config = load_config("demo")
-    total = config.steps(config.train.duration, len(open_source(config.data.source)))
+    total = config.steps(config.train.duration, len(open_index(config.data.source)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--standalone"]
     pretrain = [*launcher, "-m", "scale_mae", "pretrain", "demo", f"run.dir={folder}"]
     program = [sys.executable, "-m", "scale_mae"]
@@ -97,7 +97,7 @@ def _logged_step(folder: Path) -> int:
 
 
 def _validation_images(folder: Path) -> list[Path]:
-    index = open_source("demo:val")
+    index = open_index("demo:val")
     folder.mkdir(exist_ok=True)
     paths = [folder / f"val-{sample:04d}.jpg" for sample in PICTURES]
     for sample, path in zip(PICTURES, paths, strict=True):

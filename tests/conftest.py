@@ -59,8 +59,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def strangers(tmp_path_factory):
+def third_party_checkpoints(tmp_path_factory):
     """Checkpoints by two ranks of plain DeepSpeed in every layout: name -> (folder, live state, live moments)."""
-    from strangers import make_strangers
+    from third_party_checkpoints import make_third_party_checkpoints
 
-    return make_strangers(tmp_path_factory.mktemp("strangers"))
+    return make_third_party_checkpoints(tmp_path_factory.mktemp("strangers"))

@@ -37,9 +37,9 @@ def make_tar(path, samples):
 @functools.cache
 def demo_index():
     """One index of ``demo:train`` for all runs of a test session, which would else build one each."""
-    from scale_mae.data.index_builder import build
+    from scale_mae.data.index_builder import build_index
 
     folder = tempfile.TemporaryDirectory()
     weakref.finalize(demo_index, folder.cleanup)
-    build("demo:train", f"{folder.name}/demo.index", verify=False)
+    build_index("demo:train", f"{folder.name}/demo.index", verify=False)
     return f"{folder.name}/demo.index"

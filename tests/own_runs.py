@@ -9,7 +9,7 @@ from ranks import run_ranks
 from scale_mae import load_config
 from scale_mae.checkpoint.store import DEEPSPEED_TAG, locate
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.weights.classifier_initialization import classifier_from_config
+from scale_mae.weights.classifier_initialization import build_classifier_from_config
 
 SIDE, STEP, SWEEP = 32, 3, (1e-4, 1.0, 3.0)
 CLASSES = [f"n0000000{c}" for c in range(10)]
@@ -69,7 +69,7 @@ def make_own_runs(folder):
     made = {}
     for name, config in several.items():
         reader = ZeroReader(locate(config.run.dir, print) / DEEPSPEED_TAG)
-        model = classifier_from_config(config, len(CLASSES))
+        model = build_classifier_from_config(config, len(CLASSES))
         if name == "probe":
             model.probe(SWEEP)
         model.load_state_dict(dict(reader), strict=True)

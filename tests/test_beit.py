@@ -16,8 +16,8 @@ from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.evaluation.evaluate import _view
 from scale_mae.evaluation.features import pooled
 from scale_mae.evaluation.results import Result
-from scale_mae.model.positions import sincos_table
-from scale_mae.weights.importing import read_weights
+from scale_mae.model.pos_embed import sincos_pos_embed
+from scale_mae.weights.weight_import import read_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -115,13 +115,13 @@ def test_all_four_commands(tmp_path, capsys):
 
 TABLE = "blocks.0.attn.relative_position_bias_table"
 MISFITS = {
-    "missing": ({"without": ["blocks.1.gamma_1"]}, "blocks.1.gamma_1 is missing for timm's beit_base_patch16_224"),
-    "superfluous": ({"tensors": {"mask_token": torch.ones(1)}}, "mask_token has no place in timm's beit_base_patch16_224"),
+    "missing": ({"without": ["blocks.1.gamma_1"]}, "missing key blocks.1.gamma_1; timm's beit_base_patch16_224"),
+    "superfluous": ({"tensors": {"mask_token": torch.ones(1)}}, "unexpected key mask_token; timm's beit_base_patch16_224"),
     "another grid": ({"args": {"img_size": 64}}, r"_table has shape \[52, 4\], timm's .* \[228, 4\]"),
     "another number of heads": ({"args": {"num_heads": 8}}, r"_table has shape \[52, 4\], timm's .* \[52, 8\]"),
     "another number of classes": ({"args": {"num_classes": 9}}, r"head.* has shape \[10.*\], timm's .* \[9.*\]"),
-    "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} holds values that are not finite"),
-    "integers": ({"tensors": {TABLE: torch.ones(52, 4, dtype=torch.int8)}}, f"{TABLE} holds int8, not weights"),
+    "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} holds NaN or infinity"),
+    "integers": ({"tensors": {TABLE: torch.ones(52, 4, dtype=torch.int8)}}, f"{TABLE} has dtype int8, expected floating point"),
     "no head": ({"args": {"num_classes": 0}}, "no classifier .its config.json: num_classes=0.*knn, logistic and embed take it"),
     "no pooling": ({"args": {"global_pool": ""}}, "no classifier .its config.json: num_classes=10, global_pool=''"),
     "grey images": ({"args": {"in_chans": 1}}, "what its config.json says is damaged .*not of three channels"),
@@ -166,13 +166,13 @@ class Trap:
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     folder = write(tmp_path / "f", beit(), False)
     torch.save({"head.bias": torch.ones(1), "trap": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="refused, since it wants"):
+    with pytest.raises(CheckpointError, match="refused, because unpickling it would call"):
         load_classifier(folder)
 
 
 def test_elsewhere_it_stays_refused_and_so_do_other_architectures(tmp_path, capsys):
     folder = write(tmp_path / "f", beit())
-    line = "is not a plain ViT but Beit; evaluate, knn, logistic and embed take it as it is, nothing else does"
+    line = "is not a plain ViT but Beit. BEiT is supported by evaluate, knn, logistic and embed only."
     assert main(["init", str(folder), "debug", "--out", str(tmp_path / "i.safetensors")]) == 2
     assert line in capsys.readouterr().err
     assert main(["convert", str(folder), "--to", "timm", "--out", str(tmp_path / "out")]) == 2
@@ -184,7 +184,7 @@ def test_elsewhere_it_stays_refused_and_so_do_other_architectures(tmp_path, caps
     }
     for name, sizes in others.items():
         write(tmp_path / name, timm.create_model(name, **sizes))
-        with pytest.raises(CheckpointError, match="not a plain ViT|not weights of a ViT") as caught:
+        with pytest.raises(CheckpointError, match="not a plain ViT|not the weights of a ViT") as caught:
             load_classifier(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -196,7 +196,7 @@ def moco(**more):
     """Its position table is the fixed one, without gradient."""
     model = vit("token", **more)
     side = model.patch_embed.grid_size
-    model.pos_embed.data.copy_(sincos_table(model.embed_dim, side))
+    model.pos_embed.data.copy_(sincos_pos_embed(model.embed_dim, side))
     return model
 
 
@@ -219,9 +219,9 @@ def test_moco_v3_in_its_own_form(tmp_path):
     assert (subject.kind, subject.architecture) == ("ViT of MoCo v3, epoch 300", "ViT-small/8, 32 px")
     with pytest.raises(CheckpointError, match=r"not one linear layer on 384 features .head\.0\.weight"):
         load_classifier(tmp_path / "moco.pth.tar")
-    left_out = read_weights(tmp_path / "moco.pth.tar").left_out
-    assert left_out[0] == "module.base_encoder.head.0.weight"
-    assert len(left_out) == 2 + len(encoder)
+    skipped = read_weights(tmp_path / "moco.pth.tar").skipped
+    assert skipped[0] == "module.base_encoder.head.0.weight"
+    assert len(skipped) == 2 + len(encoder)
     probe = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
     torch.save({"epoch": 90, "arch": "vit_small", "state_dict": probe, "best_acc1": 73.2}, tmp_path / "linear.pth.tar")
     torch.testing.assert_close(load_classifier(tmp_path / "linear.pth.tar").model(IMAGES), theirs(IMAGES))

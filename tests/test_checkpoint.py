@@ -19,24 +19,26 @@ from test_trainer import make_config, train
 
 from scale_mae import UserError, load_encoder
 from scale_mae.checkpoint import store
+from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
-from scale_mae.weights.importing import locate_weights, read_weights
-from scale_mae.weights.metadata import describe
-from scale_mae.weights.models import load_mae, read_export
+from scale_mae.weights.metadata import build_metadata
+from scale_mae.weights.model_loader import load_mae
+from scale_mae.weights.weight_import import locate_weights, read_weights
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tmp_path):
     run_dir, live = runs[layout]
     out = convert(run_dir, "timm", tmp_path / "encoder.safetensors")
-    facts, weights = read_export(out)
-    model = timm.create_model(facts["timm_name"], **facts["timm_kwargs"])
+    files = TensorFiles(out)
+    metadata, weights = json.loads(files.metadata["scale_mae"]), dict(files)
+    model = timm.create_model(metadata["timm_name"], **metadata["timm_kwargs"])
     model.load_state_dict(weights, strict=True)
-    mae = build_mae("nano", image_size=(32, 32), patch=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
+    mae = build_mae("nano", image_size=(32, 32), patch_size=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
     reader = ZeroReader(locate(run_dir, print) / "deepspeed")
     state = {name: torch.from_numpy(value) for name, value in live.items()}
     if layout == ("zero0", "bf16"):
@@ -56,16 +58,16 @@ def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, d
     out = convert(run_dir, "timm", tmp_path / "e.safetensors", dtype=dtype)
     assert {t.dtype for t in load_file(out).values()} == {expected}
     with safe_open(out, "pt") as file:
-        facts = json.loads(file.metadata()["scale_mae"])
-    assert facts["norm_pixel"] is True
-    assert facts["mean"] == [0.286] * 3
-    assert facts["std"] == [0.353] * 3
-    assert facts["layer_norm_eps"] == 1e-6
-    assert facts["image_size"] == [32, 32]
-    assert facts["patch_size"] == [8, 8]
-    assert facts["step"] == 3
-    assert facts["dtype"] == dtype
-    assert facts["config_digest"] == store.read_config(locate(run_dir, print)).digest()
+        metadata = json.loads(file.metadata()["scale_mae"])
+    assert metadata["norm_pixel"] is True
+    assert metadata["mean"] == [0.286] * 3
+    assert metadata["std"] == [0.353] * 3
+    assert metadata["layer_norm_eps"] == 1e-6
+    assert metadata["image_size"] == [32, 32]
+    assert metadata["patch_size"] == [8, 8]
+    assert metadata["step"] == 3
+    assert metadata["dtype"] == dtype
+    assert metadata["config_digest"] == store.read_config(locate(run_dir, print)).digest()
     assert load_encoder(out).pretrained_cfg["mean"] == (0.286,) * 3
 
 
@@ -73,10 +75,10 @@ def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, d
 def test_published_sizes_load_by_timms_plain_name(size):
     """``timm.create_model(name)`` without any argument has the very keys and shapes of an export."""
     config = load_config(f"vit_{size}")
-    facts = describe(config, 0)
+    metadata = build_metadata(config, 0)
     with torch.device("meta"):
         ours = build_mae(size, image_size=config.model.image_size).state_dict()
-        theirs = timm.create_model(facts["timm_name"]).state_dict()
+        theirs = timm.create_model(metadata["timm_name"]).state_dict()
     ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
     assert ours == {n: t.shape for n, t in theirs.items()}
 
@@ -84,10 +86,10 @@ def test_published_sizes_load_by_timms_plain_name(size):
 @pytest.mark.parametrize("size", ["nano", "tiny", "small", "giant", "2b"])
 def test_other_sizes_load_by_name_and_arguments(size):
     config = load_config("vit_base", {"model.size": size})
-    facts = describe(config, 0)
+    metadata = build_metadata(config, 0)
     with torch.device("meta"):
         ours = build_mae(size, image_size=(224, 224)).state_dict()
-        theirs = timm.create_model(facts["timm_name"], **facts["timm_kwargs"]).state_dict()
+        theirs = timm.create_model(metadata["timm_name"], **metadata["timm_kwargs"]).state_dict()
     ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
     assert ours == {n: t.shape for n, t in theirs.items()}
 
@@ -95,9 +97,9 @@ def test_other_sizes_load_by_name_and_arguments(size):
 def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path, monkeypatch):
     from scale_mae.weights import parity
 
-    real = parity.timm_outputs
-    monkeypatch.setattr(parity, "timm_outputs", lambda *args: {name: t * 1.01 for name, t in real(*args).items()})
-    with pytest.raises(UserError, match="not written; its .* differs"):
+    real = parity.compute_timm_outputs
+    monkeypatch.setattr(parity, "compute_timm_outputs", lambda *args: {name: t * 1.01 for name, t in real(*args).items()})
+    with pytest.raises(UserError, match="not written; the export's .* differ"):
         convert(runs["zero2", "fp32"][0], "timm", tmp_path / "e.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -313,7 +315,7 @@ def test_a_missing_part_is_named(run_dir):
 def train_huge(config):
     """Two steps of ViT-H/14; the peak memory of this rank in GiB."""
     from scale_mae import pretrain
-    from scale_mae.metrics.calculator import peak_memory_bytes
+    from scale_mae.metrics.memory import peak_memory_bytes
 
     torch.set_num_threads(1)
     result = pretrain(config)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from scale_mae import load_config
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.classifier import load_classifier, load_subject
-from scale_mae.model.positions import resize_table
-from scale_mae.weights.encoders import load_encoder
-from scale_mae.weights.metadata import METADATA_KEY, describe
-from scale_mae.weights.models import encoder_weights, model_from_config
+from scale_mae.model.pos_embed import resize_pos_embed
+from scale_mae.weights.metadata import METADATA_KEY, build_metadata
+from scale_mae.weights.model_builder import build_mae_from_config, encoder_state
+from scale_mae.weights.model_loader import load_encoder
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -76,12 +76,12 @@ def test_a_folder_of_transformers(tmp_path):
 def test_another_size_interpolates_the_positions(golden, tmp_path):
     """As the reference's fine-tuning does; also the table itself."""
     values, _ = golden("recipe.safetensors")
-    after = resize_table(values["interp.before"], (7, 7), (10, 10))
+    after = resize_pos_embed(values["interp.before"], (7, 7), (10, 10))
     torch.testing.assert_close(after, values["interp.after"], atol=1e-6, rtol=0)
     theirs = vit()
     write_timm(tmp_path, theirs)
     bigger = vit(img_size=48)
-    state = theirs.state_dict() | {"pos_embed": resize_table(theirs.pos_embed.detach(), (4, 4), (6, 6))}
+    state = theirs.state_dict() | {"pos_embed": resize_pos_embed(theirs.pos_embed.detach(), (4, 4), (6, 6))}
     bigger.load_state_dict(state)
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(logits(load_classifier(tmp_path, size=48), images), bigger(images).detach())
@@ -98,7 +98,7 @@ def test_what_is_no_classifier_is_refused_in_one_line(tmp_path):
             {"head.weight": torch.ones(10, 31)},
             r"not one linear layer on 32 features .*head.weight .10, 31",
         ),
-        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds values that are not finite"),
+        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds NaN or infinity"),
     }
     for name, (more, changes, message) in cases.items():
         folder = write_timm(tmp_path / name, vit(**more))
@@ -127,8 +127,8 @@ def test_the_encoder_of_a_classifier_and_of_an_export_of_ours(tmp_path):
 
 def test_an_export_of_ours_is_an_encoder(tmp_path):
     config = load_config("debug", ["run.seed=5"])
-    state, facts = encoder_weights(model_from_config(config).state_dict()), describe(config, 7)
-    save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(facts)})
+    state, metadata = encoder_state(build_mae_from_config(config).state_dict()), build_metadata(config, 7)
+    save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(CheckpointError, match="no classifier"):
         load_classifier(tmp_path / "e.safetensors")
     subject = load_subject(tmp_path / "e.safetensors")

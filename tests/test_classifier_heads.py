@@ -19,14 +19,15 @@ from scale_mae.cli import main
 from scale_mae.config import saved_config
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.report.reconstructions import draw_missing
-from scale_mae.weights.classifier_heads import fold
-from scale_mae.weights.classifier_initialization import begin_with_encoder, classifier_from_config
+from scale_mae.weights.classifier_heads import fold_batch_norm
+from scale_mae.weights.classifier_initialization import build_classifier_from_config, load_initial_encoder
 from scale_mae.weights.convert import convert
 from scale_mae.weights.export_formats import FORMATS
-from scale_mae.weights.importing import locate_weights, read_weights
-from scale_mae.weights.initialization import begin_with
-from scale_mae.weights.inspect import inspect, render
-from scale_mae.weights.models import load_mae, model_from_config
+from scale_mae.weights.initialization import load_initial_weights
+from scale_mae.weights.inspection import inspect, render
+from scale_mae.weights.model_builder import build_mae_from_config
+from scale_mae.weights.model_loader import load_mae
+from scale_mae.weights.weight_import import locate_weights, read_weights
 
 IMAGES = images(3)
 NAMES = ("mean", "token", "probe")
@@ -47,7 +48,7 @@ def test_the_folded_probe_is_batch_norm_and_linear():
     norm.running_mean.copy_(torch.randn(64) * 3)
     norm.running_var.copy_(torch.rand(64) * torch.logspace(-8, 1, 64))
     features = torch.randn(7, 64, dtype=torch.float64) * norm.running_var.sqrt() + norm.running_mean
-    weight, bias = fold(probe.weight.detach(), probe.bias.detach(), norm.running_mean, norm.running_var)
+    weight, bias = fold_batch_norm(probe.weight.detach(), probe.bias.detach(), norm.running_mean, norm.running_var)
     with torch.no_grad():
         expected = probe.double()(norm.double().eval()(features))
     assert weight.dtype == bias.dtype == torch.float32
@@ -67,9 +68,9 @@ def test_timm_opens_folder_and_file(own, tmp_path, name):
     assert (config["num_classes"], config["label_names"]) == (10, CLASSES)
     assert config["global_pool"] == ("avg" if name == "mean" else "token")
     assert config["pretrained_cfg"]["crop_pct"] == 0.875
-    facts = json.loads((folder / "scale_mae.json").read_text())
-    assert facts["task"] == ("linprobe" if name == "probe" else "finetune")
-    assert {"norm_pixel", "mask_ratio"}.isdisjoint(facts)
+    metadata = json.loads((folder / "scale_mae.json").read_text())
+    assert metadata["task"] == ("linprobe" if name == "probe" else "finetune")
+    assert {"norm_pixel", "mask_ratio"}.isdisjoint(metadata)
     half = convert(run, "timm", tmp_path / "half.safetensors", dtype="bf16")
     for out, difference in ((folder, 1e-5), (half, 0.2)):
         got = logits(load_classifier(out).model, IMAGES)
@@ -127,10 +128,10 @@ WRONG = {
         "vit",
         "blocks.3.mlp.fc1.weight",
         True,
-        "layer.3.intermediate.dense.weight reads back otherwise",
+        "layer.3.intermediate.dense.weight differs from the checkpoint when it is read back",
     ),
-    "a bias": ("mean", "timm", "head.bias", False, "its logits differs from the checkpoint's"),
-    "a folded weight": ("probe", "timm", "head.weight", False, "its logits differs from the checkpoint's"),
+    "a bias": ("mean", "timm", "head.bias", False, "logits differ from the checkpoint's"),
+    "a folded weight": ("probe", "timm", "head.weight", False, "logits differ from the checkpoint's"),
 }
 
 
@@ -141,19 +142,19 @@ def test_one_wrong_weight_gets_no_name(own, tmp_path, monkeypatch, name, to, ten
     def write(source, target):
         layout.write(replace(source, exported={**source.exported, tensor: slightly_wrong(source.exported[tensor])}), target)
 
-    monkeypatch.setitem(FORMATS, to, replace(layout, write=write, tensors=layout.tensors if read_back else None))
+    monkeypatch.setitem(FORMATS, to, replace(layout, write=write, read_back=layout.read_back if read_back else None))
     with pytest.raises(UserError, match=f"not written; .*({message})"):
         convert(own[name][0], to, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
 REFUSED = {
-    "a decoder": ("mean", "mae", "x.pth", {}, r"--to mae: .* is a classifier, which has no decoder; there are timm"),
+    "a decoder": ("mean", "mae", "x.pth", {}, r"--to mae: .* is a classifier and has no decoder. Use one of timm"),
     "transformers' MAE": ("token", "vit_mae", "x", {}, "--to vit_mae: .* is a classifier"),
     "averaged tokens": ("mean", "vit", "x", {}, "--to vit: .* averages the patch tokens, which no classifier of transformers"),
-    "another pooling": ("token", "timm", "x", {"pool": "avg"}, "--pool avg: .* pools as it was trained"),
-    "no average": ("token", "timm", "x", {"ema": True}, r"--ema: .* keeps no moving average of its weights .optim.ema_decay"),
-    "no probes": ("mean", "timm", "x", {"probe": 0}, "--probe 0: run.task=finetune has none"),
+    "another pooling": ("token", "timm", "x", {"pool": "avg"}, "--pool avg: .* is a classifier and pools as it was trained"),
+    "no average": ("token", "timm", "x", {"ema": True}, r"--ema: .* has no moving average of the weights .optim.ema_decay"),
+    "no probes": ("mean", "timm", "x", {"probe": 0}, "--probe 0: run.task=finetune has no probes"),
     "too few probes": ("probe", "timm", "x", {"probe": 3}, "--probe 3: the run has probes 0 to 2"),
 }
 
@@ -213,13 +214,13 @@ def test_quick_looks_take_a_run_and_know_no_untrained_one(own, tmp_path, capsys)
     told = capsys.readouterr()
     assert "trained:" not in told.out
     assert told.err.count("\n") == 1
-    assert "a classifier, whose encoder has no untrained weights of its own; it began with random ones" in told.err
+    assert "a classifier; the untrained weights of its encoder are not stored. It was initialized randomly." in told.err
 
 
 def begin(path, **changes):
     config = load_config("debug", changes)
-    model = model_from_config(config)
-    return model, begin_with(model, read_weights(locate_weights(path, print)))
+    model = build_mae_from_config(config)
+    return model, load_initial_weights(model, read_weights(locate_weights(path, print)))
 
 
 def test_a_mae_begins_with_the_encoder_of_a_classifier(own, tmp_path):
@@ -232,8 +233,8 @@ def test_a_mae_begins_with_the_encoder_of_a_classifier(own, tmp_path):
             shared = [tensor for tensor in own_state if tensor in state]
             assert len(shared) >= 6 * 12 + 4
             assert all(torch.equal(own_state[tensor], state[tensor]) for tensor in shared)
-            assert "no decoder is there, it starts random" in note
-            assert ("its norm is behind the pooling (fc_norm), the encoder's starts anew" in note) == (name == "mean")
+            assert "the decoder starts random" in note
+            assert ("the final norm starts anew" in note) == (name == "mean")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -241,8 +242,8 @@ def test_a_classifier_begins_with_the_encoder_of_another(own, tmp_path, name):
     run, theirs = own[name]
     config = saved_config(run / "config.yaml")
     for path in (run, convert(run, "timm", tmp_path / name)):
-        model = classifier_from_config(config, 4)
-        note = begin_with_encoder(model, read_weights(locate_weights(path, print)))
+        model = build_classifier_from_config(config, 4)
+        note = load_initial_encoder(model, read_weights(locate_weights(path, print)))
         assert "anew" not in note  # of a classifier with mean pooling the norm behind it is taken too
         with torch.inference_mode():
             ours, expected = (m.forward_head(m.forward_features(IMAGES), pre_logits=True) for m in (model.eval(), theirs))
@@ -250,7 +251,7 @@ def test_a_classifier_begins_with_the_encoder_of_another(own, tmp_path, name):
 
 
 def test_pictures_of_a_classifier_are_refused(own, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"a classifier \(run.task=finetune\), not a MAE; it has no decoder"):
+    with pytest.raises(UserError, match=r"a classifier \(run.task=finetune\); it has no decoder"):
         load_mae(locate(own["mean"][0], print))
     told = []
     assert draw_missing(own["mean"][0], saved_config(own["mean"][0] / "config.yaml"), [], told.append) == told == []
@@ -266,4 +267,4 @@ def test_inspect_tells_what_it_is(own, tmp_path):
     assert inspect(own["mean"][0])["task"] == "finetune"
     report = inspect(convert(own["mean"][0], "timm", tmp_path / "f"))
     assert (report["task"], report["num classes"], report["step"]) == ("finetune", 10, STEP)
-    assert report["head"] == "fc_norm.bias, fc_norm.weight, head.bias, head.weight"
+    assert report["other tensors"] == "fc_norm.bias, fc_norm.weight, head.bias, head.weight"

@@ -14,7 +14,9 @@ import yaml
 
 from scale_mae.cli import COMMANDS, build_parser, main
 from scale_mae.config import SHIPPED_CONFIGS, Config, ConfigError, json_schema, load_config, recipe_names, recipe_path
+from scale_mae.config.recipes import read_header
 from scale_mae.system.command_line import GROUPS
+from scale_mae.system.completion import complete_override
 
 
 def call(*words, cwd=None, **env):
@@ -80,8 +82,8 @@ def test_help_of_a_command_shows_that_command_with_an_example_that_parses(comman
     assert text.rstrip().endswith(f"example:\n  {command.example}")
     assert "imagenet21k" not in text  # `scale-mae sources` lists data sets, `scale-mae recipes` lists recipes
     assert "linprobe_huge" not in text
-    words = shlex.split(re.split(r" [|>] ", command.example)[0])
-    args = build_parser().parse_args(words[words.index("scale-mae") + 1 :])
+    words = re.search(r"scale-mae ([^|>)]*)", command.example)[1]
+    args = build_parser().parse_args(shlex.split(words))
     assert args.command == command.name
     assert args.run_command is command.run
 
@@ -91,6 +93,71 @@ def test_every_argument_has_a_help_text(command):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_recipes_lists_every_recipe_and_prints_one(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines[::2]] == recipe_names()
+    assert lines[2 * recipe_names().index("vit_base")].split()[1:4] == ["pretrain", "base", "Pre-train"]
+    assert lines[2 * recipe_names().index("vit_base") + 1].split(" / ")[0].strip().startswith("16 GPUs")
+    assert main(["recipes", "vit_base"]) == 0
+    assert capsys.readouterr().out == recipe_path("vit_base").read_text()
+
+
+def test_sources_lists_kinds_and_named_data_sets(capsys):
+    from scale_mae.data.dataset_layouts import LAYOUTS
+
+    assert main(["sources"]) == 0
+    text = capsys.readouterr().out
+    for name, (splits, _) in LAYOUTS.items():
+        assert re.search(rf"^  {name} +{', '.join(splits)}$", text, re.MULTILINE)
+    for example in ("/data/train-{000..146}.tar", "demo:train", "imagenet.index", ".csv", "COCO"):
+        assert example in text
+
+
+# ---------------------------------------------------------------- shell completion
+
+
+@pytest.fixture
+def bash_completions(tmp_path):
+    """``bash_completions(line)``: what bash offers after ``line`` and TAB."""
+    program = tmp_path / "scale-mae"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m scale_mae "$@"\n')
+    program.chmod(0o755)
+    script = """
+        source <(scale-mae completion bash)
+        COMP_WORDBREAKS=$' \\t\\n"><=;|&(:' COMP_TYPE=9 COMP_LINE=$1 COMP_POINT=${#1}
+        _python_argcomplete scale-mae
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+
+    def complete(line):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["bash", "-c", script, "bash", line]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+
+    return complete
+
+
+def test_bash_completes_commands_recipes_keys_and_values(bash_completions):
+    assert bash_completions("scale-mae recon") == ["reconstruct"]
+    assert bash_completions("scale-mae pretrain vit_") == ["vit_base", "vit_huge", "vit_large"]
+    assert bash_completions("scale-mae finetune finetune_base --dry") == ["--dry-run"]
+    assert bash_completions("scale-mae submit vit_base engine.c") == ["engine.compile="]
+    assert bash_completions("scale-mae pretrain demo run.seed=3 train.precision=") == ["fp32", "bf16", "fp16"]
+
+
+def test_values_are_completed_where_they_are_few():
+    assert complete_override("engine.compile=") == ["engine.compile=true", "engine.compile=false"]
+    assert "engine.deepspeed=zero2_offload" in complete_override("engine.deepspeed=")
+    assert complete_override("model.init_from=") == ["model.init_from=null"]
+    assert complete_override("train.global_batch=") == complete_override("train.nonsense=") == []
+
+
+def test_the_completion_script_for_zsh_registers_the_command(capsys):
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("#compdef scale-mae\n")
 
 
 def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):
@@ -141,8 +208,8 @@ BAD = [
         "engine.compile=true has no effect with train.activation_checkpointing=offload",
     ),
     (["pretrain", "debug", "train.duration=10"], "train.duration='10': not a duration. Set a number and a unit"),
-    (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, more than train.duration=10 steps"),
-    (["pretrain", "debug", "checkpoint.interval=0 steps"], "checkpoint.interval is no step at all"),
+    (["pretrain", "debug", "optim.warmup=11 steps"], "is 11 steps, but train.duration=10 steps is only 10"),
+    (["pretrain", "debug", "checkpoint.interval=0 steps"], "checkpoint.interval=0 steps is 0 steps"),
     (
         ["pretrain", "debug", "engine.deepspeed=zero9"],
         "engine.deepspeed=zero9: cannot be read (No such file or directory). Set one of zero0, ",
@@ -215,13 +282,11 @@ def test_doctor_says_what_to_do(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_loads_and_its_header_says_what_it_costs(name):
+def test_every_recipe_loads_and_has_a_complete_header(name):
     config = load_config(name)
     config.deepspeed_json()
     assert config.accumulation(1) >= 1
-    header = recipe_path(name).read_text().split("\nmodel")[0]
-    for word in ("command", "hardware", "time", "result"):
-        assert f"#   {word}" in header
+    assert all(vars(read_header(name)).values())
     jsonschema.validate(yaml.safe_load(recipe_path(name).read_text()), json_schema())
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageFile
 
 from scale_mae.data import dali, pillow
 from scale_mae.data.dali import DaliDecoder, Jpeg, plain_jpeg, resized_on_gpu
+from scale_mae.data.errors import ImageError, ImageStatus
 from scale_mae.data.pillow import EXIF_ORIENTATION, Crop
-from scale_mae.data.storage import ImageError, Status
 
 SIZE = (96, 80)  # not square, so that height and width cannot be mistaken for each other
 SHAPES = [(375, 501), (500, 333), (9, 17), (1, 1), (2, 2), (300, 3), (64, 64), (300, 90)]
@@ -72,13 +72,13 @@ def random_crop(data, rng):
 
 
 def whole(data):
-    width, height, _ = pillow.examine(data, decode_too=False)
+    width, height, _ = pillow.read_header(data, verify=False)
     return Crop(0, 0, height, width, flip=False)
 
 
 def check_parity(decoder, batch, mean=0.1, most=3):
     wanted = np.stack([pillow.decode(data, crop, SIZE) for data, crop in batch])
-    images, errors = decoder.finish([decoder.prepare(data, crop) for data, crop in batch])
+    images, errors = decoder.decode_batch([decoder.prepare_image(data, crop) for data, crop in batch])
     assert (images.dtype, images.shape, errors) == (torch.uint8, wanted.shape, {})
     difference = np.abs(images.cpu().numpy().astype(int) - wanted)
     assert difference.mean(axis=(1, 2, 3)).max() <= mean
@@ -115,7 +115,7 @@ def test_orientation_in_xmp_counts_too(decoder):
 
 def test_resizing_for_gpus_is_the_references(decoder):
     batch = [pair for o in (1, 6, 8) for pair in mixed_batch(noise, np.random.default_rng(o), orientation=o)]
-    planned = [(pair, item) for pair in batch if isinstance(item := decoder.prepare(*pair), Jpeg)]
+    planned = [(pair, item) for pair in batch if isinstance(item := decoder.prepare_image(*pair), Jpeg)]
     boxes = []
     for _, item in planned:
         pixels = np.array(Image.open(io.BytesIO(item.data)))
@@ -154,18 +154,23 @@ def test_what_is_not_plain_jpeg_is_pillows(decoder, kind, monkeypatch):
 
 def test_huge_and_shrunken_images_are_pillows(decoder, monkeypatch):
     data = jpeg(np.zeros((SIZE[0] * dali.MAX_SHRINK + 8, 8, 3), np.uint8))
-    assert not isinstance(decoder.prepare(data, whole(data)), Jpeg)
-    assert isinstance(decoder.prepare(data, whole(data)._replace(height=500)), Jpeg)
+    assert not isinstance(decoder.prepare_image(data, whole(data)), Jpeg)
+    assert isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
     monkeypatch.setattr(dali, "MAX_PIXELS", 4000)
-    assert not isinstance(decoder.prepare(data, whole(data)._replace(height=500)), Jpeg)
+    assert not isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
 
 
 def test_errors_are_the_references(decoder):
     data, smaller = (jpeg(photo(height, 60, np.random.default_rng(0))) for height in (40, 39))
-    cases = [(data[:900], Status.DAMAGED), (smaller, Status.DAMAGED), (b"", Status.EMPTY), (b"<" + data, Status.NOT_AN_IMAGE)]
+    cases = [
+        (data[:900], ImageStatus.DAMAGED),
+        (smaller, ImageStatus.DAMAGED),
+        (b"", ImageStatus.EMPTY),
+        (b"<" + data, ImageStatus.NOT_AN_IMAGE),
+    ]
     for wrong, cause in cases:
         with pytest.raises(ImageError) as found:
-            decoder.prepare(wrong, Crop(0, 0, 40, 60, False))
+            decoder.prepare_image(wrong, Crop(0, 0, 40, 60, False))
         assert found.value.cause == cause
 
 
@@ -180,10 +185,10 @@ def test_one_bad_image_costs_only_itself(decoder):
     before, rng = decoder.fallbacks, np.random.default_rng(2)
     batch = [(data, whole(data)) for data in (jpeg(photo(70, 90, rng)) for _ in range(4))]
     batch[1] = (encoded(Image.fromarray(photo(70, 90, rng)), "PNG"), whole(batch[1][0]))
-    items = [decoder.prepare(*pair) for pair in batch]
+    items = [decoder.prepare_image(*pair) for pair in batch]
     items[2] = items[2]._replace(data=without_huffman_table(items[2].data))
-    images, errors = decoder.finish(items)
-    assert {row: error.cause for row, error in errors.items()} == {2: Status.DAMAGED}
+    images, errors = decoder.decode_batch(items)
+    assert {row: error.cause for row, error in errors.items()} == {2: ImageStatus.DAMAGED}
     assert decoder.fallbacks == before + 3
     assert decoder.failure
     assert not images[2].any()
@@ -207,7 +212,7 @@ def test_a_dead_dali_costs_only_time(decoder, monkeypatch):
 def test_batches_of_any_length_in_order_from_any_thread(decoder):
     rng = np.random.default_rng(4)
     batch = [(jpeg(photo(40, 60, rng)), Crop(3, 2, 30, 40, True)), (others()["PNG"], Crop(0, 0, 40, 60, False))] * (BATCH // 2)
-    assert decoder.finish([])[0].shape == (0, *SIZE, 3)
+    assert decoder.decode_batch([])[0].shape == (0, *SIZE, 3)
     for length in range(1, BATCH + 1):
         check_parity(decoder, batch[:length])
         with ThreadPoolExecutor(1) as pool:
@@ -220,10 +225,10 @@ def test_nothing_is_left_behind(decoder):
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))
 
     rng = np.random.default_rng(5)
-    items = [decoder.prepare(data, whole(data)) for data in (jpeg(photo(160, 200, rng)) for _ in range(4))]
+    items = [decoder.prepare_image(data, whole(data)) for data in (jpeg(photo(160, 200, rng)) for _ in range(4))]
     bad = items[0]._replace(data=without_huffman_table(items[0].data))
     for turn in range(700):
-        decoder.finish([*items[: turn % 4], bad] if turn % 25 == 0 else items[: turn % 5])
+        decoder.decode_batch([*items[: turn % 4], bad] if turn % 25 == 0 else items[: turn % 5])
         if turn == 200:
             before = held()
     mebibytes, files = (now - then for now, then in zip(held(), before, strict=True))
@@ -247,9 +252,9 @@ def test_gpu_images_are_the_references(options):
         for content in (photo, noise):
             check_parity(decoder, mixed_batch(content, rng, orientation=orientation, **options), mean=0.5, most=8)
     assert decoder.fallbacks == 0
-    items = [decoder.prepare(*pair) for pair in mixed_batch(photo, rng)]
+    items = [decoder.prepare_image(*pair) for pair in mixed_batch(photo, rng)]
     items[0] = items[0]._replace(data=without_huffman_table(items[0].data))
-    images, errors = decoder.finish(items)
+    images, errors = decoder.decode_batch(items)
     assert images.is_cuda
     assert list(errors) == [0]
     check_parity(decoder, mixed_batch(photo, rng), mean=0.5, most=8)  # DALI works again

@@ -28,9 +28,9 @@ from ranks import run_ranks
 from torchvision import transforms
 
 from scale_mae.cli import main
-from scale_mae.data.crops import reference_crop
-from scale_mae.data.pillow import decode_centre
-from scale_mae.data.storage import DataError, ImageError
+from scale_mae.data.crop_boxes import reference_crop_pct
+from scale_mae.data.errors import DataError, ImageError
+from scale_mae.data.pillow import decode_center_crop
 from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation.accuracy import place_of
 from scale_mae.evaluation.classifier import load_classifier
@@ -74,11 +74,11 @@ def test_pixels_are_those_of_the_references_transforms(size, side):
     image = Image.fromarray(small).resize(size, Image.Resampling.BILINEAR)
     data = io.BytesIO()
     image.save(data, "PNG")
-    crop = reference_crop(side)
+    crop = reference_crop_pct(side)
     theirs = transforms.Compose(
         [transforms.Resize(int(side / crop), transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
     )
-    difference = np.abs(decode_centre(data.getvalue(), side, crop).astype(int) - np.asarray(theirs(image)).astype(int))
+    difference = np.abs(decode_center_crop(data.getvalue(), side, crop).astype(int) - np.asarray(theirs(image)).astype(int))
     if size[0] >= size[1]:
         assert difference.max() == 0
     else:  # Pillow from 13 on scales tall images in the other order
@@ -90,13 +90,13 @@ def test_nothing_is_scaled_without_a_crop_share():
     data = io.BytesIO()
     image.save(data, "PNG")
     theirs = np.asarray(transforms.CenterCrop(32)(image))
-    assert np.array_equal(decode_centre(data.getvalue(), 32, None), theirs)
+    assert np.array_equal(decode_center_crop(data.getvalue(), 32, None), theirs)
     with pytest.raises(ImageError, match="44 x 41 pixels, smaller than the 224 x 224 to cut out"):
-        decode_centre(data.getvalue(), 224, None)
+        decode_center_crop(data.getvalue(), 224, None)
 
 
 def test_the_reference_cuts_nothing_off_above_224():
-    assert [int(size / reference_crop(size)) for size in (224, 448, 32)] == [256, 448, 36]
+    assert [int(size / reference_crop_pct(size)) for size in (224, 448, 32)] == [256, 448, 36]
 
 
 # ---------------------------------------------------------------- accuracy

@@ -57,18 +57,18 @@ def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
     torch.testing.assert_close(torch.from_numpy(values), tokens[:, 1:].mean(1), atol=1e-5, rtol=1e-4)
     lines = (tmp_path / "f.tsv").read_text().splitlines()
     assert lines[0] == "path\tlabel"
-    assert lines[4].split("\t") == [index.where(3), "1"]
+    assert lines[4].split("\t") == [index.location(3), "1"]
     assert sorted(os.listdir(tmp_path)) == ["f.npy", "f.tsv"]
     write(model, data, tmp_path / "t.safetensors", pool="token")
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
         torch.testing.assert_close(file.get_tensor("features"), tokens[:, 0], atol=1e-5, rtol=1e-4)
         assert file.get_tensor("labels").tolist() == [c for c in range(10) for _ in range(3)]
         assert json.loads(file.metadata()["scale_mae_embed"])["pool"] == "token"
-    assert paths_in(tmp_path / "t.safetensors") == [index.where(row) for row in range(30)]
+    assert paths_in(tmp_path / "t.safetensors") == [index.location(row) for row in range(30)]
 
 
 def paths_in(file):
-    """As docs/evaluation.md reads them."""
+    """As docs/guides/evaluation.md reads them."""
     tensors = load_file(file)
     text, ends = tensors["paths"].tobytes(), tensors["path_ends"].tolist()
     return [text[begin:end].decode() for begin, end in zip([0, *ends], ends)]  # noqa: B905

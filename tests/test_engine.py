@@ -19,7 +19,7 @@ SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=3, total_steps=STEP
 
 
 def small_mae():
-    return build_mae("nano", image_size=(16, 16), patch=(4, 4), decoder_width=32, decoder_depth=1, decoder_heads=2, seed=0)
+    return build_mae("nano", image_size=(16, 16), patch_size=(4, 4), decoder_width=32, decoder_depth=1, decoder_heads=2, seed=0)
 
 
 def batch(step):
@@ -163,7 +163,7 @@ def refused_fp16():
 
 
 def test_a_precision_the_device_lacks_is_one_clear_error():
-    with pytest.raises(RankError, match=r"train\.precision=fp16 is not supported by this cpu") as caught:
+    with pytest.raises(RankError, match=r"train\.precision=fp16: this cpu does not support it") as caught:
         run_ranks(1, refused_fp16)
     assert caught.value.kinds == ["ConfigError"]
 
@@ -241,6 +241,6 @@ def bad_json(path):
 def test_a_deepspeed_file_that_deepspeed_refuses_is_one_clear_error(tmp_path):
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 7}}')
-    with pytest.raises(RankError, match=r"own\.json is refused by DeepSpeed") as caught:
+    with pytest.raises(RankError, match=r"own\.json: DeepSpeed rejects it") as caught:
         run_ranks(1, bad_json, str(path))
     assert caught.value.kinds == ["ConfigError"]

@@ -16,8 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from scale_mae import UserError, load_config
 from scale_mae.cli import main
+from scale_mae.data.errors import DataError
 from scale_mae.data.index_builder import list_source
-from scale_mae.data.storage import DataError
 from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import knn
 from scale_mae.evaluation.classifier import load_subject
@@ -25,10 +25,10 @@ from scale_mae.evaluation.features import Source, features
 from scale_mae.evaluation.knn import decide, knn_accuracy, nearest
 from scale_mae.evaluation.logistic_regression import choose_penalty, fit, logistic_accuracy, logits
 from scale_mae.evaluation.reconstruct import draw, reconstruct
-from scale_mae.model.targets import make_target, unpatchify
+from scale_mae.model.targets import compute_target, unpatchify
 from scale_mae.system import progress
-from scale_mae.weights.metadata import METADATA_KEY, describe
-from scale_mae.weights.models import encoder_weights, model_from_config
+from scale_mae.weights.metadata import METADATA_KEY, build_metadata
+from scale_mae.weights.model_builder import build_mae_from_config, encoder_state
 
 
 def test_votes_follow_an_independent_implementation(monkeypatch):
@@ -68,10 +68,10 @@ def test_the_penalty_is_chosen_on_images_held_out():
 def encoder(tmp_path_factory):
     """A MAE, and its encoder as an export of ours."""
     config = load_config("debug")
-    model = model_from_config(config)
+    model = build_mae_from_config(config)
     path = tmp_path_factory.mktemp("encoder") / "e.safetensors"
-    facts = {METADATA_KEY: json.dumps(describe(config, 0))}
-    save_file({n: t.contiguous() for n, t in encoder_weights(model.state_dict()).items()}, path, facts)
+    metadata = {METADATA_KEY: json.dumps(build_metadata(config, 0))}
+    save_file({n: t.contiguous() for n, t in encoder_state(model.state_dict()).items()}, path, metadata)
     return path, model
 
 
@@ -124,7 +124,7 @@ def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", -1)
     with progress.ProgressBar("images") as bar:
         for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
-            bar.move(done, total)
+            bar.update(done, total)
     told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
     told += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
     assert capsys.readouterr().err.splitlines() == told
@@ -165,9 +165,9 @@ def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
 
 @pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
 def test_a_model_that_predicts_its_target_reconstructs_the_image(target, monkeypatch):
-    model = model_from_config(load_config("debug", {"model.target": target}))
+    model = build_mae_from_config(load_config("debug", {"model.target": target}))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    perfect = make_target(images, model.patch, target)
+    perfect = compute_target(images, model.patch_size, target)
     monkeypatch.setattr(model, "decode", lambda latent, ids: perfect)
     filled, mask = reconstruct(model, images, noise, 0.75)
     torch.testing.assert_close(filled, images, atol=1e-4, rtol=1e-4)
@@ -176,12 +176,12 @@ def test_a_model_that_predicts_its_target_reconstructs_the_image(target, monkeyp
 
 
 def test_visible_patches_are_left_alone_and_hidden_ones_predicted():
-    model = model_from_config(load_config("debug", {"model.target": "pixel"}))
+    model = build_mae_from_config(load_config("debug", {"model.target": "pixel"}))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     filled, mask = reconstruct(model, images, noise, 0.5)
     with torch.inference_mode():
         output = model(images, noise, 0.5)
-    predicted = unpatchify(output.pred, model.patch, model.grid)
+    predicted = unpatchify(output.pred, model.patch_size, model.grid)
     assert torch.equal(filled * (1 - mask), images * (1 - mask))
     torch.testing.assert_close(filled * mask, predicted * mask)
 
@@ -199,7 +199,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
         paths.append(str(tmp_path / f"{i}.jpg"))
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(90, 60, seed=i))
     out = tmp_path / "out.png"
-    draw(model_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
+    draw(build_mae_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
     picture = Image.open(out)
     assert picture.height > picture.width  # six rows of three
     assert ("mean and deviation of the true patch" in titles[0]) == (target == "norm_pixel")
@@ -208,7 +208,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
 
 def test_pictures_that_cannot_be_drawn(tmp_path):
     config = load_config("debug")
-    model = model_from_config(config)
+    model = build_mae_from_config(config)
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "b.jpg").write_bytes(b"no")
     a, b = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")

@@ -14,7 +14,7 @@ from scale_mae.checkpoint.store import locate
 from scale_mae.weights import convert as module
 from scale_mae.weights.convert import convert
 from scale_mae.weights.export_formats import FORMATS
-from scale_mae.weights.models import load_mae
+from scale_mae.weights.model_loader import load_mae
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ WRONG = [(to, dtype) for to in FORMATS for dtype in ("fp32", "bf16", "fp16") if 
 def test_a_file_with_one_wrong_weight_gets_no_name(live, tmp_path, monkeypatch, to, dtype):
     """Of ONNX in fp16 a forward pass alone is compared; it would have to be more wrong than this."""
     layout = FORMATS[to]
-    for name in ["blocks.3.mlp.fc1.weight", *(["decoder_embed.weight"] if layout.whole else [])]:
+    for name in ["blocks.3.mlp.fc1.weight", *(["decoder_embed.weight"] if layout.has_decoder else [])]:
 
         def write(source, target, name=name):
             layout.write(replace(source, exported={**source.exported, name: slightly_wrong(source.exported[name])}), target)
 
         monkeypatch.setitem(FORMATS, to, replace(layout, write=write))
-        with pytest.raises(UserError, match=r"x[.\w]*: not written; .* (differs from the checkpoint's|reads back otherwise)"):
+        with pytest.raises(UserError, match=r"x[.\w]*: not written; .* (differ from the checkpoint's|when it is read back)"):
             convert(live[0], to, tmp_path / f"x{SUFFIX.get(to, '')}", dtype=dtype)
         assert not list(tmp_path.iterdir())
 
@@ -119,9 +119,9 @@ def test_what_cannot_be_meant_is_refused(live, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     for to, out, options, text in (
-        ("vit_mae", "full", {}, "holds something else"),
+        ("vit_mae", "full", {}, "not from an export"),
         ("onnx", "x.onnx", {"dtype": "bf16"}, "bf16"),
-        ("mae", "x.bin", {}, "ends in .pth"),
+        ("mae", "x.bin", {}, "must end in .pth"),
         ("timm", "x.safetensors", {"image_size": (30, 30)}, "not divisible"),
     ):
         with pytest.raises(UserError, match=text):
@@ -138,6 +138,6 @@ def test_no_import_goes_on_after_an_error(live, tmp_path, monkeypatch):
         ended.append(name)
 
     monkeypatch.setattr(module, "import_module", slow)
-    with pytest.raises(UserError, match="--probe 7: .* is no linear probe"):
+    with pytest.raises(UserError, match="--probe 7: .* is not a linear probe"):
         convert(live[0], "timm", tmp_path / "x", probe=7)
     assert ended == ["scale_mae.weights.parity"]

@@ -1,4 +1,4 @@
-"""The exporter of real runs, scraped over HTTP: what it says, for how long, and what goes wrong beside it."""
+"""The Prometheus exporter of real runs, scraped over HTTP: values, target files, and errors."""
 
 import json
 import math
@@ -16,9 +16,11 @@ from ranks import collect, run_ranks, start_ranks
 from test_trainer import log, make_config, train, train_until
 
 from scale_mae.metrics.counters import Counters
-from scale_mae.metrics.exporter import COUNTERS, GAUGES, Exporter, RunInfo
-from scale_mae.metrics.hardware import THROTTLE_REASONS, GpuReading
+from scale_mae.metrics.exporter import Exporter, RunInfo
+from scale_mae.metrics.log_keys import LOG_KEYS
 from scale_mae.metrics.node import Node
+from scale_mae.metrics.nvml import THROTTLE_REASONS, GpuReading
+from scale_mae.metrics.prometheus_metrics import INFO_LABELS, METRICS, NODE_METRICS, PREFIX, RUN_METRICS
 from scale_mae.metrics.sinks import Log
 from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.runs import history
@@ -46,7 +48,7 @@ def target(run_dir):
 
 
 def scrape(address):
-    """(name, labels) -> value."""
+    """Return the value of each (name, labels)."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
@@ -69,12 +71,12 @@ def logged(run_dir, steps):
 
 
 def scrape_a_line(run_dir, address):
-    """A scrape and the log line it shows, while the run goes on."""
+    """Return a scrape of a live run, and the log line that the scrape shows."""
     for _ in range(200):
         before, series, after = last_line(run_dir), scrape(address), last_line(run_dir)
         if before == after and value(series, "step") == before["step"]:
             return series, before
-    raise AssertionError("never between two steps")
+    raise AssertionError("no scrape fell between two log lines")
 
 
 def start(ranks, run_dir, **setting):
@@ -88,7 +90,7 @@ def stop(processes, pipes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What a run of two ranks served, the line of that step, and the run directory after it was stopped."""
+    """Return a scrape of a run of two ranks, its log line and target file, and the run directory after the stop."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
     running = start(2, run_dir, **{"checkpoint.interval": "3 steps"})
     try:
@@ -100,20 +102,18 @@ def two(tmp_path_factory):
     return series, line, entry, run_dir
 
 
-def test_a_scrape_has_the_values_of_the_log_line(two):
+def test_a_scrape_contains_the_values_of_the_log_line(two):
     series, line, _, _ = two
-    for name, (key, _) in GAUGES.items():
-        if line.get(key) is None:
-            assert (f"scale_mae_{name}", ()) not in series
-        else:
-            assert value(series, name) == line[key], name
-    keys = {"images": "images_processed", "steps": "steps_done"}
-    for name in COUNTERS:
-        assert value(series, f"{name}_total") == line[keys.get(name, name)], name
-    for which in ("slowest", "fastest"):
-        assert value(series, "rank_seconds", which=which) == line[f"{which}_rank_s"]
-        assert value(series, "rank_number", which=which) == line[f"{which}_rank"]
-    assert value(series, "memory_bytes", kind="host_rss") == line["host_rss_gib"] * 2**30
+    keys = {"images": "images_processed", "steps": "steps_done"}  # log keys of counters with another name
+    for name, spec in RUN_METRICS.items():
+        if spec.type == "gauge" and spec.source:
+            if line.get(spec.source) is None:
+                assert (f"scale_mae_{name}", ()) not in series
+            else:
+                assert value(series, name) == line[spec.source], name
+        elif spec.type == "counter" and spec.source:
+            assert value(series, f"{name}_total") == line[keys.get(name, name)], name
+    assert value(series, "host_rss_bytes") == line["host_rss_gib"] * 2**30
     assert value(series, "checkpoint_timestamp_seconds") == pytest.approx(line["time"] - line["checkpoint_age_s"])
     assert value(series, "estimated_end_timestamp_seconds") == pytest.approx(line["time"] + line["eta_s"])
     assert value(series, "finished") == 0
@@ -122,27 +122,41 @@ def test_a_scrape_has_the_values_of_the_log_line(two):
     assert 0 < value(series, "disk_free_bytes") < value(series, "disk_size_bytes")
 
 
-def test_a_log_line_divides_the_time_of_a_step(two):
+def test_every_log_key_and_every_metric_is_in_its_table(two, make_exporter):
+    optional = {key for key in LOG_KEYS if key.startswith(("val_", "decode_failures_"))}
+    assert {key for key in two[1] if not key.startswith("decode_failures_")} == LOG_KEYS.keys() - optional
+    assert {spec.source for spec in RUN_METRICS.values() if spec.type == "gauge" and spec.source} <= LOG_KEYS.keys()
+    families = {family.name.removeprefix(PREFIX): family for family in make_exporter().collect()}
+    families["info"] = families.pop(PREFIX.rstrip("_"))
+    assert families.keys() == METRICS.keys()
+    for name, family in families.items():
+        assert (family.type, family.documentation) == (METRICS[name].type, METRICS[name].help)
+        for sample in family.samples if name != "info" else ():
+            assert set(sample.labels) - {"le"} == set(METRICS[name].labels), name
+    assert not NODE_METRICS.keys() & RUN_METRICS.keys()
+
+
+def test_the_phases_of_a_log_line_sum_to_the_time_of_a_step(two):
     _, line, _, run_dir = two
     parts = ("data_loading_s", "forward_backward_s", "optimizer_s", "other_s")
     for step, values in log(run_dir, "step_time_s", "checkpoint_s", *parts).items():
         assert values[0] == pytest.approx(sum(values[2:]))
-        assert (values[1] > 0) == (step % 3 == 1 and step > 1)  # a save comes after the step's line
+        assert (values[1] > 0) == (step % 3 == 1 and step > 1)  # a save follows the log line of its step
     assert line["fastest_rank_s"] <= line["slowest_rank_s"]
     assert line["mfu"] is line["energy_j"] is None
 
 
-def test_the_info_names_run_and_job_and_the_entry_names_the_run(two):
+def test_the_info_metric_describes_the_run_and_the_target_file_names_it(two):
     series, _, entry, run_dir = two
     (labels,) = [dict(labels) for name, labels in series if name == "scale_mae_info"]
     run = json.loads((run_dir / "run.id").read_text())["id"]
-    assert labels.keys() == {"run", "job_id", "restart", "version", "model", "target", "host"}
+    assert labels.keys() == set(INFO_LABELS)
     assert (labels["run"], labels["restart"], labels["model"], labels["target"]) == (run, "0", "nano", "norm_pixel")
     assert [group["labels"] for group in entry] == [{"run": run, "node": "0", "instance": f"{run}/node0"}]
     assert all("run" not in dict(labels) for name, labels in series if name != "scale_mae_info")
 
 
-def test_an_entry_is_removed_at_exit_and_the_history_says_why(two):
+def test_the_target_file_is_removed_at_exit_and_the_history_has_the_reason(two):
     _, _, _, run_dir = two
     assert list((run_dir.parent / "prometheus").iterdir()) == []
     events = history.read(run_dir)
@@ -153,7 +167,7 @@ def test_an_entry_is_removed_at_exit_and_the_history_says_why(two):
     assert [e["step"] for e in saves[:2]] == [3, 6][: len(saves)]
     newest = run_dir / "checkpoints" / f"step-{saves[-1]['step']:08d}"
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    assert saves[-1]["bytes"] == sum(facts["bytes"] for facts in files.values())
+    assert saves[-1]["bytes"] == sum(file["bytes"] for file in files.values())
     assert events[-1].items() >= {"event": "stop", "step": saves[-1]["step"]}.items()
     assert events[-1]["reason"].startswith("stopped by")
 
@@ -169,7 +183,7 @@ def test_the_number_of_series_is_the_same_for_one_rank_and_two(two, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage):
+def test_counters_do_not_decrease_when_a_killed_run_resumes(tmp_path, damage):
     run_dir = tmp_path / "run"
     setting = {"checkpoint.interval": "3 steps", "train.micro_batch": 8}
     processes, _ = start(2, run_dir, **setting)
@@ -181,7 +195,7 @@ def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage)
         process.join()
     saved = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
     lines = len((run_dir / "log.jsonl").read_text().splitlines())
-    (left,) = entries(run_dir)  # a kill leaves it
+    (left,) = entries(run_dir)  # a killed run does not remove it
     if damage:
         (run_dir / "counters.json").write_text('{"steps": 3, "ima')
     running = start(2, run_dir, **setting)
@@ -193,7 +207,7 @@ def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage)
         stop(*running)
     assert entries(run_dir) == []
     assert value(after, "restarts_total") == run_status(run_dir).restarts == 1
-    if damage:  # the steps since the checkpoint are forgotten, those before it are not
+    if damage:  # counters of the checkpoint remain; later steps are not counted
         assert value(after, "steps_total") > saved
         return
     old, new = counters_of(before), counters_of(after)
@@ -204,14 +218,14 @@ def test_counters_do_not_fall_when_a_run_is_killed_and_goes_on(tmp_path, damage)
     assert [e["event"] for e in history.read(run_dir)].count("start") == 2
 
 
-def test_a_finished_run_says_so_in_its_history(tmp_path):
+def test_the_history_of_a_finished_run_ends_with_finished(tmp_path):
     assert run_ranks(1, train, make_config(tmp_path / "run", **{"train.micro_batch": 16}))[0].finished
     assert history.read(tmp_path / "run")[-1].items() >= {"event": "stop", "step": 10, "reason": "finished"}.items()
     counted = json.loads((tmp_path / "run" / "counters.json").read_text())
-    assert (counted["steps"], counted["images"], counted["checkpoints"]) == (10, 160, 3)  # the last save too
+    assert (counted["steps"], counted["images"], counted["checkpoints"]) == (10, 160, 3)  # including the last save
 
 
-def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tmp_path):
+def test_a_port_in_use_and_an_unwritable_discovery_dir_do_not_stop_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -219,9 +233,9 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_stop_no_run(tm
         port = taken.getsockname()[1]
         setting = {"log.metrics_port": port, "log.discovery_dir": str(tmp_path / "file" / "folder"), "train.micro_batch": 16}
         assert run_ranks(1, train, make_config(tmp_path / "run", **setting))[0].finished
-    told = (tmp_path / "run" / "log.txt").read_text()
-    assert told.count(f"log.metrics_port={port} cannot be used (Address already in use)") == 1
-    assert told.count("cannot be written (Not a directory); Prometheus does not learn of") == 1
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count(f"log.metrics_port={port}: not available (Address already in use)") == 1
+    assert text.count("not writable (Not a directory). Prometheus cannot discover the exporter at") == 1
 
 
 def train_inside(folder, config):
@@ -229,7 +243,7 @@ def train_inside(folder, config):
     return train(config)
 
 
-def test_the_folder_of_targets_lies_beside_a_run_directory_that_is_the_current_one(tmp_path):
+def test_the_discovery_dir_is_next_to_the_run_directory_also_when_that_is_the_current_directory(tmp_path):
     (tmp_path / "run").mkdir()
     config = make_config(".", **{"train.micro_batch": 16, "log.metrics_port": 0})
     assert run_ranks(1, train_inside, tmp_path / "run", config)[0].finished
@@ -242,14 +256,14 @@ def test_without_a_port_there_is_no_exporter(tmp_path):
     assert not (tmp_path / "prometheus").exists()
 
 
-# One exporter without a run
+# An exporter without a run
 
 
 class TwoGpus:
-    """In NVML's place, which this machine may not have."""
+    """A replacement for NVML, which this machine may not have."""
 
-    def read(self, number):
-        return GpuReading(number, 300.5 + number, None if number else 61.0, frozenset({"power_cap"}) if number == 0 else None)
+    def read(self, index):
+        return GpuReading(index, 300.5 + index, None if index else 61.0, frozenset({"power_cap"}) if index == 0 else None)
 
 
 @pytest.fixture
@@ -279,13 +293,13 @@ def make_exporter(tmp_path):
         exporter.close()
 
 
-def test_gpus_of_the_node_have_what_nvml_says_and_no_more(make_exporter):
+def test_an_exporter_serves_the_gpu_values_that_nvml_provides(make_exporter):
     series = scrape(f"127.0.0.1:{make_exporter().port}")
     assert value(series, "gpu_power_watts", gpu="0") == 300.5
     assert value(series, "gpu_power_watts", gpu="3") == 303.5
     assert [dict(labels)["gpu"] for name, labels in series if name == "scale_mae_gpu_temperature_celsius"] == ["0"]
-    held = {dict(labels)["reason"]: v for (name, labels), v in series.items() if name == "scale_mae_gpu_throttled"}
-    assert held == {reason: float(reason == "power_cap") for reason in THROTTLE_REASONS.values()}
+    throttled = {dict(labels)["reason"]: v for (name, labels), v in series.items() if name == "scale_mae_gpu_throttled"}
+    assert throttled == {reason: float(reason == "power_cap") for reason in THROTTLE_REASONS.values()}
     assert value(series, "gpu_energy_joules_total", gpu="0") == 7
     assert len([name for name, _ in series if name == "scale_mae_gpu_energy_joules_total"]) == 1
 
@@ -308,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_served_as_nan(make_exporter):
     assert value(series, "joules_per_million_images") == 500_000
 
 
-def test_entries_of_nodes_that_are_gone_are_taken_back_and_a_successors_is_left(make_exporter, tmp_path):
+def test_target_files_of_removed_nodes_are_removed_and_that_of_a_successor_is_kept(make_exporter, tmp_path):
     def names():
         return sorted(p.name for p in (tmp_path / "sd").iterdir())
 
@@ -324,7 +338,7 @@ def test_entries_of_nodes_that_are_gone_are_taken_back_and_a_successors_is_left(
     assert "r-1-node0.json" not in names()
 
 
-def test_entries_that_a_killed_run_left_at_the_same_address_are_taken_back(make_exporter, tmp_path):
+def test_target_files_of_a_killed_run_at_the_same_address_are_removed(make_exporter, tmp_path):
     folder = tmp_path / "sd"
     killed = make_exporter(1, 2, "killed")
     entry = folder / "killed-node1.json"
@@ -350,7 +364,7 @@ def test_a_run_stopped_between_log_lines_counts_all_of_its_steps(tmp_path):
     assert counted["steps"] == result.step
 
 
-def test_the_last_step_is_told_though_it_is_not_logged(tmp_path):
+def test_the_time_of_the_last_step_is_served_between_log_steps(tmp_path):
     running = start(1, tmp_path / "run", **{"log.interval": 1_000_000})
     try:
         address = target(tmp_path / "run")
@@ -363,7 +377,7 @@ def test_the_last_step_is_told_though_it_is_not_logged(tmp_path):
         stop(*running)
 
 
-def test_of_a_run_that_fails_the_target_stays_for_the_alert(make_exporter, tmp_path):
+def test_the_target_file_of_a_failed_run_remains_for_the_alert(make_exporter, tmp_path):
     entry = tmp_path / "sd" / "r-1-node0.json"
     with pytest.raises(RuntimeError), Log([make_exporter()]):
         raise RuntimeError("disk full")

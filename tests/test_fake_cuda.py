@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from scale_mae.config.sections import ClassifyConfig
 from scale_mae.data import transforms
 from scale_mae.data.mixup import BatchAugmentation
-from scale_mae.data.transforms import denormalise, normalise
+from scale_mae.data.transforms import denormalize, normalize
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 from scale_mae.engine.ema import EMA_KEY, WeightEMA
 from scale_mae.engine.lars import LARS
@@ -79,20 +79,20 @@ def backward(loss, model, device):
 def test_a_masked_autoencoder(device, dtype, target, policy):
     model = made(partial(mae, target=target), device, dtype)
     apply_activation_checkpointing(model.transformer_blocks, policy)
-    images = normalise(batch(device), MEAN, STD)
-    out = model(images, torch.rand(BATCH, model.patches, device=device))
+    images = normalize(batch(device), MEAN, STD)
+    out = model(images, torch.rand(BATCH, model.num_patches, device=device))
     backward(out.loss, model, device)
     assert prediction_to_pixels(out.pred, images, PATCH, target).device == device
-    assert denormalise(images, MEAN, STD).device == device
+    assert denormalize(images, MEAN, STD).device == device
 
 
 def test_features_of_whole_images(device):
     model = made(mae, device)
-    assert model.features(normalise(batch(device), MEAN, STD)).device == device
+    assert model.features(normalize(batch(device), MEAN, STD)).device == device
 
 
-def test_colour_jitter(device):
-    images = normalise(batch(device), MEAN, STD, torch.rand(BATCH, 6, device=device))
+def test_color_jitter(device):
+    images = normalize(batch(device), MEAN, STD, torch.rand(BATCH, 6, device=device))
     assert images.device == device
 
 
@@ -107,7 +107,7 @@ def classifier(setting):
 
 
 def classify(model, device):
-    images = normalise(batch(device), MEAN, STD)
+    images = normalize(batch(device), MEAN, STD)
     backward(model(images, torch.rand(BATCH, CLASSES, device=device)).loss, model, device)
     assert {result.device for result in model.eval()(images)} == {device}
 
@@ -128,7 +128,7 @@ def test_mixing(device, setting, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     config = ClassifyConfig(**{"mixup": 0.8, "cutmix": 1.0, "random_erasing": 1.0, "label_smoothing": 0.1} | setting)
     labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
-    images, targets = BatchAugmentation(config, CLASSES)(normalise(batch(device), MEAN, STD), labels, seed=1)
+    images, targets = BatchAugmentation(config, CLASSES)(normalize(batch(device), MEAN, STD), labels, seed=1)
     assert {images.device, targets.device} == {device}
 
 
@@ -141,9 +141,9 @@ def updated(device, optimizer, norm):
             for p in group["params"]:
                 p.grad = torch.ones_like(p)
         optimizer.step()
-        guard.stepped(overflow=False)
-    guard.stepped(overflow=True)
-    assert {guard.last_step_skipped.device, guard.total.device} == {device}
+        guard.count_step(overflow=False)
+    guard.count_step(overflow=True)
+    assert {guard.skipped.device, guard.total.device} == {device}
     for state in optimizer.state.values():
         assert {tensor.device for tensor in state.values()} == {device}
         assert EMA_KEY in state
@@ -166,7 +166,7 @@ def test_adamw_with_guard_and_average(device, norm):
 
 def test_a_mismatch_and_a_wait_are_errors(device):
     """What all of this file is worth."""
-    images = normalise(batch(device), MEAN, STD)
+    images = normalize(batch(device), MEAN, STD)
     with pytest.raises(RuntimeError, match="device"):
         images + torch.zeros(SIDE)
     with pytest.raises(DataDependentOutputException):

@@ -307,7 +307,7 @@ def test_the_second_of_two_jobs_on_one_run_directory_refuses(expected, tmp_path)
 def train_with_a_failing_publication(config, step, bad_image):
     """The publication of ``step`` fails, after a while; ``bad_image`` ends the run at that step."""
     from scale_mae.checkpoint.saver import Saver
-    from scale_mae.data.storage import DataError
+    from scale_mae.data.errors import DataError
     from scale_mae.training.trainer import Run
 
     commit, one_step = Saver._commit, Run._one_step
@@ -339,7 +339,7 @@ def test_a_run_that_ends_with_an_error_tells_what_became_of_its_last_save(tmp_pa
     with pytest.raises(RankError, match="a bad image"):
         run_ranks(2, train_with_a_failing_publication, config, 6, True)
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "checkpoint lost, 1 so far: the disk is gone" in text.partition("stopped: a bad image")[0]
+    assert "checkpoint lost, 1 so far: the disk is gone" in text.partition("Stopped by an error: a bad image")[0]
 
 
 def train_with_a_flip(config):
@@ -539,7 +539,7 @@ def strike_logs(folder, index):
     from scale_mae.metrics.sinks import Log
 
     torch.set_num_threads(1)
-    disk, real = folder / "disk", Log.metrics
+    disk, real = folder / "disk", Log.write_metrics
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=20m", "tmpfs", disk)
 
@@ -552,7 +552,7 @@ def strike_logs(folder, index):
         elif values["step"] == 45:
             (disk / "filler").unlink()
 
-    Log.metrics = metrics
+    Log.write_metrics = metrics
     setting = {"train.micro_batch": 16, "checkpoint.interval": "20 steps", "data.source": index}
     assert train(train_config(disk / "run", **setting)).finished
     shutil.copytree(disk / "run", folder / "kept")
@@ -568,7 +568,7 @@ def test_logs_go_on_after_a_full_disk_and_count_the_checkpoints_it_cost(tmp_path
     assert f"step {STEPS}/{STEPS}" in text
     for name in ("log.txt", "log.jsonl"):
         assert told.count(f"{name}: cannot be written (No space left on device)") == 1
-        assert told.count(f"{name}: is written again") == 1
+        assert told.count(f"{name}: writable again") == 1
 
 
 def test_a_line_that_a_crash_cut_short_is_ended_before_the_next(tmp_path):

@@ -18,20 +18,20 @@ from scale_mae.checkpoint.store import DEEPSPEED_TAG, checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import ConfigError, UserError, load_config
-from scale_mae.data.index_builder import open_source
+from scale_mae.data.index_builder import open_index
 from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.metrics.counters import Counters
-from scale_mae.model.classifier import Classifier, Probes
-from scale_mae.model.sizes import SIZES, Size
+from scale_mae.model.classifier import Classifier, LinearProbes
+from scale_mae.model.sizes import SIZES, EncoderSize
 from scale_mae.report.record import read_record
 from scale_mae.report.sections import evaluations, what_ran
 from scale_mae.training import classification
 from scale_mae.weights.convert import convert
-from scale_mae.weights.importing import read_weights
-from scale_mae.weights.metadata import describe
-from scale_mae.weights.provenance import of_ours
+from scale_mae.weights.metadata import build_metadata
+from scale_mae.weights.provenance import provenance_from_metadata
+from scale_mae.weights.weight_import import read_weights
 
-TINY = Size(width=32, depth=3, heads=4, patch=8)
+TINY = EncoderSize(width=32, depth=3, heads=4, patch_size=8)
 
 
 # ---------------------------------------------------------------- recipes
@@ -110,7 +110,7 @@ def test_what_does_not_go_together_is_one_line(recipe, override, message):
 def test_outputs_are_those_of_the_reference(golden, name, pool):
     tensors, _ = golden(f"{name}.safetensors")
     classes = tensors["logits"].shape[1]
-    model = Classifier(TINY, image_size=(32, 32), patch=(8, 8), classes=classes, pool=pool).eval()
+    model = Classifier(TINY, image_size=(32, 32), patch_size=(8, 8), classes=classes, pool=pool).eval()
     weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
     model.load_state_dict(weights, strict=True)
     torch.testing.assert_close(model(tensors["images"]).logits, tensors["logits"], atol=1e-5, rtol=1e-5)
@@ -120,7 +120,7 @@ def test_outputs_are_those_of_the_reference(golden, name, pool):
 
 def make_model(**kwargs):
     torch.manual_seed(0)
-    return Classifier(TINY, image_size=(32, 32), patch=(8, 8), classes=7, **kwargs)
+    return Classifier(TINY, image_size=(32, 32), patch_size=(8, 8), classes=7, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_probes_side_by_side_learn_as_each_would_alone():
     images, targets = torch.randn(6, 3, 32, 32), torch.eye(7)[:6]
     model = make_model(pool="token")
     model.probe([1.0, 0.5])
-    assert isinstance(model.head, Probes)
+    assert isinstance(model.head, LinearProbes)
     assert set(dict(model.named_parameters())) == set(model.lr_scales())
     assert model.lr_scales()["head.probes.1.weight"] == 0.5
     out = model(images, targets)
@@ -212,7 +212,7 @@ COUNTS = {"train": 80, "val": 50}
 def images():
     """A few of the shipped images in folders of their classes."""
     for split, count in COUNTS.items():
-        source = open_source(f"demo:{split}")
+        source = open_index(f"demo:{split}")
         for row in range(count):
             folder = FOLDER / split / f"class{source.entries['label'][row]}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -298,9 +298,9 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     scores = [result["scores"] for result in results]
     assert scores[0] == scores[1]
     assert results[0]["protocol"] == results[1]["protocol"]
-    training = read_weights(checkpoints(encoder)[-1]).origin.training
+    training = read_weights(checkpoints(encoder)[-1]).provenance.training_digest
     # also after resuming, which reads no weights
-    assert results[0]["protocol"]["began_with"] == f"scale-mae checkpoint, step 4, trained as {training}"
+    assert results[0]["protocol"]["initialized_from"] == f"scale-mae checkpoint, step 4, training {training}"
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
     for run, result in ((whole, results[0]), (parts, results[1])):
         assert result["model"]["sha256"] == read_weights(run / "checkpoints" / "step-00000006").digest()
@@ -319,19 +319,19 @@ def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
     trained, evaluated = (json.loads(path.read_text()) for path in (run / "results" / "finetune.json", out))
     assert evaluated["scores"] == pytest.approx({name: trained["scores"][name] for name in evaluated["scores"]}, abs=1e-6)
     assert evaluated["protocol"]["crop_pct"] == trained["protocol"]["crop_pct"] == 0.7
-    for facts in (("model", "sha256"), ("data", "digest"), ("data", "images")):
-        assert evaluated[facts[0]][facts[1]] == trained[facts[0]][facts[1]]
+    for metadata in (("model", "sha256"), ("data", "digest"), ("data", "images")):
+        assert evaluated[metadata[0]][metadata[1]] == trained[metadata[0]][metadata[1]]
     assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
 
 
 def train_slow_to_judge(recipe, overrides):
-    original = classification.normalise
+    original = classification.normalize
 
     def slow(*args):
         time.sleep(0.4)  # a batch of evaluation
         return original(*args)
 
-    classification.normalise = slow
+    classification.normalize = slow
     return train("finetune", recipe, overrides)
 
 
@@ -398,7 +398,7 @@ def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path,
 )
 def test_a_training_is_what_makes_the_weights_but_for_the_seed(override, same):
     def training(own):
-        return of_ours(describe(load_config("finetune_base", own), 5), "").training
+        return provenance_from_metadata(build_metadata(load_config("finetune_base", own), 5), "").training_digest
 
     assert (training({"model.init_from": "x"}) == training({"model.init_from": "x"} | override)) == same
 
@@ -471,14 +471,14 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
         ({"classify.val_source": "nowhere", "model.init_from": None}, "classify.val_source=nowhere"),
         ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
         ({"data.source": "ONE", "model.init_from": None}, "all images are of one class"),
-        ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval is no step at all"),
+        ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval=0 epochs is 0 steps"),
         ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(tmp_path, encoder, own, message):
     folder = tmp_path / "images"
     folder.mkdir()
-    source = open_source("demo:val")
+    source = open_index("demo:val")
     for row in range(16):
         (folder / f"{row}.jpg").write_bytes(source.read(row))
     for number in range(10):
@@ -513,11 +513,11 @@ def test_scores_count_every_image_once_also_where_a_process_has_none(tmp_path):
 def part_of(count):
     from scale_mae.evaluation.datasets import Part
 
-    index = open_source("demo:val")
+    index = open_index("demo:val")
 
     class Few:
         entries = index.entries[:count].copy()
-        where, read = index.where, index.read
+        where, read = index.location, index.read
 
         def __len__(self):
             return count

@@ -47,7 +47,7 @@ def test_losses_follow_plain_pytorch_on_the_host(precision, tolerance):
 
 def step_without_waiting(stage):
     """A step that is not logged, with every wait for the GPU turned into an error."""
-    from scale_mae.data.transforms import normalise
+    from scale_mae.data.transforms import normalize
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
@@ -60,7 +60,7 @@ def step_without_waiting(stage):
         for step in range(4):
             if step == 3:
                 torch.cuda.set_sync_debug_mode("error")
-            on_device = normalise(images.to(ranks.device, non_blocking=True), (0.5,) * 3, (0.25,) * 3)
+            on_device = normalize(images.to(ranks.device, non_blocking=True), (0.5,) * 3, (0.25,) * 3)
             engine.forward_backward(on_device, noise.to(ranks.device, non_blocking=True))
             watch.mark("backward")
             engine.step(1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scale_mae.data.index_builder import build
+from scale_mae.data.index_builder import build_index
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
@@ -28,7 +28,7 @@ def feed():
 def index(feed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("feed")
     feed.make_jpegs(folder / "jpegs", 12)
-    return build(str(folder / "jpegs"), folder / "photos.index", verify=False)
+    return build_index(str(folder / "jpegs"), folder / "photos.index", verify=False)
 
 
 @pytest.fixture
@@ -75,20 +75,22 @@ class Broken:
     failure = "no JPEG engine"
 
     def __init__(self, decoder):
-        self._decoder, self.prepare, self.close = decoder, decoder.prepare, decoder.close
+        self._decoder, self.prepare, self.close = decoder, decoder.prepare_image, decoder.close
         self.fallbacks = 0
 
-    def finish(self, prepared):
+    def decode_batch(self, prepared):
         self.fallbacks += len(prepared)
-        return self._decoder.finish(prepared)
+        return self._decoder.decode_batch(prepared)
 
 
 def test_images_that_pillow_decoded_are_no_result_of_dali(feed, index, tmp_path, monkeypatch):
     from gpu_stages.stage import Stage
 
-    make = feed.decoders.make
+    make = feed.decoders.build_decoder
     monkeypatch.setattr(
-        feed.decoders, "make", lambda name, *rest: make("pillow", *rest) if name == "pillow" else Broken(make("pillow", *rest))
+        feed.decoders,
+        "build_decoder",
+        lambda name, *rest: make("pillow", *rest) if name == "pillow" else Broken(make("pillow", *rest)),
     )
     with pytest.raises(RuntimeError, match="Pillow decoded 4 images in place of Broken: no JPEG engine"):
         feed.parity(index, "dali_cpu", 4, torch.device("cpu"))

@@ -23,11 +23,11 @@ from scale_mae.cli import main
 from scale_mae.config import UserError
 from scale_mae.data import index_builder as building
 from scale_mae.data import storage
-from scale_mae.data.index import ENTRY, Index, Paths, write_file
-from scale_mae.data.index_builder import build, open_source
+from scale_mae.data.errors import DataError, ImageError, ImageStatus
+from scale_mae.data.index import ENTRY_DTYPE, Index, ShardPaths, write_index
+from scale_mae.data.index_builder import build_index, open_index
 from scale_mae.data.pack import pack
 from scale_mae.data.pillow import decode
-from scale_mae.data.storage import DataError, ImageError, Status
 
 PNG_BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (40000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
 PNG_BOMB += zlib.crc32(PNG_BOMB[12:]).to_bytes(4, "big") + b"\0\0\0\x0aIDAT" + bytes(14)
@@ -52,7 +52,7 @@ def make_damaged(root):
 
 
 def test_shipped_images_are_what_the_readme_says():
-    train, val = open_source("demo:train"), open_source("demo:val")
+    train, val = open_index("demo:train"), open_index("demo:val")
     assert np.bincount(train.entries["label"]).tolist() == [1000] * 10
     assert np.bincount(val.entries["label"]).tolist() == [200] * 10
     assert set(zip(train.entries["width"], train.entries["height"], strict=True)) == {(28, 28)}
@@ -65,7 +65,7 @@ def test_shipped_shards_are_made_from_the_originals(tmp_path):
     from scale_mae.demo_data.make import ORIGINALS, make, read_idx
 
     make(tmp_path)
-    made, shipped = open_source(str(tmp_path / "val-0000.tar.gz")), open_source("demo:val")
+    made, shipped = open_index(str(tmp_path / "val-0000.tar.gz")), open_index("demo:val")
     assert len(made) == len(shipped) == 2000
     images = read_idx(ORIGINALS / "t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = read_idx(ORIGINALS / "t10k-labels-idx1-ubyte.gz", 8)
@@ -85,34 +85,34 @@ def test_rows_say_where_an_image_is_and_what_it_is(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         (root / "class0" / f"turned{orientation}.jpg").write_bytes(jpeg(40, 20, exif=exif))
-    index = build(str(root), tmp_path / "x.index")
+    index = build_index(str(root), tmp_path / "x.index")
     assert isinstance(index.entries, np.memmap)
     assert len(index) == 20
     assert index.classes == ["class0", "class1", "class2"]
     assert index.entries["label"].tolist() == [0] * 12 + [1] * 4 + [2] * 4
-    assert set(index.entries["status"]) == {Status.DECODED}
-    turned = {index.where(i)[-5]: index.entries[i] for i in range(20) if "turned" in index.where(i)}
+    assert set(index.entries["status"]) == {ImageStatus.DECODED}
+    turned = {index.location(i)[-5]: index.entries[i] for i in range(20) if "turned" in index.location(i)}
     for orientation, row in turned.items():
         assert row["orientation"] == int(orientation)
         assert (row["width"], row["height"]) == ((20, 40) if int(orientation) >= 5 else (40, 20))
     for i in range(20):
-        assert index.read(i) == Path(index.where(i)).read_bytes()
+        assert index.read(i) == Path(index.location(i)).read_bytes()
     assert load_file(tmp_path / "x.index")["entries"].shape == (20, 32)  # as the documents say
 
 
 def test_an_index_moves_with_its_images_and_its_digest_follows_every_row(tmp_path):
     make_folders(tmp_path / "a" / "data")
-    index = build(str(tmp_path / "a" / "data"), tmp_path / "a" / "x.index")
+    index = build_index(str(tmp_path / "a" / "data"), tmp_path / "a" / "x.index")
     expected = [index.read(i) for i in range(12)]
     (tmp_path / "a").rename(tmp_path / "b")
     moved = Index.open(tmp_path / "b" / "x.index")
     assert [moved.read(i) for i in range(12)] == expected
-    outside = build(str(tmp_path / "b" / "data"), tmp_path / "elsewhere" / "x.index")
+    outside = build_index(str(tmp_path / "b" / "data"), tmp_path / "elsewhere" / "x.index")
     (tmp_path / "elsewhere").rename(tmp_path / "other")
     assert Index.open(tmp_path / "other" / "x.index").read(3) == outside.read(3) == expected[3]
     rows = np.array(moved.entries)
     rows["label"][4] = 9
-    write_file(tmp_path / "y.index", rows, moved.shards, {"usable": 12, "classes": [], "source": "", "problems": []})
+    write_index(tmp_path / "y.index", rows, moved.shards, {"usable": 12, "classes": [], "source": "", "problems": []})
     assert len({index.digest, moved.digest}) == 1
     assert Index.open(tmp_path / "y.index").digest != index.digest
 
@@ -122,7 +122,7 @@ def test_odd_file_names_are_read_as_they_are(tmp_path):
     (folder / "a\nb.jpg").write_bytes(jpeg(seed=77))
     (folder / "\udcff.jpg").write_bytes(jpeg(seed=78))
     (folder / "\udcfe\n.jpg").write_bytes(b"bad")
-    index = build(str(tmp_path / "data"), tmp_path / "x.index")
+    index = build_index(str(tmp_path / "data"), tmp_path / "x.index")
     (line,) = (tmp_path / "x.index.quarantined.txt").read_text().splitlines()
     assert line.endswith("\\udcfe\\n.jpg\tnot an image")
     assert {index.read(i) for i in range(6)} == {p.read_bytes() for p in folder.iterdir()} - {b"bad"}
@@ -131,7 +131,7 @@ def test_odd_file_names_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:5], lambda b: b[:-9], lambda b: b"\xff" * 40, lambda b: b[8:]])
 def test_a_damaged_index_is_one_line(tmp_path, damage):
     path = tmp_path / "x.index"
-    build(str(make_folders(tmp_path / "data")), path)
+    build_index(str(make_folders(tmp_path / "data")), path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match="damaged index") as caught:
         Index.open(path)
@@ -143,18 +143,18 @@ def test_a_damaged_index_is_one_line(tmp_path, damage):
 def test_fourteen_million_images_open_at_once(tmp_path):
     """Under 0.2 s and 50 MB of a process's own memory, whatever the number of rows and paths."""
     count = 14_000_000
-    rows = np.zeros(count, ENTRY)
+    rows = np.zeros(count, ENTRY_DTYPE)
     rows["shard"] = np.arange(count)
     text = np.tile(np.frombuffer(b"n01440764/n01440764_10026.JPEG", np.uint8), count)
     ends = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(30)
     facts = {"usable": count, "classes": [], "source": "", "problems": []}
-    write_file(tmp_path / "x.index", rows, Paths("/data", text, ends), facts)
+    write_index(tmp_path / "x.index", rows, ShardPaths("/data", text, ends), facts)
     del rows, text, ends
     program = (
         "import psutil, sys, time; from scale_mae.data.index import Index; own = psutil.Process().memory_full_info;"
         "before = own().uss;"
         "began = time.perf_counter(); index = Index.open(sys.argv[1]); opened = time.perf_counter() - began;"
-        "assert len(index) == 14_000_000; assert index.where(13_999_999) == '/data/n01440764/n01440764_10026.JPEG';"
+        "assert len(index) == 14_000_000; assert index.location(13_999_999) == '/data/n01440764/n01440764_10026.JPEG';"
         "print(opened, own().uss - before)"
     )
     done = subprocess.run(
@@ -169,10 +169,10 @@ def test_fourteen_million_images_open_at_once(tmp_path):
 
 
 def test_bad_images_are_quarantined_with_their_cause(tmp_path):
-    index = build(str(make_damaged(tmp_path / "data")), tmp_path / "x.index")
-    assert index.causes() == {"no bytes": 1, "unreadable": 1, "not an image": 1, "damaged": 1, "too many pixels": 1}
+    index = build_index(str(make_damaged(tmp_path / "data")), tmp_path / "x.index")
+    assert index.quarantine_counts() == {"no bytes": 1, "unreadable": 1, "not an image": 1, "damaged": 1, "too many pixels": 1}
     assert len(index) == 9
-    assert max(index.entries["status"]) == Status.DECODED
+    assert max(index.entries["status"]) == ImageStatus.DECODED
     named = dict(line.split("\t") for line in (tmp_path / "x.index.quarantined.txt").read_text().splitlines())
     assert {Path(path).name: cause for path, cause in named.items()} == {
         "0.jpg": "no bytes",
@@ -184,9 +184,9 @@ def test_bad_images_are_quarantined_with_their_cause(tmp_path):
 
 
 def test_headers_alone_find_less(tmp_path):
-    index = build(str(make_damaged(tmp_path / "data")), tmp_path / "x.index", verify=False)
-    assert "damaged" not in index.causes()
-    assert set(index.entries["status"]) == {Status.HEADER_READ}
+    index = build_index(str(make_damaged(tmp_path / "data")), tmp_path / "x.index", verify=False)
+    assert "damaged" not in index.quarantine_counts()
+    assert set(index.entries["status"]) == {ImageStatus.HEADER_READ}
     assert set(index.entries["width"]) == {40}
 
 
@@ -194,26 +194,26 @@ def test_a_source_without_usable_images_is_an_error(tmp_path):
     (tmp_path / "data" / "c").mkdir(parents=True)
     (tmp_path / "data" / "c" / "1.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"none of 1 images can be used; .*1\.jpg: not an image"):
-        build(str(tmp_path / "data"), tmp_path / "x.index")
+        build_index(str(tmp_path / "data"), tmp_path / "x.index")
     assert not (tmp_path / "x.index").exists()
 
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "CHUNK", 2)
     root = str(make_damaged(tmp_path / "data"))
-    expected = build(root, tmp_path / "whole.index")
+    expected = build_index(root, tmp_path / "whole.index")
 
     def interrupt(done, total):
         if done >= 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(root, tmp_path / "x.index", workers=1, progress=interrupt)
+        build_index(root, tmp_path / "x.index", workers=1, progress=interrupt)
     assert not (tmp_path / "x.index").exists()
     seen = []
     with pytest.raises(DataError, match="unfinished index"):
-        build(root, tmp_path / "x.index", verify=False)
-    index = build(root, tmp_path / "x.index", progress=lambda done, total: seen.append(done))
+        build_index(root, tmp_path / "x.index", verify=False)
+    index = build_index(root, tmp_path / "x.index", progress=lambda done, total: seen.append(done))
     assert seen[0] >= 6
     assert index.digest == expected.digest
     assert not list(tmp_path.glob("x.index.partial*"))
@@ -224,21 +224,21 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     slow = jpeg(2500, 2500)
     for i in range(60):
         (root / "class0" / f"x{i}.jpg").write_bytes(slow)
-    program = "from scale_mae.data import build; build.CHUNK = 3; import sys; build.build(*sys.argv[1:])"
+    program = "import sys; from scale_mae.data import index_builder as b; b.CHUNK = 3; b.build_index(*sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", program, str(root), str(tmp_path / "x.index")])
     partial = tmp_path / "x.index.partial"
-    while not partial.exists() or not (np.array(building.map_file(partial)[1]["status"]) == Status.DECODED).any():
+    while not partial.exists() or not (np.array(building.map_index(partial)[1]["status"]) == ImageStatus.DECODED).any():
         time.sleep(0.02)
     children = psutil.Process(process.pid).children()
     with pytest.raises(UserError, match="is being built by process"):
-        build(str(root), tmp_path / "x.index")
+        build_index(str(root), tmp_path / "x.index")
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert not alive
     seen = []
-    index = build(str(root), tmp_path / "x.index", progress=lambda done, total: seen.append(done))
+    index = build_index(str(root), tmp_path / "x.index", progress=lambda done, total: seen.append(done))
     assert 0 < seen[0] < 61
     assert len(index) == 61
 
@@ -246,15 +246,15 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
 def test_an_image_that_ends_the_decoder_costs_only_itself(tmp_path, monkeypatch):
     root = make_folders(tmp_path / "data")
     (root / "class1" / "2.jpg").write_bytes(b"poison")
-    original = building.examine
+    original = building.read_header
 
     def end(data):
         if data == b"poison":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(building, "examine", lambda data, verify: end(data) or original(data, verify))
-    index = build(str(root), tmp_path / "x.index")
-    assert index.causes() == {"ends the decoder": 1}
+    monkeypatch.setattr(building, "read_header", lambda data, verify: end(data) or original(data, verify))
+    index = build_index(str(root), tmp_path / "x.index")
+    assert index.quarantine_counts() == {"ends the decoder": 1}
     assert len(index) == 11
 
 
@@ -275,25 +275,25 @@ def test_odd_files_do_not_hold_up_a_build(tmp_path):
         file.truncate(5 << 30)
     (root / "class1" / "folder.jpg").mkdir()
     (root / "class1" / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n")
-    index = build(str(root), tmp_path / "x.index")
-    assert index.causes() == {"unreadable": 1, "not an image": 1, "too many pixels": 1}
+    index = build_index(str(root), tmp_path / "x.index")
+    assert index.quarantine_counts() == {"unreadable": 1, "not an image": 1, "too many pixels": 1}
     assert len(index) == 12
 
 
 def test_workers_that_cannot_start_end_the_build(tmp_path, monkeypatch):
-    monkeypatch.setattr("scale_mae.data.workers._start", lambda given: os._exit(1))
+    monkeypatch.setattr("scale_mae.system.process_pool._start_worker", lambda given: os._exit(1))
     with pytest.raises(DataError, match="killed as they start"):
-        build(str(make_folders(tmp_path / "data")), tmp_path / "x.index")
+        build_index(str(make_folders(tmp_path / "data")), tmp_path / "x.index")
 
 
 def test_a_damaged_unfinished_index_is_no_source_of_images(tmp_path):
     root = str(make_folders(tmp_path / "data"))
     with pytest.raises(KeyboardInterrupt):
-        build(root, tmp_path / "x.index", progress=lambda done, total: exec("raise KeyboardInterrupt"))
+        build_index(root, tmp_path / "x.index", progress=lambda done, total: exec("raise KeyboardInterrupt"))
     partial = tmp_path / "x.index.partial"
     partial.write_bytes(partial.read_bytes()[:-600])
     with pytest.raises(DataError, match="cut short"):
-        build(root, tmp_path / "x.index")
+        build_index(root, tmp_path / "x.index")
 
 
 # ---------------------------------------------------------------- storage
@@ -318,7 +318,7 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
     failures += [errno.EIO] * 9
     with pytest.raises(ImageError, match=r"unreadable \(storage sulks, 4 tries") as caught:
         storage.read(str(path), 0, 4)
-    assert caught.value.cause is Status.UNREADABLE
+    assert caught.value.cause is ImageStatus.UNREADABLE
     assert len(failures) == 5
     with pytest.raises(ImageError, match="No such file"):
         storage.read(str(tmp_path / "absent"), 0, 4)
@@ -344,7 +344,7 @@ def test_packed_shards_hold_every_image_once_shuffled_and_small(tmp_path):
     (root / "class0" / "turned.jpg").write_bytes(jpeg(40, 20, exif=exif))
     Image.new("CMYK", (50, 60)).save(root / "class1" / "cmyk.jpg")
     (root / "class2" / "0.jpg").write_bytes(b"bad")
-    index = build(str(root), tmp_path / "x.index")
+    index = build_index(str(root), tmp_path / "x.index")
     packed = pack(str(tmp_path / "x.index"), tmp_path / "out", short_side=16, shard_mb=0.02, workers=2).index
     assert len(packed) == len(index) == 31
     assert packed.classes == index.classes
@@ -356,14 +356,14 @@ def test_packed_shards_hold_every_image_once_shuffled_and_small(tmp_path):
     turned = [i for i in range(31) if packed.entries["height"][i] == 32]
     assert len(turned) == 1
     assert len({packed.read(i) for i in range(31)}) == 31
-    assert open_source(str(tmp_path / "out")).digest == packed.digest
+    assert open_index(str(tmp_path / "out")).digest == packed.digest
     with tarfile.open(packed.shards[0]) as tar:
         assert {os.path.splitext(name)[1] for name in tar.getnames()} == {".jpg", ".cls"}
 
 
 def test_an_interrupted_packing_goes_on(tmp_path):
     root = str(make_folders(tmp_path / "data", classes=3, per_class=10))
-    build(root, tmp_path / "x.index")
+    build_index(root, tmp_path / "x.index")
     source, options = str(tmp_path / "x.index"), {"short_side": 16, "shard_mb": 0.02, "workers": 1}
     expected = pack(source, tmp_path / "whole", **options).index
 
@@ -390,7 +390,7 @@ def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
     for i in range(0, 30, 3):
         path = root / "class1" / f"{i}.jpg"
         path.write_bytes(path.read_bytes()[:-200])
-    build(str(root), tmp_path / "x.index", verify=False)
+    build_index(str(root), tmp_path / "x.index", verify=False)
     source, out = str(tmp_path / "x.index"), tmp_path / "out"
     program = (
         "import sys, time; from scale_mae.data import pack; add = pack._add;"
@@ -426,7 +426,7 @@ def test_packing_names_what_it_cannot_use(tmp_path, capsys):
     assert "class1/1.jpg: damaged" in text.err
     assert "class1/2.jpg: no bytes" in text.err
     assert "10 images in 1 shards" in text.out
-    assert decode(open_source(str(tmp_path / "out")).read(0), (0, 0, 20, 20, False), (8, 8)).shape == (8, 8, 3)
+    assert decode(open_index(str(tmp_path / "out")).read(0), (0, 0, 20, 20, False), (8, 8)).shape == (8, 8, 3)
 
 
 def test_index_command_reports(tmp_path, capsys):

@@ -24,11 +24,11 @@ from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.cli import main
 from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
-from scale_mae.model.positions import resize_table, sincos_table
+from scale_mae.model.pos_embed import resize_pos_embed, sincos_pos_embed
 from scale_mae.weights.convert import convert
-from scale_mae.weights.encoders import untrained_encoder
-from scale_mae.weights.importing import is_decoder, locate_weights, read_weights
-from scale_mae.weights.initialization import begin_with, initial_model
+from scale_mae.weights.initialization import load_initial_model, load_initial_weights
+from scale_mae.weights.model_loader import load_untrained_encoder
+from scale_mae.weights.weight_import import is_decoder_key, locate_weights, read_weights
 
 NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 TIMM = {"embed_dim": 96, "depth": 6, "num_heads": 3, "img_size": 32, "patch_size": 8}
@@ -73,7 +73,7 @@ def reference_file(path, state, **more):
 
 def begin(path, model=None):
     model = model or copy.deepcopy(_fresh())
-    return model, begin_with(model, read_weights(locate_weights(path, print)))
+    return model, load_initial_weights(model, read_weights(locate_weights(path, print)))
 
 
 def assert_equal(got, expected):
@@ -125,12 +125,12 @@ def test_prefixes_and_wrappers_are_understood(tmp_path, form, legacy):
 
 
 def test_an_encoder_alone_leaves_the_decoder_at_its_random_start_and_says_so(tmp_path):
-    state = {n: t for n, t in trained().items() if not is_decoder(n)}
+    state = {n: t for n, t in trained().items() if not is_decoder_key(n)}
     reference_file(tmp_path / "e.pth", state | {"head.weight": torch.zeros(3, 96), "head.bias": torch.zeros(3)}, args=None)
     model, note = begin(tmp_path / "e.pth")
     fresh = nano().state_dict()
-    assert_equal(model.state_dict(), state | {n: t for n, t in fresh.items() if is_decoder(n)})
-    assert "; left out head.weight and 1 more; no decoder is there, it starts random" in note
+    assert_equal(model.state_dict(), state | {n: t for n, t in fresh.items() if is_decoder_key(n)})
+    assert "; skipped head.weight (and 1 more); the decoder starts random, because the file has none" in note
     assert "\n" not in note
 
 
@@ -138,38 +138,47 @@ def test_an_encoder_alone_leaves_the_decoder_at_its_random_start_and_says_so(tmp
 
 WITHOUT = object()
 MISFITS = {
-    "a block's bias": ({"blocks.3.mlp.fc2.bias": WITHOUT}, "blocks.3.mlp.fc2.bias is missing"),
-    "the class token": ({"cls_token": WITHOUT, "norm.bias": WITHOUT}, "cls_token and 1 more is missing"),
-    "a table": ({"pos_embed": WITHOUT}, "pos_embed is missing"),
-    "half a decoder": ({"decoder_norm.weight": WITHOUT}, "decoder_norm.weight is missing; of a decoder all or nothing"),
+    "a block's bias": ({"blocks.3.mlp.fc2.bias": WITHOUT}, "missing key blocks.3.mlp.fc2.bias$"),
+    "the class token": ({"cls_token": WITHOUT, "norm.bias": WITHOUT}, r"missing key cls_token \(and 1 more\)"),
+    "a table": ({"pos_embed": WITHOUT}, "missing key pos_embed"),
+    "half a decoder": (
+        {"decoder_norm.weight": WITHOUT},
+        "missing key decoder_norm.weight; a decoder must be complete or absent",
+    ),
     "attention biases": (
         {f"blocks.{i}.attn.qkv.bias": WITHOUT for i in range(6)},
-        "blocks.0.attn.qkv.bias and 5 more is missing; its attention has no biases",
+        r"missing key blocks.0.attn.qkv.bias \(and 5 more\); its attention has no biases",
     ),
-    "an attention bias": ({"blocks.2.attn.qkv.bias": WITHOUT}, "blocks.2.attn.qkv.bias is missing$"),
-    "integers": ({"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)}, "blocks.1.norm1.bias holds int64, not weights"),
-    "integers in a table": ({"pos_embed": torch.ones(1, 17, 96, dtype=torch.uint8)}, "pos_embed holds uint8, not weights"),
+    "an attention bias": ({"blocks.2.attn.qkv.bias": WITHOUT}, "missing key blocks.2.attn.qkv.bias$"),
+    "integers": (
+        {"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)},
+        "blocks.1.norm1.bias has dtype int64, expected floating point",
+    ),
+    "integers in a table": (
+        {"pos_embed": torch.ones(1, 17, 96, dtype=torch.uint8)},
+        "pos_embed has dtype uint8, expected floating point",
+    ),
     "NaN in a table": (
         {"decoder_pos_embed": torch.full((1, 17, 64), torch.nan)},
-        "decoder_pos_embed holds values that are not f",
+        "decoder_pos_embed holds NaN or infinity",
     ),
     "the norm behind": (
         {"norm.weight": WITHOUT, "norm.bias": WITHOUT, "fc_norm.weight": torch.ones(96)},
-        r"norm.weight and 1 more is missing; it was fine-tuned with mean pooling",
+        r"missing key norm.weight \(and 1 more\); a classifier that was fine-tuned with mean pooling",
     ),
-    "layer scale": ({"blocks.0.ls1.gamma": torch.ones(96)}, "blocks.0.ls1.gamma has no place in a MAE: layer scale"),
-    "registers": ({"reg_token": torch.ones(1, 4, 96)}, "reg_token has no place in a MAE: register tokens"),
-    "qk norm": ({"blocks.5.attn.q_norm.weight": torch.ones(32)}, "q_norm.weight has no place in a MAE: normalised queries"),
-    "anything": ({"what": torch.ones(1), "ever": torch.ones(1)}, "ever and 1 more has no place in a MAE$"),
-    "beside a prefix": ({"neck.conv.weight": torch.ones(1)}, "neck.conv.weight has no place in a MAE"),
+    "layer scale": ({"blocks.0.ls1.gamma": torch.ones(96)}, "unexpected key blocks.0.ls1.gamma; a MAE has no layer scale"),
+    "registers": ({"reg_token": torch.ones(1, 4, 96)}, "unexpected key reg_token; a MAE has no register tokens"),
+    "qk norm": ({"blocks.5.attn.q_norm.weight": torch.ones(32)}, "q_norm.weight; a MAE has no query and key normalization"),
+    "anything": ({"what": torch.ones(1), "ever": torch.ones(1)}, r"unexpected key ever \(and 1 more\)$"),
+    "beside a prefix": ({"neck.conv.weight": torch.ones(1)}, "unexpected key neck.conv.weight"),
     "another encoder": ({"teacher.patch_embed.proj.weight": torch.ones(1)}, "holds 2 encoders"),
-    "NaN": ({"blocks.1.norm1.bias": torch.full((96,), torch.nan)}, "blocks.1.norm1.bias holds values that are not finite"),
-    "grey": ({"patch_embed.proj.weight": torch.ones(96, 1, 8, 8)}, r"\[96, 1, 8, 8\].*it takes images of 1 channels"),
+    "NaN": ({"blocks.1.norm1.bias": torch.full((96,), torch.nan)}, "blocks.1.norm1.bias holds NaN or infinity"),
+    "grey": ({"patch_embed.proj.weight": torch.ones(96, 1, 8, 8)}, r"\[96, 1, 8, 8\].*Its images have 1 channel, not 3"),
     "a shape": ({"norm.bias": torch.ones(95)}, r"norm.bias has shape \[95\], the model \[96\]"),
-    "no square": ({"pos_embed": torch.ones(1, 16, 96)}, r"pos_embed has shape \[1, 16, 96\], from which rows and columns"),
-    "a flat table": ({"pos_embed": torch.ones(17, 96)}, r"pos_embed has shape \[17, 96\], from which"),
-    "tables of two": ({"decoder_pos_embed": torch.ones(1, 26, 64)}, r"decoder_pos_embed .* does not fit 4 x 4 patches"),
-    "not a ViT": ({"patch_embed.proj.weight": WITHOUT}, "not weights of a ViT"),
+    "no square": ({"pos_embed": torch.ones(1, 16, 96)}, r"pos_embed has shape \[1, 16, 96\]; its grid of patches is unknown"),
+    "a flat table": ({"pos_embed": torch.ones(17, 96)}, r"pos_embed has shape \[17, 96\]; its grid"),
+    "tables of two": ({"decoder_pos_embed": torch.ones(1, 26, 64)}, r"decoder_pos_embed .* does not match 4 x 4 patches"),
+    "not a ViT": ({"patch_embed.proj.weight": WITHOUT}, "not the weights of a ViT"),
 }
 
 
@@ -186,13 +195,13 @@ def test_nothing_may_be_missing_or_superfluous(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": "tiny"}, r"has 12 blocks, the model 6 .*: set model.size=tiny"),
+        ({"size": "tiny"}, r"has 12 blocks, the model has 6 .*Set model.size=tiny"),
         (
             {"patch": (4, 4)},
-            r"patch_embed.proj.weight has shape \[96, 3, 4, 4\], the model \[96, 3, 8, 8\]: .*patch_size=\[4, 4\]",
+            r"patch_embed.proj.weight has shape \[96, 3, 4, 4\], the model \[96, 3, 8, 8\]. .*patch_size=\[4, 4\]",
         ),
-        ({"decoder_width": 32}, r"\[1, 1, 32\], the model \[1, 1, 64\]: set model.decoder_width=32"),
-        ({"decoder_depth": 2}, r"has 2 decoder_blocks, the model 1 .*: set model.decoder_depth=2"),
+        ({"decoder_width": 32}, r"\[1, 1, 32\], the model \[1, 1, 64\]. Set model.decoder_width=32"),
+        ({"decoder_depth": 2}, r"has 2 decoder_blocks, the model has 1 .*Set model.decoder_depth=2"),
     ],
 )
 def test_another_size_names_both_shapes_and_the_key_to_change(tmp_path, changes, message):
@@ -204,7 +213,7 @@ def test_another_size_names_both_shapes_and_the_key_to_change(tmp_path, changes,
 
 def test_heads_that_shapes_do_not_show_are_compared_where_something_says_them(tmp_path):
     reference_file(tmp_path / "w.pth", trained(), args=argparse.Namespace(model="mae_vit_large_patch16"))
-    with pytest.raises(CheckpointError, match=r"has 16 attention heads, the model 3: change model\.size"):
+    with pytest.raises(CheckpointError, match=r"has 16 attention heads, the model has 3. Change model\.size"):
         begin(tmp_path / "w.pth")
 
 
@@ -233,23 +242,23 @@ def test_damaged_and_strange_files_are_one_line(tmp_path):
     for content, message in [
         (b"", "an empty file"),
         (b"hello", "not a file of weights"),
-        (whole[:-30], "its end is missing"),
-        (whole[: len(whole) // 2], "its end is missing"),
+        (whole[:-30], "truncated"),
+        (whole[: len(whole) // 2], "truncated"),
         (header[:-30], "not a readable safetensors file"),
-        (b"\x80\x02]q\x00.", "cannot be read|holds list"),
-        ((tmp_path / "p.pt2").read_bytes(), "a program of torch.export"),
+        (b"\x80\x02]q\x00.", "cannot be read|holds a list"),
+        ((tmp_path / "p.pt2").read_bytes(), "a torch.export program"),
         (b"\x08\x0a\x12\x07pytorch", "an ONNX model"),
-        (b'{"weight_map": []}', "names no files"),
+        (b'{"weight_map": []}', "weight_map is empty"),
         (b'{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors: missing"),
     ]:
         with pytest.raises(CheckpointError, match=message) as caught:
             begin(spoil(tmp_path / "x", content))
         assert "\n" not in str(caught.value)
     torch.save([1, 2], tmp_path / "x")
-    with pytest.raises(CheckpointError, match="holds list, not tensors by name"):
+    with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
         begin(tmp_path / "x")
     torch.save({"epoch": 3}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="holds no tensors by name; keys are epoch"):
+    with pytest.raises(CheckpointError, match="holds no state dict; its keys are epoch"):
         begin(tmp_path / "x")
     with pytest.raises(CheckpointError, match="absent: no such file or folder"):
         begin(tmp_path / "absent")
@@ -257,7 +266,7 @@ def test_damaged_and_strange_files_are_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds 2 files of weights \(v\.safetensors, \.\.\.\)"):
         begin(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="neither a run directory or checkpoint nor a folder of weights"):
+    with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint nor a folder of weights"):
         begin(tmp_path / "empty")
 
 
@@ -293,7 +302,7 @@ class Evil:
 def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, legacy):
     content = {"model": trained(), "args": Evil(tmp_path / "ran")}
     torch.save(content, tmp_path / "w.pth", pickle_module=pickle, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"w\.pth: refused, since it wants posix.mkdir when it is read"):
+    with pytest.raises(CheckpointError, match=r"w\.pth: refused, because unpickling it would call posix.mkdir"):
         begin(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -351,8 +360,8 @@ def test_timm_weights_compute_timms_features(tmp_path, kind):
         encoder = load_encoder(path)
         torch.testing.assert_close(encoder.forward_features(IMAGES), expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(model.pos_embed, theirs.pos_embed)
-    assert re.search(r"left out head\.(weight|bias) and 1 more", note)
-    assert "its pos_embed is not the sine-cosine one: kept, and not trained" in note
+    assert re.search(r"skipped head\.(weight|bias) \(and 1 more\)", note)
+    assert "pos_embed is not the sine-cosine table and is kept without training it" in note
     said = (0.1, 0.2, 0.3) if kind != "file" else (0.485, 0.456, 0.406)
     assert encoder.pretrained_cfg["mean"] == said
     assert encoder.pretrained_cfg["std"] == ((0.5,) * 3 if kind != "file" else (0.229, 0.224, 0.225))
@@ -368,12 +377,12 @@ def test_encoders_of_any_size_are_measured_or_refused(tmp_path):
             load_encoder(tmp_path / "w.safetensors").forward_features(images), theirs.forward_features(images)
         )
     for more, message in [
-        ({"depth": 5}, r"the number of attention heads cannot be told \(width 96, depth 5\)"),
-        ({"init_values": 1.0}, "blocks.0.ls1.gamma and 11 more has no place in a MAE: layer scale"),
-        ({"qk_norm": True}, "normalised queries and keys"),
+        ({"depth": 5}, r"the number of attention heads is unknown \(width 96, depth 5\)"),
+        ({"init_values": 1.0}, r"blocks.0.ls1.gamma \(and 11 more\); a MAE has no layer scale"),
+        ({"qk_norm": True}, "query and key normalization"),
         ({"reg_tokens": 2}, "register tokens"),
-        ({"class_token": False, "global_pool": "avg"}, "cls_token is missing|rows and columns"),
-        ({"mlp_layer": timm.layers.SwiGLU}, "no plain|not weights of a plain ViT|gated MLP"),
+        ({"class_token": False, "global_pool": "avg"}, "missing key cls_token|grid of patches"),
+        ({"mlp_layer": timm.layers.SwiGLU}, "not the weights of a plain ViT|gated MLP"),
     ]:
         save_file(timm_encoder(**more).state_dict(), tmp_path / "w.safetensors")
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -387,9 +396,9 @@ def test_what_a_timm_folder_says_is_not_trusted(tmp_path):
     for changes, message in [
         ({"architecture": "local-dir:/tmp"}, "timm has no architecture 'local-dir:/tmp'"),
         ({"architecture": "resnet18"}, "timm's resnet18 is not a plain ViT but ResNet"),
-        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "another activation"),
-        ({"model_args": {"num_heads": 4}}, "has 4 attention heads, the model 3: change model.size"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "what it says of itself is damaged"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "the activation of timm's .* is not supported"),
+        ({"model_args": {"num_heads": 4}}, "has 4 attention heads, the model has 3. Change model.size"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, "the metadata are damaged"),
     ]:
         (tmp_path / "f" / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
@@ -411,17 +420,17 @@ def test_vit_mae_gives_transformers_loss_for_equal_noise(tmp_path, eps):
 
     config = ViTMAEConfig(**SIZES, **SIDES, **DECODER, norm_pix_loss=True, layer_norm_eps=eps)
     theirs = stir(ViTMAEForPreTraining(config))
-    theirs.vit.embeddings.position_embeddings.data = sincos_table(96, (4, 4))
-    theirs.decoder.decoder_pos_embed.data = sincos_table(64, (4, 4))
+    theirs.vit.embeddings.position_embeddings.data = sincos_pos_embed(96, (4, 4))
+    theirs.decoder.decoder_pos_embed.data = sincos_pos_embed(64, (4, 4))
     theirs.save_pretrained(tmp_path)
     model, note = begin(tmp_path)
     with torch.inference_mode():
         expected, got = theirs(IMAGES, noise=NOISE), model.eval()(IMAGES, NOISE)
     assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5 if eps == 1e-6 else 1e-3)
     torch.testing.assert_close(got.pred, expected.logits, atol=1e-5 if eps == 1e-6 else 1e-2, rtol=1e-4)
-    assert torch.equal(model.pos_embed, sincos_table(96, (4, 4)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
     assert "Hugging Face ViTMAEForPreTraining" in note
-    assert ("its norms' epsilon is 1e-12, here 1e-06" in note) == (eps == 1e-12)
+    assert ("norm epsilon changed from 1e-12 to 1e-06" in note) == (eps == 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEModel", "sharded", "pickle", "file"])
@@ -459,9 +468,9 @@ def test_what_a_transformers_folder_says_is_compared(tmp_path):
     stir(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in [
-        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is another activation"),
-        ({"num_attention_heads": 4}, "has 4 attention heads, the model 3: change model.size"),
-        ({"layer_norm_eps": "small"}, "what it says of itself is damaged"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is not supported"),
+        ({"num_attention_heads": 4}, "has 4 attention heads, the model has 3. Change model.size"),
+        ({"layer_norm_eps": "small"}, "the metadata are damaged"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
@@ -550,7 +559,7 @@ def test_our_runs_and_exports_are_taken_too(runs, tmp_path, form):
     model, note = begin(path)
     whole = form not in ("vit", "timm", "avg")
     for name, value in live.items():
-        if whole or not is_decoder(name):
+        if whole or not is_decoder_key(name):
             assert torch.equal(model.state_dict()[name], torch.from_numpy(value)), name
     assert ("starts random" in note) == (not whole)
     assert "step 3" in note
@@ -567,7 +576,7 @@ def test_tables_are_interpolated_to_another_image_size_and_that_is_said(tmp_path
     torch.save({"model": trained()}, tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(64, 32)))
     for name, width in (("pos_embed", 96), ("decoder_pos_embed", 64)):
-        assert torch.equal(getattr(model, name), resize_table(sincos_table(width, (4, 4)), (4, 4), (8, 4)))
+        assert torch.equal(getattr(model, name), resize_pos_embed(sincos_pos_embed(width, (4, 4)), (4, 4), (8, 4)))
         assert f"{name} interpolated from 4 x 4 to 8 x 4 patches" in note
 
 
@@ -575,8 +584,8 @@ def test_tables_are_interpolated_to_another_image_size_and_that_is_said(tmp_path
 def test_a_rounded_sine_cosine_table_becomes_the_exact_one(tmp_path, dtype):
     torch.save({n: t.to(dtype) for n, t in trained().items()}, tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth")
-    assert torch.equal(model.pos_embed, sincos_table(96, (4, 4)))
-    assert torch.equal(model.decoder_pos_embed, sincos_table(64, (4, 4)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
+    assert torch.equal(model.decoder_pos_embed, sincos_pos_embed(64, (4, 4)))
     assert torch.equal(model.norm.weight, trained()["norm.weight"].to(dtype).float())
     assert "sine-cosine" not in note
 
@@ -585,11 +594,11 @@ def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
     """16 patches as 2 x 8 and as 4 x 4."""
     torch.save(nano(image_size=(16, 64)).state_dict(), tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
-    assert torch.equal(model.pos_embed, sincos_table(96, (2, 8)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(96, (2, 8)))
     assert "interpolated" not in note
     torch.save(trained(), tmp_path / "w.pth")
     model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
-    assert torch.equal(model.pos_embed, resize_table(sincos_table(96, (4, 4)), (4, 4), (2, 8)))
+    assert torch.equal(model.pos_embed, resize_pos_embed(sincos_pos_embed(96, (4, 4)), (4, 4), (2, 8)))
     assert "pos_embed interpolated from 4 x 4 to 2 x 8 patches" in note
 
 
@@ -609,14 +618,14 @@ def train_several(configs, stops):
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
                 run = Trainer(config, ranks, request, Watchdog(0, 0))
-                original = run.log.metrics
+                original = run.log.write_metrics
 
                 def metrics(values, original=original, request=request, stop=stop):
                     original(values)
                     if values["step"] >= stop:
                         request.ask("the test")
 
-                run.log.metrics = metrics
+                run.log.write_metrics = metrics
                 run.loop()
                 tables.append((run.engine.model.pos_embed.dtype, run.engine.model.pos_embed.clone().numpy()))
     return tables
@@ -666,21 +675,21 @@ def test_a_learned_table_stays_exact_through_bf16_resume_and_export(learned, tmp
 def test_a_run_tells_once_what_it_began_with(learned):
     _, configs, _ = learned
     text = said(configs["zero2"].run.dir)
-    began = [line for line in text.splitlines() if "began with" in line]
+    began = [line for line in text.splitlines() if "initialized from" in line]
     assert len(began) == 1
     assert re.search(
-        r"timm.safetensors \(ViT with timm's names, SHA-256 [0-9a-f]{16}\); left out .*; no decoder is there", began[0]
+        r"timm.safetensors \(ViT with timm's names, SHA-256 [0-9a-f]{16}\); skipped .*; the decoder starts random", began[0]
     )
-    assert said(configs["zero2 resumed"].run.dir).count("began with") == 1
+    assert said(configs["zero2 resumed"].run.dir).count("initialized from") == 1
 
 
 def test_the_untrained_encoder_is_the_one_that_the_run_began_with(learned):
     theirs, configs, _ = learned
-    assert_equal(theirs.state_dict(), untrained_encoder(configs["zero2"].run.dir).state_dict())
+    assert_equal(theirs.state_dict(), load_untrained_encoder(configs["zero2"].run.dir).state_dict())
     trained = load_encoder(configs["zero2"].run.dir)
     assert not torch.equal(trained.norm.weight, theirs.norm.weight)
     with pytest.raises(UserError, match=r"gone\.safetensors: no such file or folder"):
-        untrained_encoder(configs["zero2 resumed"].run.dir)
+        load_untrained_encoder(configs["zero2 resumed"].run.dir)
 
 
 def train_in(folders, config):
@@ -699,9 +708,7 @@ def test_processes_agree_on_errors_and_on_the_weights(tmp_path, second):
     )
     if state:
         torch.save(state, folders[1] / "w.pth")
-    message = {"other": "the processes found different weights", "misfit": "has 0 blocks", "absent": "w.pth: no such file"}[
-        second
-    ]
+    message = {"other": "the weights differ between ranks", "misfit": "has 0 blocks", "absent": "w.pth: no such file"}[second]
     with pytest.raises(RankError, match=message) as caught:
         run_ranks(2, train_in, folders, make_config(tmp_path / "run", **{"model.init_from": "w.pth"}))
     assert caught.value.kinds == ["UserError" if second == "other" else "CheckpointError"] * 2
@@ -714,20 +721,20 @@ def test_init_writes_what_a_run_begins_with(tmp_path, capsys, monkeypatch):
     words = ["init", "timm.safetensors", "debug", "--out", "initial.safetensors", "model.image_size=64", "run.seed=5"]
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert "initial.safetensors: began with timm.safetensors (ViT with timm's names" in told
+    assert "initial.safetensors: initialized from timm.safetensors (ViT with timm's names" in told
     assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["initial.safetensors", "timm.safetensors"]
     config = load_config("debug", ["model.image_size=64", "run.seed=5", "model.init_from=timm.safetensors"])
     assert main(["inspect", "initial.safetensors"]) == 0
-    assert re.search(r"^began with +timm.safetensors \(ViT", capsys.readouterr().out, re.M)
-    model, _ = initial_model(config, print)
+    assert re.search(r"^initialized from +timm.safetensors \(ViT", capsys.readouterr().out, re.M)
+    model, _ = load_initial_model(config, print)
     assert_equal(load_file("initial.safetensors"), model.state_dict())
     again, _ = begin("initial.safetensors", nano(image_size=(64, 64)))
     assert_equal(again.state_dict(), model.state_dict())
     assert_equal(model.state_dict(), load_encoder("initial.safetensors").state_dict())
     for words, message in [
-        (["init", "timm.safetensors", "vit_base", "--out", "x.safetensors"], "set model.size=nano|no model.size"),
-        (["init", "timm.safetensors", "debug", "--out", "x.pth"], "the name of a file that ends in .safetensors"),
+        (["init", "timm.safetensors", "vit_base", "--out", "x.safetensors"], "Set model.size=nano|No model.size"),
+        (["init", "timm.safetensors", "debug", "--out", "x.pth"], "not a file name that ends in .safetensors"),
         (["init", "absent", "debug", "--out", "x.safetensors"], "absent: no such file or folder"),
     ]:
         assert main(words) == 2

@@ -22,13 +22,13 @@ from torchvision.transforms import functional as tvf
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders, loader, storage
 from scale_mae.data.decoders import PillowDecoder
+from scale_mae.data.errors import DataError, ImageError, ImageStatus
 from scale_mae.data.failure_counter import WINDOW, DecodeFailure, FailureCounter
-from scale_mae.data.index_builder import open_source
+from scale_mae.data.index_builder import open_index
 from scale_mae.data.loader import BatchShard, Loader, default_prefetch
-from scale_mae.data.pillow import Crop, central_square, decode, examine
+from scale_mae.data.pillow import Crop, center_square, decode, read_header
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError, ImageError, Status
-from scale_mae.data.transforms import colour_jitter, denormalise, normalise
+from scale_mae.data.transforms import color_jitter, denormalize, normalize
 from scale_mae.system import resources
 
 # ---------------------------------------------------------------- the reference decoder
@@ -50,7 +50,7 @@ def test_orientation_is_honoured(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(40, 20, exif=exif)
-    header = examine(data, decode_too=False)
+    header = read_header(data, verify=False)
     assert header[:2] == ((20, 40) if 5 <= orientation <= 8 else (40, 20))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     whole = decode(data, Crop(0, 0, header.height, header.width, flip=False), (header.height, header.width))
@@ -91,17 +91,22 @@ def test_one_pixel_and_very_large_images():
     wide = saved(Image.new("L", (65000, 40), 77), "PNG")
     assert (decode(wide, Crop(0, 30000, 40, 40, False), (8, 8)) == 77).all()
     with pytest.raises(ImageError, match="too many pixels") as caught:
-        examine(saved(Image.new("1", (20000, 20000)), "PNG"), decode_too=False)
-    assert caught.value.cause is Status.TOO_LARGE
+        read_header(saved(Image.new("1", (20000, 20000)), "PNG"), verify=False)
+    assert caught.value.cause is ImageStatus.TOO_LARGE
 
 
 @pytest.mark.parametrize(
     ("data", "cause"),
-    [(b"", Status.EMPTY), (b"hello", Status.NOT_AN_IMAGE), (jpeg()[:-300], Status.DAMAGED), (jpeg(20, 10), Status.DAMAGED)],
+    [
+        (b"", ImageStatus.EMPTY),
+        (b"hello", ImageStatus.NOT_AN_IMAGE),
+        (jpeg()[:-300], ImageStatus.DAMAGED),
+        (jpeg(20, 10), ImageStatus.DAMAGED),
+    ],
 )
 def test_what_cannot_be_decoded_has_a_cause(data, cause):
     with pytest.raises(ImageError) as caught:
-        decode(data, central_square(40, 30), (16, 16))
+        decode(data, center_square(40, 30), (16, 16))
     assert caught.value.cause is cause
     assert "\n" not in str(caught.value)
 
@@ -112,17 +117,17 @@ def test_what_cannot_be_decoded_has_a_cause(data, cause):
 def test_normalise_and_back():
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    x = normalise(images, mean, std)
+    x = normalize(images, mean, std)
     expected = torch.stack([tvf.normalize(tvf.to_tensor(i.numpy()), mean, std) for i in images])
     torch.testing.assert_close(x, expected)
-    torch.testing.assert_close(denormalise(x, mean, std).permute(0, 2, 3, 1) * 255, images.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(denormalize(x, mean, std).permute(0, 2, 3, 1) * 255, images.float(), atol=1e-3, rtol=0)
 
 
 def test_jitter_changes_images_as_torchvision_does():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((12, 3, 8, 8), generator=generator)
-    jitter = torch.from_numpy(SamplePlan(0, 10, 8).jitter(np.arange(12), (0.4, 0.4, 0.4)))
-    changed = colour_jitter(images, jitter)
+    jitter = torch.from_numpy(SamplePlan(0, 10, 8).color_jitter(np.arange(12), (0.4, 0.4, 0.4)))
+    changed = color_jitter(images, jitter)
     changes = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
     for image, drawn, ours in zip(images, jitter, changed, strict=True):
         theirs = image
@@ -143,19 +148,19 @@ def make_loader(index, rank=0, ranks=1, accumulation=1, micro_batch=4, warn=prin
 
 
 def test_batches_are_the_plans_whatever_the_threads_and_prefetch(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     one = list(make_loader(index, threads=1, prefetch=1).batches(2, 8))
     many = list(make_loader(index, threads=5, prefetch=7).batches(2, 8))
     assert len(one) == len(many) == 6
     for a, b in zip(one, many, strict=True):
         assert torch.equal(a.images, b.images)
-        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.mask_noise, b.mask_noise)
         assert a.samples.tolist() == b.samples.tolist()
         assert not a.failures
 
 
 def test_batches_hold_the_plans_images_and_the_indexs_labels(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     plan = SamplePlan(0, 12, 4)
     for step, batch in enumerate(make_loader(index).batches(0, 6)):
         positions = np.arange(4 * step, 4 * step + 4)
@@ -163,13 +168,13 @@ def test_batches_hold_the_plans_images_and_the_indexs_labels(tmp_path):
         crops = plan.crops(positions, np.full(4, 40), np.full(4, 30), DataConfig(), (16, 16))
         expected = [decode(index.read(s), crop, (16, 16)) for s, crop in zip(samples, crops, strict=True)]
         assert np.array_equal(batch.images.numpy(), np.stack(expected))
-        assert [Path(index.where(s)).parent.name for s in samples] == [
+        assert [Path(index.location(s)).parent.name for s in samples] == [
             f"class{label}" for label in index.entries["label"][batch.samples]
         ]
 
 
 def test_a_run_killed_three_times_and_continued_by_other_ranks_decodes_the_same(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     undisturbed = list(make_loader(index, micro_batch=12).batches(0, 20))
     generator, step, images, threads = random.Random(0), 0, [], threading.active_count()
     for ranks in (2, 4, 1, 3):
@@ -188,14 +193,14 @@ def test_a_run_killed_three_times_and_continued_by_other_ranks_decodes_the_same(
 
 
 def test_jitter_comes_with_the_batch_that_asks_for_it(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
-    assert next(make_loader(index).batches(0, 1)).jitter is None
+    index = open_index(str(make_folders(tmp_path)))
+    assert next(make_loader(index).batches(0, 1)).color_jitter is None
     batch = next(make_loader(index, augmentation="random_crop_jitter").batches(0, 1))
-    assert batch.jitter.shape == (4, 6)
+    assert batch.color_jitter.shape == (4, 6)
 
 
 def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatch):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     planned = []
     original = SamplePlan.samples
     monkeypatch.setattr(SamplePlan, "samples", lambda self, positions: planned.append(1) or original(self, positions))
@@ -217,11 +222,11 @@ def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatc
 @pytest.mark.parametrize(("micro_batch", "batches"), [(1, 160), (4, 40), (16, 10)])
 def test_threads_are_kept_busy_whatever_the_size_of_a_batch(tmp_path, micro_batch, batches):
     class Slow(PillowDecoder):
-        def prepare(self, data, crop):
+        def prepare_image(self, data, crop):
             time.sleep(0.05)
-            return super().prepare(data, crop)
+            return super().prepare_image(data, crop)
 
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     stream = make_loader(index, micro_batch=micro_batch, threads=8, decoder=Slow((16, 16))).batches(0, batches)
     began = time.perf_counter()
     assert sum(len(batch.images) for batch in stream) == 160
@@ -254,7 +259,7 @@ def spoil(root):
 
 
 def test_bad_images_are_replaced_by_the_same_others_and_named(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     spoil(tmp_path)
     lives = [list(make_loader(index, threads=threads).batches(0, 6)) for threads in (1, 4)]
     for one, other in zip(*lives, strict=True):
@@ -262,24 +267,24 @@ def test_bad_images_are_replaced_by_the_same_others_and_named(tmp_path):
         assert one.failures == other.failures
         assert len(one.images) == 4
     failures = [failure for batch in lives[0] for failure in batch.failures]
-    assert {(Path(f.where).parent.name, f.cause) for f in failures} == {
-        ("class0", Status.UNREADABLE),
-        ("class1", Status.NOT_AN_IMAGE),
-        ("class2", Status.DAMAGED),
+    assert {(Path(f.location).parent.name, f.cause) for f in failures} == {
+        ("class0", ImageStatus.UNREADABLE),
+        ("class1", ImageStatus.NOT_AN_IMAGE),
+        ("class2", ImageStatus.DAMAGED),
     }
     plan = SamplePlan(0, 12, 4)
     used = {int(s) for batch in lives[0] for s in batch.samples}
     assert used == set(range(12)) - {0, 5, 11}
     for failure in failures:
-        assert failure.replaced_by in [index.where(s) for s in plan.substitutes(failure.position)]
-        assert str(failure).startswith(f"{failure.where}: ")
+        assert failure.substitute in [index.location(s) for s in plan.substitutes(failure.position)]
+        assert str(failure).startswith(f"{failure.location}: ")
     ranks = [list(make_loader(index, rank=r, ranks=2, micro_batch=2).batches(0, 6)) for r in range(2)]
     for step in range(6):
         assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), lives[0][step].images)
 
 
 def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"not an image .* none of \d+ other images .* check the storage") as caught:
@@ -289,24 +294,24 @@ def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
 
 def test_failures_of_a_decoders_second_stage_are_replaced_too(tmp_path):
     class Late(PillowDecoder):
-        def finish(self, prepared):
-            images, _ = super().finish(prepared)
-            return images, {1: ImageError(Status.DAMAGED, "late")}
+        def decode_batch(self, prepared):
+            images, _ = super().decode_batch(prepared)
+            return images, {1: ImageError(ImageStatus.DAMAGED, "late")}
 
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     expected = next(make_loader(index).batches(0, 1))
     batch = next(make_loader(index, decoder=Late((16, 16))).batches(0, 1))
     assert torch.equal(batch.images[[0, 2, 3]], expected.images[[0, 2, 3]])
     (failure,) = batch.failures
     assert failure.position == 1
-    assert failure.where == index.where(expected.samples[1])
+    assert failure.location == index.location(expected.samples[1])
     assert not torch.equal(batch.images[1], expected.images[1])
-    assert index.where(batch.samples[1]) == failure.replaced_by
+    assert index.location(batch.samples[1]) == failure.substitute
 
 
 def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "PATIENCE", (0.3, 0.3, 0.3))
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
     answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._Shard
 
@@ -321,7 +326,7 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
     batches = list(make_loader(index, threads=2, warn=warnings.append).batches(0, 3))
     answers[str(dead)].set()
     failures = [failure for batch in batches for failure in batch.failures]
-    assert {(f.where, f.cause) for f in failures} == {(str(dead), Status.UNREADABLE)}
+    assert {(f.location, f.cause) for f in failures} == {(str(dead), ImageStatus.UNREADABLE)}
     assert "no answer for 0.9 s" in failures[0].reason
     assert any(str(slow) in line for line in warnings)
     assert sum(str(dead) in line for line in warnings) == 3
@@ -331,7 +336,7 @@ def test_a_process_ends_though_storage_still_hangs(tmp_path):
     make_folders(tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
-        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_source(sys.argv[1]);"
+        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_index(sys.argv[1]);"
         "import time; from scale_mae.data import storage; storage._Shard = lambda path: time.sleep(1000);"
         "next(test_loader.make_loader(index).batches(0, 3))"
     )
@@ -347,11 +352,11 @@ def count(tally, images, failures):
 
 
 def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
-    bad = [DecodeFailure(0, "a.jpg", Status.DAMAGED, "cut", "b.jpg")]
+    bad = [DecodeFailure(0, "a.jpg", ImageStatus.DAMAGED, "cut", "b.jpg")]
     tally = FailureCounter(0.001)
     for images in range(1000, 10**6, 1000):
         count(tally, images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
-    assert tally.causes == {Status.DAMAGED: 499}
+    assert tally.counts == {ImageStatus.DAMAGED: 499}
     start = 10**6 + WINDOW + 1000
     for images in range(start, start + 50_000, 1000):
         count(tally, images, bad)
@@ -379,21 +384,22 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
 def test_the_choice_of_a_decoder_says_why(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(decoders, "_dali_problem", lambda: "")
-    assert decoders.choose("auto", cpu) == ("dali_cpu", "DALI is here, a GPU is not")
-    assert decoders.choose("auto", gpu)[0] == "dali_gpu"
-    assert decoders.choose("pillow", gpu) == ("pillow", "as asked for")
+    assert decoders.choose_decoder("auto", cpu) == ("dali_cpu", "DALI is here, a GPU is not")
+    assert decoders.choose_decoder("auto", gpu)[0] == "dali_gpu"
+    assert decoders.choose_decoder("pillow", gpu) == ("pillow", "as asked for")
     with pytest.raises(DataError, match="data.decoder=dali_gpu cannot be used: there is no GPU"):
-        decoders.choose("dali_gpu", cpu)
+        decoders.choose_decoder("dali_gpu", cpu)
     monkeypatch.setattr(decoders, "_dali_problem", lambda: "DALI cannot be imported (no such module)")
-    assert decoders.choose("auto", gpu) == ("pillow", "DALI cannot be imported (no such module)")
+    assert decoders.choose_decoder("auto", gpu) == ("pillow", "DALI cannot be imported (no such module)")
     with pytest.raises(DataError, match="no such module.*data.decoder=auto"):
-        decoders.choose("dali_cpu", cpu)
+        decoders.choose_decoder("dali_cpu", cpu)
 
 
 def test_dali_is_imported_only_when_used():
     program = (
         "import sys, torch; from scale_mae.data import decoders; import scale_mae.training.trainer;"
-        "decoders.make(decoders.choose('pillow', torch.device('cpu'))[0], (16, 16), 4, 1, torch.device('cpu'));"
+        "cpu = torch.device('cpu');"
+        "decoders.build_decoder(decoders.choose_decoder('pillow', cpu)[0], (16, 16), 4, 1, cpu);"
         "assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -401,13 +407,13 @@ def test_dali_is_imported_only_when_used():
 
 @pytest.mark.parametrize("name", ["pillow", "dali_cpu"])
 def test_nothing_leaks_over_many_steps(tmp_path, name):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     cpu, own = torch.device("cpu"), psutil.Process()
 
     def state():
         return own.num_fds(), threading.active_count(), len(os.listdir("/dev/shm")), own.memory_info().rss
 
-    decoder = decoders.make(name, (16, 16), 4, 2, cpu)
+    decoder = decoders.build_decoder(name, (16, 16), 4, 2, cpu)
     batches = make_loader(index, decoder=decoder, threads=2).batches(0, 1500)
     for _ in range(500):
         next(batches)

@@ -12,7 +12,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from scale_mae.config import ConfigError, load_config
 from scale_mae.config.sections import ClassifyConfig
 from scale_mae.data.mixup import BatchAugmentation, seeds
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 
 CLASSES = 10
 MIXES = [
@@ -27,7 +27,7 @@ def batch(size=6, height=24, width=40):
     generator = torch.Generator().manual_seed(size)
     images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (size,), generator=generator)
-    return normalise(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), labels
+    return normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), labels
 
 
 def timms(images, labels, config, seed):
@@ -35,15 +35,15 @@ def timms(images, labels, config, seed):
     random.seed(boxes)
     np.random.seed(mixes)
     torch.manual_seed(pixels)
-    images = RandomErasing(config.erasing, mode="pixel", max_count=1, device="cpu")(images.clone())
-    kinds = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.mix_switch}
-    return Mixup(**kinds, prob=1.0, mode="batch", label_smoothing=config.smoothing, num_classes=CLASSES)(images, labels)
+    images = RandomErasing(config.random_erasing, mode="pixel", max_count=1, device="cpu")(images.clone())
+    kinds = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.mixup_switch_prob}
+    return Mixup(**kinds, prob=1.0, mode="batch", label_smoothing=config.label_smoothing, num_classes=CLASSES)(images, labels)
 
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("erasing", [0.0, 0.25, 1.0])
 def test_the_same_seeds_give_what_timm_gives(mix, erasing):
-    config = ClassifyConfig(**mix, erasing=erasing, label_smoothing=0.1)
+    config = ClassifyConfig(**mix, random_erasing=erasing, label_smoothing=0.1)
     mixing = BatchAugmentation(config, CLASSES)
     for seed in range(60):
         images, labels = batch()

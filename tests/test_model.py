@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.optimizer import build_optimizer
 from scale_mae.model.mae import MAE, build_mae
-from scale_mae.model.masking import kept_patches, random_masking
-from scale_mae.model.positions import sincos_table
-from scale_mae.model.sizes import SIZES, Size
-from scale_mae.model.targets import make_target, patchify, prediction_to_pixels, unpatchify
+from scale_mae.model.masking import num_visible_patches, random_masking
+from scale_mae.model.pos_embed import sincos_pos_embed
+from scale_mae.model.sizes import SIZES, EncoderSize
+from scale_mae.model.targets import compute_target, patchify, prediction_to_pixels, unpatchify
 
-TINY = Size(width=48, depth=3, heads=4, patch=4)
+TINY = EncoderSize(width=48, depth=3, heads=4, patch_size=4)
 
 
 def tiny(target="norm_pixel"):
-    return MAE(TINY, image_size=(32, 32), patch=(4, 4), decoder_width=32, decoder_depth=2, decoder_heads=4, target=target)
+    return MAE(TINY, image_size=(32, 32), patch_size=(4, 4), decoder_width=32, decoder_depth=2, decoder_heads=4, target=target)
 
 
 def golden_weights(tensors):
@@ -81,7 +81,7 @@ def test_operation_count_equals_what_pytorch_executes():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = build_mae("nano", image_size=(32, 48), patch=(8, 8), decoder_width=64, decoder_depth=2, decoder_heads=2)
+    model = build_mae("nano", image_size=(32, 48), patch_size=(8, 8), decoder_width=64, decoder_depth=2, decoder_heads=2)
     # fused attention recomputes products in its backward pass, and PyTorch counts them; the plain kind does not
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(3, 3, 32, 48), torch.rand(3, 24)).loss.backward()
@@ -91,7 +91,7 @@ def test_operation_count_equals_what_pytorch_executes():
 @pytest.mark.parametrize("size", [s for s in SIZES if s not in ("giant", "2b", "huge", "large")])
 def test_every_small_size_takes_any_shape_that_divides(size):
     model = build_mae(
-        size, image_size=(32, 96), patch=(16, 32), decoder_depth=1, decoder_width=64, decoder_heads=4, mask_ratio=0.5
+        size, image_size=(32, 96), patch_size=(16, 32), decoder_depth=1, decoder_width=64, decoder_heads=4, mask_ratio=0.5
     )
     out = model(torch.randn(2, 3, 32, 96), torch.rand(2, 6))
     assert out.pred.shape == (2, 6, 16 * 32 * 3)
@@ -102,25 +102,25 @@ def test_every_small_size_takes_any_shape_that_divides(size):
 def test_every_large_size_is_shaped_right(size):
     with torch.device("meta"):
         model = build_mae(size, image_size=(224, 224))
-        out = model(torch.empty(2, 3, 224, 224), torch.empty(2, model.patches))
-    assert out.latent.shape == (2, 1 + kept_patches(model.patches, 0.75), SIZES[size].width)
+        out = model(torch.empty(2, 3, 224, 224), torch.empty(2, model.num_patches))
+    assert out.latent.shape == (2, 1 + num_visible_patches(model.num_patches, 0.75), SIZES[size].width)
 
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="not divisible"):
-        build_mae("nano", image_size=(30, 32), patch=(8, 8))
+        build_mae("nano", image_size=(30, 32), patch_size=(8, 8))
     with pytest.raises(ValueError, match="mask ratio"):
-        build_mae("nano", image_size=(32, 32), patch=(32, 32))
+        build_mae("nano", image_size=(32, 32), patch_size=(32, 32))
 
 
 def test_position_tables_equal_the_reference(golden):
     tensors, _ = golden("recipe.safetensors")
-    assert torch.equal(sincos_table(48, (3, 3))[0], tensors["sincos.dim48.grid3"].float())
-    torch.testing.assert_close(sincos_table(64, (7, 7))[0], tensors["sincos.dim64.grid7"].float(), atol=1e-6, rtol=0)
+    assert torch.equal(sincos_pos_embed(48, (3, 3))[0], tensors["sincos.dim48.grid3"].float())
+    torch.testing.assert_close(sincos_pos_embed(64, (7, 7))[0], tensors["sincos.dim64.grid7"].float(), atol=1e-6, rtol=0)
 
 
 def test_position_table_of_a_grid_that_is_not_square_tells_rows_from_columns():
-    table = sincos_table(16, (2, 5))[0, 1:].view(2, 5, 16)
+    table = sincos_pos_embed(16, (2, 5))[0, 1:].view(2, 5, 16)
     assert torch.equal(table[0, :, :8], table[1, :, :8])  # the first half is the column's
     assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])  # the second half the row's
     assert not torch.equal(table[:, 0, :8], table[:, 4, :8])
@@ -130,8 +130,8 @@ def test_position_table_of_a_grid_that_is_not_square_tells_rows_from_columns():
 def test_casting_the_model_leaves_its_position_tables_exact(dtype):
     model = tiny().to(dtype)
     assert model.blocks[0].attn.qkv.weight.dtype == dtype
-    assert torch.equal(model.pos_embed, sincos_table(48, (8, 8)))
-    assert torch.equal(model.decoder_pos_embed, sincos_table(32, (8, 8)))
+    assert torch.equal(model.pos_embed, sincos_pos_embed(48, (8, 8)))
+    assert torch.equal(model.decoder_pos_embed, sincos_pos_embed(32, (8, 8)))
 
 
 def test_loss_is_fp32_and_right_in_bf16():
@@ -145,8 +145,8 @@ def test_loss_is_fp32_and_right_in_bf16():
 
 def test_target_statistics_are_fp32_for_bf16_images():
     images = (100 + torch.randn(1, 3, 8, 8)).bfloat16()  # in bf16, deviations about a mean of 100 would vanish
-    target = make_target(images, (4, 4), "norm_pixel")
-    torch.testing.assert_close(target, make_target(images.double().float(), (4, 4), "norm_pixel"))
+    target = compute_target(images, (4, 4), "norm_pixel")
+    torch.testing.assert_close(target, compute_target(images.double().float(), (4, 4), "norm_pixel"))
     assert target.dtype == torch.float32
     torch.testing.assert_close(target.var(dim=-1), torch.ones(1, 4), atol=1e-3, rtol=0)
 
@@ -211,7 +211,7 @@ def test_unpatchify_inverts_patchify(batch, rows, columns, height, width):
 def test_a_perfect_prediction_gives_back_the_pixels():
     images = torch.randn(2, 3, 16, 16)
     for target in ("pixel", "norm_pixel"):
-        pixels = prediction_to_pixels(make_target(images, (4, 4), target), images, (4, 4), target)
+        pixels = prediction_to_pixels(compute_target(images, (4, 4), target), images, (4, 4), target)
         torch.testing.assert_close(unpatchify(pixels, (4, 4), (4, 4)), images, atol=1e-5, rtol=1e-5)
 
 

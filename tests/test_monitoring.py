@@ -9,7 +9,7 @@ import pytest
 import yaml
 from prometheus_server import MONITORING, fast, promtool
 
-README = MONITORING.parent / "README.md"
+RUNBOOK = MONITORING.parents[1] / "docs" / "runbook.md"
 needs_prometheus = pytest.mark.service("prometheus")
 
 
@@ -75,14 +75,14 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
 
 def test_each_alert_says_what_happened_and_where_the_runbook_tells_what_to_do():
     headings = {
-        f"#{line[4:].strip().lower().replace(' ', '-')}" for line in README.read_text().splitlines() if line.startswith("### ")
+        f"#{line[3:].strip().lower().replace(' ', '-')}" for line in RUNBOOK.read_text().splitlines() if line.startswith("## ")
     }
     named = set()
     for name, alert in alerts().items():
         assert set(alert["annotations"]) == {"summary", "description", "runbook"}, name
         assert alert["labels"]["severity"] in ("critical", "warning"), name
         path, _, section = alert["annotations"]["runbook"].partition("#")
-        assert path == "cluster/README.md", name
+        assert path == "docs/runbook.md", name
         named.add(f"#{section}")
     assert named <= headings
     assert headings == named, "sections of no alert"

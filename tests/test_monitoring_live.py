@@ -13,7 +13,7 @@ import torch
 from images import demo_index
 from prometheus_server import PrometheusServer
 from ranks import start_ranks
-from test_monitoring import README, alerts, dashboard, expressions, names_in, panels, recorded
+from test_monitoring import MONITORING, alerts, dashboard, expressions, names_in, panels, recorded
 
 from scale_mae.config import load_config
 
@@ -30,8 +30,8 @@ LOG_KEYS = {  # series -> key of a log line
     "scale_mae_learning_rate": "lr",
     "scale_mae_gradient_norm": "grad_norm",
     "scale_mae_images_per_second": "images_per_s",
-    'scale_mae_rank_seconds{which="slowest"}': "slowest_rank_s",
-    'scale_mae_rank_number{which="fastest"}': "fastest_rank",
+    "scale_mae_slowest_rank_seconds": "slowest_rank_s",
+    "scale_mae_fastest_rank": "fastest_rank",
     "scale_mae_checkpoints_total": "checkpoints",
 }
 
@@ -176,7 +176,9 @@ def test_every_metric_that_is_asked_for_exists_and_every_one_that_exists_is_show
     asked = {name for text in texts for name in names_in(text)}
     there = offered(watched.server.scrape())
     assert len(there) > 40
-    (documented,) = re.findall(r"(\d+) samples a scrape from the first node", README.read_text())
+    (documented,) = re.findall(
+        r"(\d+) samples per scrape", (MONITORING.parents[1] / "docs" / "guides" / "monitoring.md").read_text()
+    )
     without_gpu = len({name for name in there if needs_gpu(name) and "_gpu_" not in name}) + 2  # and memory of the device
     assert watched.server.value("scrape_samples_scraped") == int(documented) - without_gpu
     assert asked - set(recorded()) - there == set()

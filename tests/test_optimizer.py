@@ -70,7 +70,7 @@ def test_five_steps_of_lars_equal_the_reference():
         }
         assert file.metadata()["lars"] == "lr 0.3, weight_decay 1e-4, momentum 0.9, trust coefficient 0.001, 5 steps"
     weight, bias = nn.Parameter(golden["weight0"].clone()), nn.Parameter(golden["bias0"].clone())
-    optimizer = LARS([weight, bias], lr=0.3, weight_decay=1e-4, momentum=0.9, trust=0.001)
+    optimizer = LARS([weight, bias], lr=0.3, weight_decay=1e-4, momentum=0.9, trust_coefficient=0.001)
     for of_weight, of_bias in zip(golden["grad_weight"], golden["grad_bias"], strict=True):
         weight.grad, bias.grad = of_weight, of_bias
         optimizer.step()

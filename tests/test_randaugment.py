@@ -18,10 +18,10 @@ from timm.data import auto_augment
 from scale_mae.config import ConfigError, load_config
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders, loader
-from scale_mae.data.index_builder import open_source
+from scale_mae.data.errors import DataError
+from scale_mae.data.index_builder import open_index
 from scale_mae.data.randaugment import RandAugment
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEAN = DataConfig().mean
@@ -151,10 +151,12 @@ def test_what_timm_refuses_is_told_in_one_line():
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali_cpu"])
 def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_path, decoder):
-    index, augment, changed = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), 0
+    index, augment, changed = open_index(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), 0
     cpu = torch.device("cpu")
     plain, with_it = (
-        make_loader(index, decoder=decoders.make(decoder, (16, 16), 4, 2, cpu), threads=3, randaugment=policy).batches(5, 25)
+        make_loader(index, decoder=decoders.build_decoder(decoder, (16, 16), 4, 2, cpu), threads=3, randaugment=policy).batches(
+            5, 25
+        )
         for policy in (None, POLICY)
     )
     for step, (before, after) in enumerate(zip(plain, with_it, strict=True), start=5):
@@ -168,10 +170,11 @@ def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_pat
 
 @pytest.mark.gpu
 def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
-    index, augment, gpu = open_source(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
+    index, augment, gpu = open_index(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
     plain, with_it = (
         replace(
-            make_loader(index, decoder=decoders.make("dali_gpu", (16, 16), 4, 2, gpu), randaugment=policy), pin_memory=True
+            make_loader(index, decoder=decoders.build_decoder("dali_gpu", (16, 16), 4, 2, gpu), randaugment=policy),
+            pin_memory=True,
         ).batches(0, 10)
         for policy in (None, POLICY)
     )
@@ -184,7 +187,7 @@ def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
 
 
 def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
+    index = open_index(str(make_folders(tmp_path)))
     spoil(tmp_path)  # substitutes are changed too
     undisturbed = [b.images for b in make_loader(index, micro_batch=12, threads=1, randaugment=POLICY).batches(0, 10)]
     threads, images = threading.active_count(), []
@@ -209,16 +212,16 @@ def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(t
 
 def test_without_it_nothing_is_prepared_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "RandAugment", None)
-    batches = make_loader(open_source(str(make_folders(tmp_path)))).batches(0, 2)
+    batches = make_loader(open_index(str(make_folders(tmp_path)))).batches(0, 2)
     next(batches)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("augment")]
     batches.close()
 
 
 def test_a_classifiers_batches_have_no_noise_but_a_seed(tmp_path):
-    index = open_source(str(make_folders(tmp_path)))
-    batches = list(replace(make_loader(index), patches=0).batches(0, 3))
-    assert all(batch.noise is None for batch in batches)
+    index = open_index(str(make_folders(tmp_path)))
+    batches = list(replace(make_loader(index), num_patches=0).batches(0, 3))
+    assert all(batch.mask_noise is None for batch in batches)
     plan = SamplePlan(0, 12, 4)
     assert [b.seed for b in batches] == [plan.batch_seed(np.arange(4 * step, 4 * step + 4)) for step in range(3)]
     assert len({b.seed for b in batches}) == 3

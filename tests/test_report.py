@@ -68,7 +68,7 @@ def browser():
 
 def a_line(step, **more):
     base = {"step": step, "total_steps": 1000, "images": step * 16, "epoch": step / 625, "lr": 1e-3, "grad_norm": 0.5}
-    speed = {"images_per_s": 100.0, "step_time_s": 0.16, "data_loading_s": 0.01, "memory_gib": 1.5, "time": 1.79e9 + step}
+    speed = {"images_per_s": 100.0, "step_time_s": 0.16, "data_loading_s": 0.01, "peak_memory_gib": 1.5, "time": 1.79e9 + step}
     return base | speed | {"loss": 1 / step} | more
 
 
@@ -369,7 +369,7 @@ WRONG = ["x", [1], {"a": 1}, True, math.nan, math.inf, 10**400, None, -1e299, "\
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
 def test_values_of_wrong_types_are_missing(tmp_path, wrong):
     whole = a_line(20, loss_smoothed=1.0, skipped_steps=1, energy_j=1.0, images_processed=9, eta_s=3.0, decode_failures=1)
-    whole |= {"decode_failures_truncated": 1, "slowest_rank_s": 1.0, "memory_allocated_gib": 1.0}
+    whole |= {"decode_failures_truncated": 1, "slowest_rank_s": 1.0, "gpu_memory_allocated_gib": 1.0}
     lines = [whole, *({**whole, "step": 21 + n, key: wrong} for n, key in enumerate(whole) if key != "step")]
     lines += [{key: wrong if key != "step" else 90 for key in whole}, whole | {"step": wrong}]
     facts = {

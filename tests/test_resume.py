@@ -21,12 +21,12 @@ from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, ConfigError
 from scale_mae.engine.schedule import LRSchedule
 from scale_mae.model.mae import MAE
-from scale_mae.model.sizes import Size
+from scale_mae.model.sizes import EncoderSize
 
 BATCH, SAVED, STEPS = 12, 2, 4
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=1, total_steps=STEPS)
-TINY = Size(width=20, depth=2, heads=2, patch=4)
+TINY = EncoderSize(width=20, depth=2, heads=2, patch_size=4)
 ZERO = {  # DeepSpeed files beyond the shipped ones
     "robin": {"stage": 2, "round_robin_gradients": True},
     "aligned": {"stage": 1, "parameter_alignment": True},
@@ -42,7 +42,7 @@ class Odd(MAE):
     def __init__(self, size=TINY):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            super().__init__(size, image_size=(16, 16), patch=(4, 4), decoder_width=28, decoder_depth=1, decoder_heads=2)
+            super().__init__(size, image_size=(16, 16), patch_size=(4, 4), decoder_width=28, decoder_depth=1, decoder_heads=2)
             self.prime, self.three = nn.Parameter(torch.randn(7, 11)), nn.Parameter(torch.randn(3))
             self.register_buffer("seen", torch.zeros(3))
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_without_moments_is_resumed(tmp_path):
 
 # ---------------------------------------------------------------- memory
 
-BIG = Size(width=256, depth=12, heads=4, patch=4)
+BIG = EncoderSize(width=256, depth=12, heads=4, patch_size=4)
 
 
 class Growth:
@@ -540,7 +540,7 @@ def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}, "offload_param on nvme is not supported"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}, "offload_param to NVMe is not supported"),
         ({"stage": 1, "elastic_checkpoint": True}, "elastic_checkpoint is not supported"),
     ],
 )

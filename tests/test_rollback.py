@@ -66,7 +66,7 @@ def test_gradients_without_a_norm_are_refused(tmp_path):
 
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}')
-    with pytest.raises(ConfigError, match="compute_grad_norm=false would let bad gradients pass"):
+    with pytest.raises(ConfigError, match="compute_grad_norm=false disables the check that skips steps"):
         build_deepspeed_config(make_config(stage=str(path)), 1)
 
 
@@ -162,7 +162,7 @@ def poison(value, first, stop):
     import scale_mae.training.trainer
     from scale_mae.data.loader import Loader
 
-    assemble, normalise = Loader._assemble, scale_mae.training.trainer.normalise
+    assemble, normalize = Loader._assemble, scale_mae.training.trainer.normalize
 
     def poisoned(self, staged, *pools):
         positions, (batch, changes) = staged.result().positions, assemble(self, staged, *pools)
@@ -171,9 +171,9 @@ def poison(value, first, stop):
 
     def spoilt(images, *args):
         marked = (images == MARK).flatten(1).all(1)
-        return torch.where(marked[:, None, None, None], value, 1.0) * normalise(images, *args)
+        return torch.where(marked[:, None, None, None], value, 1.0) * normalize(images, *args)
 
-    Loader._assemble, scale_mae.training.trainer.normalise = poisoned, spoilt
+    Loader._assemble, scale_mae.training.trainer.normalize = poisoned, spoilt
 
 
 def train_on_poison(config, value, span=POISON):
@@ -186,7 +186,7 @@ def train_without(config, left_out):
     import scale_mae.training.trainer
     from scale_mae.data.sample_plan import SamplePlan
 
-    scale_mae.training.trainer.SamplePlan = lambda *args: SamplePlan(*args).without(*left_out)
+    scale_mae.training.trainer.SamplePlan = lambda *args: SamplePlan(*args).skip(*left_out)
     return train(config)
 
 

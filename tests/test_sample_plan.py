@@ -14,7 +14,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from scale_mae.config.sections import DataConfig
-from scale_mae.data.crops import fixed_size_crops, random_resized_crops
+from scale_mae.data.crop_boxes import fixed_size_crops, random_resized_crops
 from scale_mae.data.sample_plan import SUBSTITUTES, SamplePlan
 
 SIZE = (224, 224)
@@ -47,7 +47,7 @@ def test_plan_does_not_depend_on_how_a_batch_is_split(ranks, accumulation, micro
     for whole_result, part_results in (
         (plan.samples(whole), [plan.samples(p) for p in parts]),
         (plan.mask_noise(whole, 9), [plan.mask_noise(p, 9) for p in parts]),
-        (plan.jitter(whole, (0.4, 0.4, 0.4)), [plan.jitter(p, (0.4, 0.4, 0.4)) for p in parts]),
+        (plan.color_jitter(whole, (0.4, 0.4, 0.4)), [plan.color_jitter(p, (0.4, 0.4, 0.4)) for p in parts]),
         (plan.augment_seeds(whole), [plan.augment_seeds(p) for p in parts]),
         (
             plan.crops(whole, sizes, sizes, config, SIZE),
@@ -240,7 +240,7 @@ def test_fixed_crops_are_224_of_256_and_no_augmentation_is_the_centre():
 
 def test_jitter_is_drawn_as_torchvision_draws_it():
     n, strength = 4000, (0.4, 0.3, 0.0)
-    ours = SamplePlan(0, 10, 8).jitter(np.arange(n), strength)
+    ours = SamplePlan(0, 10, 8).color_jitter(np.arange(n), strength)
     torch.manual_seed(0)
     transform = ColorJitter(0.4, 0.3)
     draws = [transform.get_params(transform.brightness, transform.contrast, (1.0, 1.0), None) for _ in range(n)]
@@ -276,13 +276,13 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
     batch = ranks * micro_batch
     plan, skipped = SamplePlan(3, 37, batch), set()
     for first, length in stretches:
-        plan = plan.without(first, first + length)
+        plan = plan.skip(first, first + length)
         skipped |= set(range(first, first + length))
     taken = np.concatenate([plan.positions(s, r, ranks, 0, micro_batch) for s in range(steps) for r in range(ranks)])
     kept = [position for position in range(500) if position not in skipped]
     assert taken.tolist() == kept[: steps * batch]
-    assert {p for first, stop in plan.skips for p in range(first, stop)} == skipped
-    assert all(a[1] < b[0] for a, b in zip(plan.skips, plan.skips[1:], strict=False))
+    assert {p for first, stop in plan.skipped for p in range(first, stop)} == skipped
+    assert all(a[1] < b[0] for a, b in zip(plan.skipped, plan.skipped[1:], strict=False))
     # what is drawn for a position is the same, whatever is left out and however positions are taken together
     whole = SamplePlan(3, 37, batch)
     positions = plan.positions(steps - 1, 0, 1, 0, batch)
@@ -294,7 +294,7 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
 @settings(max_examples=60, deadline=None)
 def test_steps_before_a_stretch_that_is_left_out_stay_as_they_were(step, length, later):
     plan = SamplePlan(0, 50, 8)
-    without = plan.without(step * 8, (step + length) * 8)
+    without = plan.skip(step * 8, (step + length) * 8)
     for number in range(step):
         assert np.array_equal(plan.positions(number, 0, 1, 0, 8), without.positions(number, 0, 1, 0, 8))
     after = step + later

@@ -11,8 +11,9 @@ import tarfile
 
 import pytest
 
+from scale_mae.data.errors import DataError
 from scale_mae.data.sources import NO_LABEL, list_images
-from scale_mae.data.storage import DataError, read, size
+from scale_mae.data.storage import read, size
 
 
 def put(root, *names, content=b"x"):
@@ -96,7 +97,7 @@ def test_shards(tmp_path, suffix, monkeypatch):
         assert (listing.problems, listing.classes, list(listing.label)) == ([], [], [7, 5, NO_LABEL] * 20)
         assert contents(listing) == [c for n in range(20) for c in (b"one", b"two" * 400, b"%d" % n)]
     refused(f"s-{{018..020}}{suffix}", f"s-020{suffix}: no such shard")
-    monkeypatch.setattr("scale_mae.data.workers._start", lambda given: os._exit(1))
+    monkeypatch.setattr("scale_mae.system.process_pool._start_worker", lambda given: os._exit(1))
     refused(tmp_path, "a process that listed shards was killed")
 
 

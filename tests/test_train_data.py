@@ -13,7 +13,7 @@ from test_trainer import log, make_config, train, train_until
 from scale_mae.config import UserError
 from scale_mae.data import index_builder as building
 from scale_mae.data.index import Index
-from scale_mae.data.index_builder import build
+from scale_mae.data.index_builder import build_index
 from scale_mae.data.pack import pack
 from scale_mae.distributed import process_group
 from scale_mae.distributed.signals import StopRequest
@@ -34,7 +34,7 @@ def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
 
 def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):
     data = make_folders(tmp_path / "data", per_class=8)
-    build(str(data), tmp_path / "x.index")
+    build_index(str(data), tmp_path / "x.index")
     pack(str(data), tmp_path / "packed", short_side=24)
     losses = {}
     for name, source in (("folders", data), ("index", tmp_path / "x.index"), ("packed", tmp_path / "packed")):
@@ -47,16 +47,16 @@ def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path):
     data = make_folders(tmp_path / "data", per_class=8)
-    build(str(data), tmp_path / "x.index")
+    build_index(str(data), tmp_path / "x.index")
     config = make_config(tmp_path / "run", **{"data.source": str(tmp_path / "x.index")})
     assert not run_ranks(2, train_until, config, 3)[0].finished
     (data / "class0" / "new.jpg").write_bytes(jpeg())
-    build(str(data), tmp_path / "x.index")
+    build_index(str(data), tmp_path / "x.index")
     with pytest.raises(RankError, match=r"was trained on index .* sample order would change") as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["UserError"] * 2
     (data / "class0" / "new.jpg").unlink()
-    build(str(data), tmp_path / "x.index")
+    build_index(str(data), tmp_path / "x.index")
     assert run_ranks(2, train, config)[0].finished
 
 
@@ -67,7 +67,7 @@ def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder)
     setting |= {"checkpoint.interval": "100 steps", "data.decoder": decoder}
     configs = [make_config(tmp_path / name, **setting) for name in ("a", "b")]
     for config in configs:  # the images go bad after they were indexed
-        build(str(data), tmp_path / config.run.dir / "data.index", verify=False)
+        build_index(str(data), tmp_path / config.run.dir / "data.index", verify=False)
     (data / "class0" / "3.jpg").unlink()
     cut = data / "class1" / "7.jpg"
     whole = cut.read_bytes()
@@ -93,7 +93,7 @@ def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_
     config = make_config(
         tmp_path / "run", **{"data.source": str(data), "data.max_failure_ratio": 0.00002, "train.duration": "60 steps"}
     )
-    build(str(data), tmp_path / "run" / "data.index", verify=False)
+    build_index(str(data), tmp_path / "run" / "data.index", verify=False)
     spoilt = data / "class1" / "7.jpg"
     whole = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(whole))
@@ -128,7 +128,7 @@ def test_failures_between_log_lines_are_named_before_a_run_stops(tmp_path):
     data = make_folders(tmp_path / "data", per_class=5)
     setting = {"data.source": str(data), "log.interval": 1000, "train.duration": "500 steps"}
     config = make_config(tmp_path / "run", **setting)
-    build(str(data), tmp_path / "run" / "data.index", verify=False)
+    build_index(str(data), tmp_path / "run" / "data.index", verify=False)
     (data / "class0" / "3.jpg").unlink()
     result = run_ranks(1, stop_at, config, 20)[0]
     assert not result.finished

@@ -195,7 +195,7 @@ def plain(lars):
         decays = p.ndim > 1 and name not in ("cls_token", "pos_embed")
         scale = SCALES.get(name, 1.0) * (1.0 if lars else 0.65 ** (5 - layer))
         groups.append({"params": [p], "weight_decay": (1e-4 if lars else 0.05) * decays, "scale": scale})
-    of_lars = {"momentum": 0.9, "trust": 0.1}
+    of_lars = {"momentum": 0.9, "trust_coefficient": 0.1}
     optimizer = optimizers.LARS(groups, **of_lars) if lars else torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.95))
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []

@@ -33,14 +33,14 @@ def train(config):
 
 def train_until(config, step):
     """Stop this rank alone, from inside, once ``step`` has been logged."""
-    original = Log.metrics
+    original = Log.write_metrics
 
     def metrics(self, values):
         original(self, values)
         if values["step"] >= step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Log.metrics = metrics  # each rank is a process of its own
+    Log.write_metrics = metrics  # each rank is a process of its own
     return train(config)
 
 
@@ -111,8 +111,8 @@ def test_a_log_line_has_what_the_documents_promise(undisturbed):
         assert line["images"] == line["step"] * 16
         assert line["images_per_s"] == pytest.approx(16 / line["step_time_s"])
         assert 0 <= line["data_loading_s"] <= line["step_time_s"] * 1.5
-        assert line["tflops_per_process"] > 0
-        assert line["memory_gib"] > 0
+        assert line["tflops_per_rank"] > 0
+        assert line["peak_memory_gib"] > 0
         assert line["loss_scale"] == 1
     assert (folder / "log.txt").read_text().count("\n") >= 13
     assert "saved" in (folder / "log.txt").read_text()

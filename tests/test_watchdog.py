@@ -12,9 +12,9 @@ from ranks import RankError, collect, run_ranks, start_ranks
 from test_trainer import log, make_config, train
 
 from scale_mae.checkpoint.store import checkpoints
-from scale_mae.data.workers import run_each
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.exit_status import FILE
+from scale_mae.system.process_pool import map_unordered
 from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import EXIT_CODE
 
@@ -173,5 +173,5 @@ def signalled(number):
 
 def test_workers_leave_signals_to_their_parent():
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
-    with run_each(None, 1, signalled, numbers, 1, lambda: None) as results:
+    with map_unordered(signalled, numbers, processes=1, max_pending=1) as results:
         assert list(results) == numbers

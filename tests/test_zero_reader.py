@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import strangers as others
+import third_party_checkpoints as others
 import torch
 from layouts import LAYOUTS
-from strangers import TABLE, make_strangers
+from third_party_checkpoints import TABLE, make_third_party_checkpoints
 
 from scale_mae.checkpoint.safetensors_io import TensorFiles
 from scale_mae.checkpoint.store import CheckpointError, locate
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
-from scale_mae.model.positions import sincos_table
+from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.convert import convert
 
 # ---------------------------------------------------------------- ours
@@ -33,7 +33,7 @@ def test_reader_gives_every_weight_of_the_live_model(runs, layout):
     assert reader.state["step"] == 3
     assert set(reader) == set(live) | {"pos_embed", "decoder_pos_embed"}
     assert set(reader.parameters) == set(live)
-    assert torch.equal(reader["pos_embed"], sincos_table(96, (4, 4)))
+    assert torch.equal(reader["pos_embed"], sincos_pos_embed(96, (4, 4)))
     for name, expected in live.items():
         got = reader[name]
         assert got.dtype == torch.float32
@@ -77,8 +77,8 @@ def assert_equal(reader, live):
 
 
 @pytest.mark.parametrize("layout", others.LAYOUTS)
-def test_a_strangers_checkpoint_equals_the_live_engine(strangers, layout):
-    live = strangers[layout]
+def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, layout):
+    live = third_party_checkpoints[layout]
     reader = ZeroReader(find_folder(live.folder))
     assert_equal(reader, live)
     assert (reader.stage, reader.world_size, reader.step, reader.state) == (int(layout[4]), 2, others.STEPS, {})
@@ -100,15 +100,15 @@ def test_a_strangers_checkpoint_equals_the_live_engine(strangers, layout):
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_any_number_of_ranks(tmp_path, ranks):
     names = ["zero1-bf16-wrapper", "zero2-fp32", "zero2-round-robin", "zero3-bf16", "zero3-sub-groups"]
-    for live in make_strangers(tmp_path, {name: others.LAYOUTS[name] for name in names}, ranks).values():
+    for live in make_third_party_checkpoints(tmp_path, {name: others.LAYOUTS[name] for name in names}, ranks).values():
         reader = ZeroReader(find_folder(live.folder))
         assert reader.world_size == ranks
         assert_equal(reader, live)
 
 
 @pytest.mark.parametrize("layout", ["zero0-bf16", "zero1-bf16", "zero2-round-robin", "zero3-sub-groups"])
-def test_slices_are_those_of_the_whole(strangers, layout):
-    reader = ZeroReader(find_folder(strangers[layout].folder))
+def test_slices_are_those_of_the_whole(third_party_checkpoints, layout):
+    reader = ZeroReader(find_folder(third_party_checkpoints[layout].folder))
     for name in reader.parameters:
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
             whole = reader.flat(name, key)
@@ -132,17 +132,17 @@ def edit(path, change):
 
 
 @pytest.fixture
-def copy(strangers, tmp_path):
+def copy(third_party_checkpoints, tmp_path):
     """``copy(layout)``: a checkpoint, to be changed."""
 
     def copied(layout):
         shutil.rmtree(tmp_path / layout, ignore_errors=True)
-        return shutil.copytree(find_folder(strangers[layout].folder), tmp_path / layout)
+        return shutil.copytree(find_folder(third_party_checkpoints[layout].folder), tmp_path / layout)
 
     return copied
 
 
-def test_a_scalar_parameter_keeps_its_shape(copy, strangers):
+def test_a_scalar_parameter_keeps_its_shape(copy, third_party_checkpoints):
     """DeepSpeed 0.19.8 cannot train one; others can have saved one."""
     for layout in ("zero2-bf16", "zero3-bf16"):
         folder = copy(layout)
@@ -150,7 +150,7 @@ def test_a_scalar_parameter_keeps_its_shape(copy, strangers):
             edit(path, lambda content: [g.update(scale=torch.Size([])) for g in content["param_shapes"] if "scale" in g])
         reader = ZeroReader(folder)
         assert reader.shape("scale") == tuple(reader["scale"].shape) == ()
-        assert reader["scale"] == strangers[layout].state["scale"][0]
+        assert reader["scale"] == third_party_checkpoints[layout].state["scale"][0]
 
 
 def test_optimizers_that_count_by_group(copy):
@@ -203,8 +203,8 @@ def test_moments_without_names_are_not_guessed(copy):
     assert all(torch.equal(reader[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_stranger_converts_to_the_very_same_tensors(strangers, tmp_path):
-    folder, state, _ = strangers["zero3-bf16"]
+def test_a_stranger_converts_to_the_very_same_tensors(third_party_checkpoints, tmp_path):
+    folder, state, _ = third_party_checkpoints["zero3-bf16"]
     written = TensorFiles(convert(folder, "state_dict", tmp_path / "out", max_shard_gb=1e-7))
     assert set(written) >= set(state)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
@@ -213,9 +213,9 @@ def test_a_stranger_converts_to_the_very_same_tensors(strangers, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["zero2-without-frozen", "zero2-bf16", "zero3-bf16", "zero1-bf16", "zero0-bf16"])
-def test_frozen_parameters_that_were_left_out_are_told(strangers, tmp_path, layout):
+def test_frozen_parameters_that_were_left_out_are_told(third_party_checkpoints, tmp_path, layout):
     warnings = []
-    convert(strangers[layout].folder, "state_dict", tmp_path / "x.safetensors", warn=warnings.append)
+    convert(third_party_checkpoints[layout].folder, "state_dict", tmp_path / "x.safetensors", warn=warnings.append)
     assert bool(warnings) == (layout == "zero2-without-frozen")
     assert all("saved with exclude_frozen_parameters" in line for line in warnings)
 
@@ -341,10 +341,10 @@ class Config:
     """A stranger's own class."""
 
 
-def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong(copy, strangers):
+def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong(copy, third_party_checkpoints):
     folder = copy("zero2-fp32")
     edit(folder / MODEL, lambda content: content.update(config=Config()))
-    assert_equal(ZeroReader(folder), strangers["zero2-fp32"])
+    assert_equal(ZeroReader(folder), third_party_checkpoints["zero2-fp32"])
     edit(folder / MODEL, lambda content: content.update(module=Config()))
     with pytest.raises(CheckpointError, match="not what DeepSpeed is known to write"):
         ZeroReader(folder)
@@ -438,11 +438,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_does_not_belong_together_is_refused_in_one_line(copy, strangers, damage):
+def test_what_does_not_belong_together_is_refused_in_one_line(copy, third_party_checkpoints, damage):
     layout, spoil, message = DAMAGE[damage]
     folder = copy(layout)
     ZeroReader(folder)
-    spoil(folder, strangers[layout].folder.parent)
+    spoil(folder, third_party_checkpoints[layout].folder.parent)
     with pytest.raises(CheckpointError, match=message) as caught:
         ZeroReader(folder)
     assert "\n" not in str(caught.value)
@@ -461,10 +461,10 @@ def test_damaged_files_are_named(copy, victim, spoil):
 
 
 @pytest.mark.parametrize("damage", ["a shard missing", "an earlier shard"])
-def test_nothing_is_converted_from_such_files(copy, strangers, tmp_path, damage):
+def test_nothing_is_converted_from_such_files(copy, third_party_checkpoints, tmp_path, damage):
     layout, spoil, message = DAMAGE[damage]
     folder = copy(layout)
-    spoil(folder, strangers[layout].folder.parent)
+    spoil(folder, third_party_checkpoints[layout].folder.parent)
     with pytest.raises(CheckpointError, match=message):
         convert(folder, "state_dict", tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*x.safetensors*"))
@@ -481,8 +481,8 @@ def test_quantized_frozen_weights_are_not_given_as_numbers(copy):
 # ---------------------------------------------------------------- finding it
 
 
-def test_the_folder_is_found(strangers, runs, tmp_path):
-    folder = strangers["zero2-fp32"].folder
+def test_the_folder_is_found(third_party_checkpoints, runs, tmp_path):
+    folder = third_party_checkpoints["zero2-fp32"].folder
     tag = folder / f"global_step{others.STEPS}"
     assert find_folder(folder) == find_folder(tag) == tag
     ours = locate(runs["zero2", "fp32"][0], print)

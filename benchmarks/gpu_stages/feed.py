@@ -21,14 +21,14 @@ from gpu_stages.photographs import make_jpegs
 from gpu_stages.stage import Stage
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import decoders, pillow
+from scale_mae.data.errors import DataError
 from scale_mae.data.index import Index
-from scale_mae.data.index_builder import build
-from scale_mae.data.loader import decoding_threads
+from scale_mae.data.index_builder import build_index
+from scale_mae.data.loader import num_decoding_threads
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError
-from scale_mae.metrics.hardware import Nvml
+from scale_mae.metrics.nvml import Nvml
 
-DECODERS: tuple[decoders.Name, ...] = ("dali_gpu", "dali_cpu", "pillow")
+DECODERS: tuple[decoders.DecoderName, ...] = ("dali_gpu", "dali_cpu", "pillow")
 LIMITS = {"dali_gpu": (0.5, 8), "dali_cpu": (0.1, 3)}  # mean of an image and largest difference, as in the tests
 ROUNDS, MORE_ROUNDS = 2, 4  # turns of each decoder, the latter where time is left
 TRAINING = 75.0  # seconds that training takes
@@ -42,7 +42,7 @@ COUNTERS = {  # of NVML, in per cent
 def run(stage: Stage) -> None:
     with stage.case("jpegs") as case:
         make_jpegs(stage.folder / "jpegs", 48 if stage.rehearse else 2000)
-        index = build(str(stage.folder / "jpegs"), stage.folder / "photos.index", verify=False)
+        index = build_index(str(stage.folder / "jpegs"), stage.folder / "photos.index", verify=False)
         case.update(images=len(index), mean_bytes=int(index.entries["length"].mean()))
     if "error" in case:
         return
@@ -57,13 +57,13 @@ def run(stage: Stage) -> None:
     feed_training.run(stage, max(names, key=partial(speed, case)))
 
 
-def available(device: torch.device) -> tuple[list[decoders.Name], dict[str, str]]:
+def available(device: torch.device) -> tuple[list[decoders.DecoderName], dict[str, str]]:
     """The decoders that can be used here, and why the others cannot."""
-    names: list[decoders.Name] = []
+    names: list[decoders.DecoderName] = []
     missing = {}
     for name in DECODERS:
         try:
-            decoders.choose(name, device)
+            decoders.choose_decoder(name, device)
         except DataError as error:
             missing[name] = str(error)
         else:
@@ -71,20 +71,20 @@ def available(device: torch.device) -> tuple[list[decoders.Name], dict[str, str]
     return names, missing
 
 
-def parity(index: Index, name: decoders.Name, count: int, device: torch.device) -> dict[str, Any]:
+def parity(index: Index, name: decoders.DecoderName, count: int, device: torch.device) -> dict[str, Any]:
     """How the crops of a decoder differ from Pillow's crops of the same images.
 
     Raises:
         RuntimeError: Pillow decoded images in place of the decoder.
     """
-    plan, threads = SamplePlan(0, len(index), count), decoding_threads(DataConfig())
+    plan, threads = SamplePlan(0, len(index), count), num_decoding_threads(DataConfig())
     positions = np.arange(count)
     samples = plan.samples(positions)
     entries = index.entries[samples]
     crops = plan.crops(positions, entries["width"], entries["height"], DataConfig(), SIZE)
     encoded = [index.read(int(sample)) for sample in samples]
-    with closing(decoders.make(name, SIZE, count, threads, device)) as decoder, ThreadPoolExecutor(threads) as pool:
-        images, errors = decoder.finish(list(pool.map(decoder.prepare, encoded, crops)))
+    with closing(decoders.build_decoder(name, SIZE, count, threads, device)) as decoder, ThreadPoolExecutor(threads) as pool:
+        images, errors = decoder.decode_batch(list(pool.map(decoder.prepare_image, encoded, crops)))
         check_fallbacks(decoder)
         wanted = list(pool.map(pillow.decode, encoded, crops, [SIZE] * count))
     assert not errors, f"{len(errors)} of {count} images are not decoded: {next(iter(errors.values()))}"
@@ -108,10 +108,10 @@ def check_limits(found: dict[str, Any], mean: float, largest: int) -> None:
     assert found["largest"] <= largest, f"a pixel differs by {found['largest']}, {largest} is the limit"
 
 
-def compete(stage: Stage, case: dict[str, Any], index: Index, names: list[decoders.Name]) -> None:
+def compete(stage: Stage, case: dict[str, Any], index: Index, names: list[decoders.DecoderName]) -> None:
     """The decoders take turns (A B C, C B A). A decoder that fails drops out; the others go on. Saves after each turn."""
     batch, seconds = (8, 0.2) if stage.rehearse else (256, 1.5)
-    threads = decoding_threads(DataConfig())
+    threads = num_decoding_threads(DataConfig())
     case.update(batch=batch, threads=threads, cores=len(os.sched_getaffinity(0)), turns={}, failed={})
     for number in range(ROUNDS if stage.rehearse else MORE_ROUNDS):
         if number >= ROUNDS and stage.left() < TRAINING:

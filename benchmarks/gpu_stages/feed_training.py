@@ -87,8 +87,8 @@ def first_batch(run: Trainer) -> Batch:
     decoder, _, _ = build_decoder(run.config, run.world)
     with closing(replace(run.loader, decoder=decoder).batches(0, 1)) as batches:
         batch = next(batches)
-    assert batch.noise is not None
-    return batch._replace(images=batch.images.to(run.world.device), noise=batch.noise.to(run.world.device))
+    assert batch.mask_noise is not None
+    return batch._replace(images=batch.images.to(run.world.device), mask_noise=batch.mask_noise.to(run.world.device))
 
 
 def repeated(batch: Batch) -> Generator[Batch, None, None]:

@@ -64,7 +64,7 @@ def training_step(stage: Stage, world: Any, jpegs: Path, size: str, batch: int) 
         held.callback(run.engine._engine.destroy)
         held.enter_context(run.log)
         images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8)
-        noise = torch.rand(batch, run.task.patches)
+        noise = torch.rand(batch, run.task.num_patches)
         if stage.device.type == "cuda":  # as the loader does
             images, noise = images.pin_memory(), noise.pin_memory()
         batches = (each for each in itertools.repeat(Batch(images, noise, None, [0] * batch, [], 0)))

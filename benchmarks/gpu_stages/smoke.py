@@ -58,7 +58,7 @@ def _driver() -> str:
 
 def nvml(device: torch.device) -> dict[str, Any]:
     """What the system's own NVML code reads while the device multiplies matrices."""
-    from scale_mae.metrics.hardware import Nvml
+    from scale_mae.metrics.nvml import Nvml
 
     reader = Nvml()
     number = reader.gpu_index(device)
@@ -77,15 +77,15 @@ def nvml(device: torch.device) -> dict[str, Any]:
         "power_w": gpu.power,
         "mean_power_w": None if before is None or joules is None else (joules - before) / (time.monotonic() - began),
         "temperature_c": gpu.temperature,
-        "throttled": None if gpu.throttled is None else sorted(gpu.throttled),
+        "throttled": None if gpu.throttle_reasons is None else sorted(gpu.throttle_reasons),
     }
 
 
 def decoders(stage: Stage) -> list[str]:
     """The decoder to train with, and Pillow to train with if that fails. Says why if it is not DALI on the GPU."""
-    from scale_mae.data.decoders import choose
+    from scale_mae.data.decoders import choose_decoder
 
-    name, why = ("pillow", "a rehearsal") if stage.rehearse else choose("auto", stage.device)
+    name, why = ("pillow", "a rehearsal") if stage.rehearse else choose_decoder("auto", stage.device)
     stage.result["decoder"] = f"{name}: {why}"
     return list(dict.fromkeys([name, "pillow"]))
 

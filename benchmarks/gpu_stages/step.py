@@ -17,7 +17,7 @@ import torch
 from training import TINY_DECODER, Trial, engine_step, engine_world, free, make_inputs, matmul_rate, mixed, peer_of, times_of
 
 from gpu_stages.stage import OutOfTime, Stage
-from scale_mae.metrics.hardware import peak_flops
+from scale_mae.metrics.peak_flops import peak_flops
 from scale_mae.model.mae import MAE, build_mae
 
 BATCHES = (64, 128, 256, 512, 1024, 2048)

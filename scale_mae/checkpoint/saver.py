@@ -39,7 +39,7 @@ from scale_mae.checkpoint.store import (
 from scale_mae.config import Config, UserError
 from scale_mae.distributed.process_group import World
 from scale_mae.system.files import check_space, flush, sha256
-from scale_mae.system.versions import versions
+from scale_mae.system.versions import package_versions
 
 Write = Callable[[Path], list[Path]]
 BLOCK = 1 << 22  # bytes copied at once
@@ -204,7 +204,7 @@ class Saver:
             sums = world.run_on_all(lambda: lost(lambda: self._sums(mine, staging), final))
             files = {name: facts for part in world.all_gather(sums) for name, facts in part.items()}
             self._written = sum(facts["bytes"] for facts in files.values())
-            manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), versions(), files)
+            manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), package_versions(), files)
             world.run_on_main(lambda: lost(lambda: self._name(manifest, staging, final), final))
         except CheckpointError:
             if world.is_main:

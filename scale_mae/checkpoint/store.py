@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.config import Config, UserError, load_config
-from scale_mae.data.workers import DaemonThreadPool
 from scale_mae.system.files import sha256
 from scale_mae.system.resources import available_cores
+from scale_mae.system.thread_pool import DaemonThreadPool
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
@@ -158,7 +158,7 @@ class Verification:
         self.checkpoint, self.notes, self._manifest = checkpoint, list(notes), read_manifest(checkpoint)
         threads, files = DaemonThreadPool(available_cores(), "checksum"), self._manifest.files
         self._checks = [threads.submit(_verify_file, checkpoint / name, facts, True) for name, facts in files.items()]
-        threads.finish()
+        threads.shutdown()
 
     def result(self) -> Manifest:
         """Wait for them.

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from scale_mae.data import pillow
+from scale_mae.data.errors import ImageError
 from scale_mae.data.pillow import Crop, Header
-from scale_mae.data.storage import ImageError
 
 MARGIN = 8  # pixels decoded around a box: chroma is interpolated from its neighbours, also at the border of the box
 MAX_SHRINK = 32  # beyond, the filter does not fit into what a GPU kernel of PyTorch holds
@@ -60,11 +60,11 @@ class Jpeg(NamedTuple):
 class DaliDecoder:
     """Decodes as :func:`scale_mae.data.pillow.decode` does; what DALI does not take or fails at, with that.
 
-    ``prepare`` may be called from many threads at once, ``finish`` and ``close`` from one at a time.
+    ``prepare_image`` may be called from many threads at once, ``decode_batch`` and ``close`` from one at a time.
 
     Args:
         image_size: (height, width) of the results in pixels.
-        batch_size: images that ``finish`` gets at most.
+        batch_size: images that ``decode_batch`` gets at most.
         threads: that decode and resize.
         device_id: the GPU that decodes and resizes; None for the CPU.
 
@@ -84,7 +84,7 @@ class DaliDecoder:
         self._pipeline: Pipeline | None = self._build()
         self.fallbacks, self.failure = 0, ""
 
-    def prepare(self, data: bytes, crop: Crop) -> NDArray[np.uint8] | Jpeg:
+    def prepare_image(self, data: bytes, crop: Crop) -> NDArray[np.uint8] | Jpeg:
         """First stage of one image: what DALI is to decode, or the image ``[H, W, 3]`` where Pillow has to.
 
         Raises:
@@ -95,7 +95,7 @@ class DaliDecoder:
             return pillow.decode(data, crop, self._size)
         return _planned(data, header, crop)
 
-    def finish(self, prepared: Sequence[NDArray[np.uint8] | Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
+    def decode_batch(self, prepared: Sequence[NDArray[np.uint8] | Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
         """Second stage of a batch.
 
         Returns:
@@ -212,7 +212,7 @@ def plain_jpeg(data: bytes) -> Header | None:
                 return None
             header = Header(width, height, orientation=1)
         elif start == 0xFF and marker == 0xDA:
-            return pillow.examine(data, decode_too=False) if header and tagged else header
+            return pillow.read_header(data, verify=False) if header and tagged else header
         elif start != 0xFF or marker not in SKIPPED:
             return None
         tagged |= marker == 0xE1  # EXIF or XMP, which may tell an orientation

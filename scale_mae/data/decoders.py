@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from scale_mae.data import pillow
+from scale_mae.data.errors import DataError, ImageError
 from scale_mae.data.pillow import Crop
-from scale_mae.data.storage import DataError, ImageError
 
-Name = Literal["pillow", "dali_cpu", "dali_gpu"]
+DecoderName = Literal["pillow", "dali_cpu", "dali_gpu"]
 
 
 class Decoder(Protocol):
@@ -25,14 +25,14 @@ class Decoder(Protocol):
 
     fallbacks: int
 
-    def prepare(self, data: bytes, crop: Crop) -> Any:
+    def prepare_image(self, data: bytes, crop: Crop) -> Any:
         """First stage of one image.
 
         Raises:
             ImageError: it cannot be decoded.
         """
 
-    def finish(self, prepared: Sequence[Any]) -> tuple[Tensor, dict[int, ImageError]]:
+    def decode_batch(self, prepared: Sequence[Any]) -> tuple[Tensor, dict[int, ImageError]]:
         """Images, uint8 ``[B, H, W, 3]``, and the rows that could not be decoded after all."""
 
     def close(self) -> None:
@@ -45,11 +45,11 @@ class PillowDecoder:
     def __init__(self, image_size: tuple[int, int]) -> None:
         self._size, self.fallbacks = image_size, 0
 
-    def prepare(self, data: bytes, crop: Crop) -> Any:
+    def prepare_image(self, data: bytes, crop: Crop) -> Any:
         """Decode."""
         return pillow.decode(data, crop, self._size)
 
-    def finish(self, prepared: Sequence[Any]) -> tuple[Tensor, dict[int, ImageError]]:
+    def decode_batch(self, prepared: Sequence[Any]) -> tuple[Tensor, dict[int, ImageError]]:
         """Stack."""
         return torch.from_numpy(np.stack(prepared)), {}
 
@@ -57,7 +57,7 @@ class PillowDecoder:
         """Nothing is held."""
 
 
-def choose(wanted: str, device: torch.device) -> tuple[Name, str]:
+def choose_decoder(wanted: str, device: torch.device) -> tuple[DecoderName, str]:
     """The decoder to use and why.
 
     Args:
@@ -81,7 +81,9 @@ def choose(wanted: str, device: torch.device) -> tuple[Name, str]:
     return ("dali_gpu", "DALI and a GPU are here") if device.type == "cuda" else ("dali_cpu", "DALI is here, a GPU is not")
 
 
-def make(name: Name, image_size: tuple[int, int], batch_size: int, threads: int, device: torch.device) -> Decoder:
+def build_decoder(
+    name: DecoderName, image_size: tuple[int, int], batch_size: int, threads: int, device: torch.device
+) -> Decoder:
     """A decoder for batches of up to ``batch_size`` images of ``image_size`` (height, width).
 
     Raises:

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scale_mae.data.storage import DataError, Status
+from scale_mae.data.errors import DataError, ImageStatus
 
 WINDOW = 100_000  # images
 
@@ -15,13 +15,13 @@ class DecodeFailure(NamedTuple):
     """An image that was replaced by another one."""
 
     position: int
-    where: str
-    cause: Status
+    location: str
+    cause: ImageStatus
     reason: str
-    replaced_by: str
+    substitute: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.cause.text} ({self.reason}); replaced by {self.replaced_by}"
+        return f"{self.location}: {self.cause.text} ({self.reason}); replaced by {self.substitute}"
 
 
 class FailureCounter:
@@ -33,17 +33,17 @@ class FailureCounter:
 
     def __init__(self, ceiling: float, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"causes": {}, "recent": []}
-        self.causes = Counter({Status(cause): number for cause, number in state["causes"].items()})
+        self.counts = Counter({ImageStatus(cause): number for cause, number in state["causes"].items()})
         self._ceiling = ceiling
         self._recent: deque[tuple[int, int]] = deque(map(tuple, state["recent"]))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"causes": {int(cause): number for cause, number in self.causes.items()}, "recent": list(self._recent)}
+        return {"causes": {int(cause): number for cause, number in self.counts.items()}, "recent": list(self._recent)}
 
     def add(self, images: int, failures: Sequence[DecodeFailure]) -> None:
         """Count failures found until ``images`` images had been seen."""
-        self.causes.update(failure.cause for failure in failures)
+        self.counts.update(failure.cause for failure in failures)
         if failures:
             self._recent.append((images, len(failures)))
         while self._recent and self._recent[0][0] <= images - WINDOW:
@@ -57,8 +57,8 @@ class FailureCounter:
         """
         recent, allowed = sum(count for _, count in self._recent), self._ceiling * WINDOW
         if failures and recent > allowed:
-            causes = ", ".join(f"{number} {cause.text}" for cause, number in self.causes.most_common())
+            counts = ", ".join(f"{number} {cause.text}" for cause, number in self.counts.most_common())
             raise DataError(
-                f"{recent} of the last {min(images, WINDOW)} images could not be used ({causes} so far), more than "
+                f"{recent} of the last {min(images, WINDOW)} images could not be used ({counts} so far), more than "
                 f"data.max_failure_ratio={self._ceiling:g} of {WINDOW}; the last one: {failures[-1]}"
             )

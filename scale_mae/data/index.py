@@ -1,7 +1,7 @@
 """What exists: one file with a row for every image of a source, built once, memory-mapped by every process.
 
-A row (:data:`ENTRY`) says where an image's bytes are (shard, offset, length), how large it is once upright (width, height,
-after its EXIF orientation), its label, and its :class:`~scale_mae.data.storage.Status`. Usable images come first, in the
+A row (:data:`ENTRY_DTYPE`) says where an image's bytes are (shard, offset, length), its upright size (width, height,
+after its EXIF orientation), its label, and its :class:`~scale_mae.data.storage.ImageStatus`. Usable images come first, in the
 order of the source; those that cannot be decoded follow and are never trained on. The file is in safetensors format: rows,
 paths, and the rest in the metadata. Paths are kept relative to the index where the images lie below it, so that both can
 be moved together.
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from scale_mae.data import storage
-from scale_mae.data.storage import DataError, Status, printable
+from scale_mae.data.errors import DataError, ImageStatus, escape_unprintable
 
-ENTRY = np.dtype(
+ENTRY_DTYPE = np.dtype(
     [
         ("offset", "<u8"),
         ("shard", "<u4"),
@@ -40,12 +40,12 @@ ENTRY = np.dtype(
 )
 FORMAT = "scale_mae.index.1"
 TENSORS = ("entries", "paths", "path_ends")
-NAME = "data.index"  # in a folder of shards, the index of these shards
-SUFFIX = ".index"
+INDEX_NAME = "data.index"  # in a folder of shards, the index of these shards
+INDEX_SUFFIX = ".index"
 Entries = NDArray[np.void]
 
 
-class Paths(Sequence[str]):
+class ShardPaths(Sequence[str]):
     """Absolute paths of shards, looked up in the mapped file, so that any number of them opens at once.
 
     Attributes:
@@ -58,7 +58,7 @@ class Paths(Sequence[str]):
         self.root, self.text, self.ends = root, text, ends
 
     @classmethod
-    def of(cls, root: str, paths: Sequence[str]) -> Paths:
+    def of(cls, root: str, paths: Sequence[str]) -> ShardPaths:
         """From relative paths."""
         encoded = [os.fsencode(path) for path in paths]
         ends = np.cumsum([len(path) for path in encoded], dtype=np.uint64)
@@ -80,7 +80,7 @@ class Index:
     """The images of a source.
 
     Attributes:
-        entries: the usable images, structured array of dtype :data:`ENTRY`, ``[N]``.
+        entries: the usable images, structured array of dtype :data:`ENTRY_DTYPE`, ``[N]``.
         quarantined: the others, likewise, ``[Q]``.
         shards: absolute path of each shard; an image file that is in no shard is its own.
         classes: names of the labels, possibly empty.
@@ -110,18 +110,18 @@ class Index:
         path, offset, length = self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"])
         return storage.read(path, offset, length or (0 if offset else storage.size(path)))
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         """Path, and byte offset inside a shard, of one image, for messages."""
-        return describe(self.shards, self.entries[sample])
+        return format_location(self.shards, self.entries[sample])
 
-    def causes(self) -> dict[str, int]:
+    def quarantine_counts(self) -> dict[str, int]:
         """How many images are quarantined for which cause."""
         counts = collections.Counter(self.quarantined["status"].tolist())
-        return {Status(status).text: number for status, number in sorted(counts.items())}
+        return {ImageStatus(status).text: number for status, number in sorted(counts.items())}
 
-    def left_out(self) -> Iterator[tuple[str, str]]:
+    def quarantined_images(self) -> Iterator[tuple[str, str]]:
         """Place and cause of each quarantined image."""
-        return ((describe(self.shards, row), Status(row["status"]).text) for row in self.quarantined)
+        return ((format_location(self.shards, row), ImageStatus(row["status"]).text) for row in self.quarantined)
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
@@ -130,7 +130,7 @@ class Index:
         Raises:
             DataError: missing, damaged, or of another kind.
         """
-        metadata, rows, paths = map_file(Path(path), "r")
+        metadata, rows, paths = map_index(Path(path), "r")
         usable = metadata["usable"]
         return cls(
             rows[:usable],
@@ -143,13 +143,13 @@ class Index:
         )
 
 
-def describe(shards: Sequence[str], entry: Any) -> str:
+def format_location(shards: Sequence[str], entry: Any) -> str:
     """Path, and byte offset inside a shard, of one row."""
-    path = printable(shards[entry["shard"]])
+    path = escape_unprintable(shards[entry["shard"]])
     return f"{path}@{entry['offset']}" if entry["offset"] else path
 
 
-def map_file(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Paths]:
+def map_index(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, ShardPaths]:
     """Metadata, rows and paths of an index file, mapped with numpy's ``mode``.
 
     Raises:
@@ -171,7 +171,11 @@ def map_file(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Path
         if os.path.getsize(path) != 8 + size + max(header[name]["data_offsets"][1] for name in TENSORS):
             raise ValueError("cut short")  # which a map opened for writing would fill up with zeros
         root = os.path.abspath(os.path.join(path.parent, metadata["root"]))
-        return metadata, tensor("entries", ENTRY), Paths(root, tensor("paths", np.uint8), tensor("path_ends", np.uint64))
+        return (
+            metadata,
+            tensor("entries", ENTRY_DTYPE),
+            ShardPaths(root, tensor("paths", np.uint8), tensor("path_ends", np.uint64)),
+        )
     except FileNotFoundError:
         raise DataError(f"{path}: no such index; make it with scale-mae index SOURCE --out {path}") from None
     except OSError as error:
@@ -180,13 +184,13 @@ def map_file(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Path
         raise DataError(f"{path}: damaged index ({error}); delete it and build it anew") from None
 
 
-def write_file(path: Path, rows: Entries, paths: Paths, metadata: dict[str, Any]) -> None:
+def write_index(path: Path, rows: Entries, paths: ShardPaths, metadata: dict[str, Any]) -> None:
     """Write an index file, whole or not at all: aside, flushed, renamed.
 
     Raises:
         DataError: it cannot be written.
     """
-    plain = rows.view(np.uint8).reshape(-1, ENTRY.itemsize)
+    plain = rows.view(np.uint8).reshape(-1, ENTRY_DTYPE.itemsize)
     digest = hashlib.sha256()
     for part in (plain, paths.text, paths.ends):
         digest.update(np.ascontiguousarray(part).data)
@@ -207,9 +211,9 @@ def write_file(path: Path, rows: Entries, paths: Paths, metadata: dict[str, Any]
         raise DataError(f"{path}: the index cannot be written ({error})") from None
 
 
-def index_of(source: str) -> Path | None:
+def existing_index(source: str) -> Path | None:
     """The index that a source is or brings: an index file, or one in a folder of shards that were packed with it."""
-    if source.endswith(SUFFIX) and not os.path.isdir(source):
+    if source.endswith(INDEX_SUFFIX) and not os.path.isdir(source):
         return Path(source)
-    inside = Path(source) / NAME
+    inside = Path(source) / INDEX_NAME
     return inside if inside.is_file() else None

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from scale_mae.config.sections import DataConfig
 from scale_mae.data import pillow
-from scale_mae.data.crops import Ints
+from scale_mae.data.crop_boxes import Ints
 from scale_mae.data.decoders import Decoder
+from scale_mae.data.errors import DataError, ImageError, ImageStatus
 from scale_mae.data.failure_counter import DecodeFailure
 from scale_mae.data.index import Index
 from scale_mae.data.pillow import Crop
 from scale_mae.data.randaugment import RandAugment, on_host
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError, ImageError, Status
-from scale_mae.data.workers import DaemonThreadPool
-from scale_mae.system.resources import available_cores, available_memory, processes_here
+from scale_mae.system.resources import available_cores, available_memory, processes_on_node
+from scale_mae.system.thread_pool import DaemonThreadPool
 
 PATIENCE = (30.0, 60.0, 120.0)  # seconds to wait for storage before each further try
 ENCODED = 1 << 18  # bytes, a generous guess of an encoded image
@@ -48,8 +48,8 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
-    noise: Tensor | None
-    jitter: Tensor | None
+    mask_noise: Tensor | None
+    color_jitter: Tensor | None
     samples: Ints
     failures: Sequence[DecodeFailure]
     seed: int
@@ -60,7 +60,7 @@ class BatchShard:
     """The part of every step that one process computes."""
 
     rank: int
-    ranks: int
+    world_size: int
     micro_batch: int
     accumulation: int
 
@@ -98,11 +98,11 @@ class Loader:
 
     index: Index
     plan: SamplePlan
-    share: BatchShard
+    batch_shard: BatchShard
     config: DataConfig
     decoder: Decoder
     image_size: tuple[int, int]
-    patches: int
+    num_patches: int
     pin_memory: bool = False
     warn: Callable[[str], None] = print
 
@@ -112,8 +112,8 @@ class Loader:
         Raises:
             DataError: an image cannot be had and none of its substitutes either.
         """
-        threads = decoding_threads(self.config)
-        ahead = self.config.prefetch or default_prefetch(self.share.micro_batch, threads, self.image_size)
+        threads = num_decoding_threads(self.config)
+        ahead = self.config.prefetch or default_prefetch(self.batch_shard.micro_batch, threads, self.image_size)
         # planning has a thread of its own, so that the others never run out of images while a batch is put together
         pool, planner, assembler = (
             DaemonThreadPool(threads, "decode"),
@@ -136,7 +136,7 @@ class Loader:
                 yield batch
         finally:
             for each in (assembler, planner, pool, painters):
-                each.close()
+                each.shutdown(cancel_futures=True)
             self.decoder.close()
 
     @functools.cached_property
@@ -145,10 +145,10 @@ class Loader:
         return RandAugment(policy, self.config.mean) if policy else None
 
     def _positions(self, first_step: int, last_step: int) -> Iterator[Ints]:
-        share = self.share
+        batch_shard = self.batch_shard
         for step in range(first_step, last_step):
-            for micro_step in range(share.accumulation):
-                yield self.plan.positions(step, share.rank, share.ranks, micro_step, share.micro_batch)
+            for micro_step in range(batch_shard.accumulation):
+                yield self.plan.positions(step, batch_shard.rank, batch_shard.world_size, micro_step, batch_shard.micro_batch)
 
     def _stage(self, positions: Ints, pool: DaemonThreadPool, threads: int) -> _Staged:
         samples = self.plan.samples(positions)
@@ -165,7 +165,7 @@ class Loader:
         for place, (sample, crop) in enumerate(zip(chunk.samples, chunk.crops, strict=True)):
             if chunk.results[place] is None:
                 try:
-                    chunk.results[place] = self.decoder.prepare(self.index.read(sample), crop)
+                    chunk.results[place] = self.decoder.prepare_image(self.index.read(sample), crop)
                 except ImageError as error:
                     chunk.results[place] = error
 
@@ -177,10 +177,10 @@ class Loader:
             deadline = time.monotonic() + patience
             waiting = [(chunk, future) for chunk, future in waiting if not _in_time(future, deadline)]
             for chunk, _ in waiting:
-                where = self.index.where(chunk.samples[chunk.results.index(None) if None in chunk.results else -1])
+                where = self.index.location(chunk.samples[chunk.results.index(None) if None in chunk.results else -1])
                 self.warn(f"{where}: no answer for {patience:g} s, trying again")
             waiting = [(chunk, _in_new_thread(self._prepare, chunk)) for chunk, _ in waiting]
-        error = ImageError(Status.UNREADABLE, f"no answer for {sum(PATIENCE):g} s")
+        error = ImageError(ImageStatus.UNREADABLE, f"no answer for {sum(PATIENCE):g} s")
         return [error if result is None else result for chunk, _ in tasks for result in chunk.results]
 
     def _assemble(self, staged: Future[_Staged], painters: DaemonThreadPool, threads: int) -> tuple[Batch, list[Future[None]]]:
@@ -189,24 +189,24 @@ class Loader:
         prepared = self._collect(tasks)
         rows = [row for row, result in enumerate(prepared) if not isinstance(result, ImageError)]
         errors = {row: result for row, result in enumerate(prepared) if isinstance(result, ImageError)}
-        images, late = self.decoder.finish([prepared[row] for row in rows]) if rows else (None, {})
+        images, late = self.decoder.decode_batch([prepared[row] for row in rows]) if rows else (None, {})
         if self._augment and images is not None and images.is_cuda:
             images = on_host(images)
         errors |= {rows[place]: error for place, error in late.items()}
         failures: list[DecodeFailure] = []
         if errors or images is None:
             images, failures = self._replace(positions, samples, images, rows, errors)
-        noise = torch.from_numpy(self.plan.mask_noise(positions, self.patches)) if self.patches else None
-        jitter = None
+        mask_noise = torch.from_numpy(self.plan.mask_noise(positions, self.num_patches)) if self.num_patches else None
+        color_jitter = None
         if self.config.augmentation == "random_crop_jitter":
-            jitter = torch.from_numpy(self.plan.jitter(positions, self.config.color_jitter))
+            color_jitter = torch.from_numpy(self.plan.color_jitter(positions, self.config.color_jitter))
         if self.pin_memory:
-            noise, jitter = (None if drawn is None else drawn.pin_memory() for drawn in (noise, jitter))
+            mask_noise, color_jitter = (None if drawn is None else drawn.pin_memory() for drawn in (mask_noise, color_jitter))
             images = images if images.is_cuda else images.pin_memory()
         changes: list[Future[None]] = []
         if self._augment:
             changes = self._augment.start(images, self.plan.augment_seeds(positions), painters, 4 * threads)
-        return Batch(images, noise, jitter, samples, failures, self.plan.batch_seed(positions)), changes
+        return Batch(images, mask_noise, color_jitter, samples, failures, self.plan.batch_seed(positions)), changes
 
     def _replace(
         self, positions: Ints, samples: Ints, decoded: Tensor | None, rows: Sequence[int], errors: dict[int, ImageError]
@@ -230,7 +230,7 @@ class Loader:
             if substitute in tried:
                 continue
             tried.add(substitute)
-            where, instead = self.index.where(sample), self.index.where(substitute)
+            where, instead = self.index.location(sample), self.index.location(substitute)
             failures.append(DecodeFailure(position, where, error.cause, error.reason, instead))
             try:
                 # in a thread of its own, because a shard that does not answer may hold the substitute too
@@ -239,8 +239,8 @@ class Loader:
             except ImageError as another:
                 sample, error = substitute, another
             except TimeoutError:
-                sample, error = substitute, ImageError(Status.UNREADABLE, f"no answer for {PATIENCE[0]:g} s")
-        where = failures[0].where if failures else self.index.where(sample)
+                sample, error = substitute, ImageError(ImageStatus.UNREADABLE, f"no answer for {PATIENCE[0]:g} s")
+        where = failures[0].location if failures else self.index.location(sample)
         raise DataError(f"{where}: {error}, and none of {len(failures)} other images can be used either; check the storage")
 
     def _decode_at(self, position: int, sample: int) -> NDArray[np.uint8]:
@@ -260,13 +260,13 @@ def _in_time(future: Future[None], deadline: float) -> bool:
 def _in_new_thread(action: Callable[..., Any], *args: Any) -> Future[Any]:
     thread = DaemonThreadPool(1, "retry")  # the pool's threads may all be waiting for storage
     future = thread.submit(action, *args)
-    thread.finish()
+    thread.shutdown()
     return future
 
 
-def decoding_threads(config: DataConfig) -> int:
+def num_decoding_threads(config: DataConfig) -> int:
     """Threads that read and decode: as asked for, or this machine's cores shared among its processes."""
-    return config.threads or max(1, available_cores() // processes_here())
+    return config.threads or max(1, available_cores() // processes_on_node())
 
 
 def default_prefetch(micro_batch: int, threads: int, image_size: tuple[int, int]) -> int:
@@ -274,7 +274,7 @@ def default_prefetch(micro_batch: int, threads: int, image_size: tuple[int, int]
     they would fill more than an eighth of the free memory."""
     wanted = max(PREFETCH, math.ceil(2 * threads / micro_batch))
     bytes_each = micro_batch * (image_size[0] * image_size[1] * 3 + ENCODED)
-    return max(1, min(wanted, available_memory() // 8 // processes_here() // bytes_each))
+    return max(1, min(wanted, available_memory() // 8 // processes_on_node() // bytes_each))
 
 
 def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -286,4 +286,4 @@ def decode_sample(index: Index, sample: int, crop: Crop, image_size: tuple[int, 
     try:
         return pillow.decode(index.read(sample), crop, image_size)
     except ImageError as error:
-        raise DataError(f"{index.where(sample)}: {error}; remove it from the data") from None
+        raise DataError(f"{index.location(sample)}: {error}; remove it from the data") from None

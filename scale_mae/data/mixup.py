@@ -50,12 +50,12 @@ class BatchAugmentation:
                 self._erasing.device = images_B3HW.device
                 images_B3HW = self._erasing(images_B3HW)
             if not self._mixup:
-                return images_B3HW, smoothed(labels_B, self._classes, self._smoothing)
+                return images_B3HW, smooth_labels(labels_B, self._classes, self._smoothing)
             images_B3HW, targets_BC = self._mixup(images_B3HW, labels_B)
         return images_B3HW, targets_BC
 
 
-def smoothed(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
+def smooth_labels(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
     """``smoothing`` spread over all classes and the rest on the label's (Szegedy et al. 2016): fp32 ``[B, classes]``."""
     off = smoothing / classes
     targets_BC = torch.full((len(labels_B), classes), off, device=labels_B.device)

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from scale_mae.data.index import NAME, Index, index_of
-from scale_mae.data.index_builder import Progress, build, open_source
-from scale_mae.data.pillow import encode_upright
+from scale_mae.data.errors import DataError, ImageError
+from scale_mae.data.index import INDEX_NAME, Index, existing_index
+from scale_mae.data.index_builder import Progress, build_index, open_index
+from scale_mae.data.pillow import reencode_as_jpeg
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.sources import CLASSES, NO_LABEL
-from scale_mae.data.storage import DataError, ImageError
-from scale_mae.data.workers import run_each, shared
 from scale_mae.system.lock import exclusive_lock
+from scale_mae.system.process_pool import map_unordered, shared_state
 from scale_mae.system.resources import available_cores
 
 TRIED = 100  # images encoded for trial, to learn how large they become
@@ -35,7 +35,7 @@ LEFT_OUT = ".left_out.txt"
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackResult:
     """The index of the shards, and a line for each image that could not be packed."""
 
     index: Index
@@ -62,7 +62,7 @@ def pack(
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Packed:
+) -> PackResult:
     """Re-encode all usable images of a source into shuffled tar shards in the WebDataset convention, with their index.
 
     Args:
@@ -80,15 +80,15 @@ def pack(
     """
     if not (short_side > 0 and 1 <= quality <= 95 and 0 < shard_mb < math.inf):
         raise DataError(f"--short-side {short_side} --quality {quality} --shard-mb {shard_mb:g}: positive, quality at most 95")
-    folder, index, workers = Path(out), open_source(source), workers or available_cores()
+    folder, index, workers = Path(out), open_index(source), workers or available_cores()
     settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
     packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
     try:
-        with exclusive_lock(folder / f"{NAME}.lock", f"{folder} is being packed"):
+        with exclusive_lock(folder / f"{INDEX_NAME}.lock", f"{folder} is being packed"):
             packing = replace(packing, per_shard=_begin(packing, settings))
             _write_missing(packing, workers, progress or (lambda done, total: None))
             left_out = [line for path in sorted(folder.glob(f"*{LEFT_OUT}")) for line in path.read_text("utf-8").splitlines()]
-            packed = build(str(folder), folder / NAME, workers=workers)
+            packed = build_index(str(folder), folder / INDEX_NAME, workers=workers)
     except BrokenProcessPool:
         raise DataError(
             f"{source}: a packing process was killed, by an image or for want of memory; scale-mae index {source} finds such "
@@ -98,9 +98,9 @@ def pack(
         raise DataError(f"{folder}: cannot be written ({error}); the same command goes on where it stopped") from None
     if len(packed) + len(left_out) != len(index):
         raise DataError(f"{folder}: holds {len(packed)} of {len(index)} images and left out {len(left_out)}; take a new folder")
-    if not index_of(source):  # an index of the user's own has told what it leaves out
-        left_out += [f"{where}: {cause}" for where, cause in index.left_out()]
-    return Packed(packed, left_out)
+    if not existing_index(source):  # an index of the user's own has told what it leaves out
+        left_out += [f"{where}: {cause}" for where, cause in index.quarantined_images()]
+    return PackResult(packed, left_out)
 
 
 def _begin(packing: _Packing, settings: dict[str, Any]) -> int:
@@ -115,7 +115,7 @@ def _begin(packing: _Packing, settings: dict[str, Any]) -> int:
         if there != settings:
             raise DataError(f"{folder} holds another packing ({there}); name another folder")
         return per_shard
-    if any(path.name not in (CLASSES, f"{NAME}.lock") for path in folder.iterdir()):
+    if any(path.name not in (CLASSES, f"{INDEX_NAME}.lock") for path in folder.iterdir()):
         raise DataError(f"{folder} is not empty; name another folder")
     classes = packing.index.classes
     if any("\n" in name for name in classes):
@@ -133,7 +133,7 @@ def _write_missing(packing: _Packing, workers: int, progress: Progress) -> None:
     total = len(packing.index)
     missing = [first for first in range(0, total, packing.per_shard) if not _shard(packing, first).exists()]
     done = total - sum(min(packing.per_shard, total - first) for first in missing)
-    with run_each(packing, workers, _write_shard, missing, workers, lambda: None) as results:
+    with map_unordered(_write_shard, missing, processes=workers, max_pending=workers, state=packing) as results:
         for images in results:
             done += images
             progress(done, total)
@@ -144,7 +144,7 @@ def _images_per_shard(packing: _Packing, size: float) -> int:
     tried = []
     for sample in _samples(packing, 0, min(TRIED, len(packing.index))):
         try:
-            data = encode_upright(packing.index.read(sample), packing.short_side, packing.quality)
+            data = reencode_as_jpeg(packing.index.read(sample), packing.short_side, packing.quality)
         except ImageError:
             continue
         tried.append(512 * (3 + math.ceil(len(data) / 512)))  # a header each for image and label, contents in whole blocks
@@ -162,7 +162,7 @@ def _shard(packing: _Packing, first: int) -> Path:
 
 def _write_shard(first: int) -> int:
     """One shard, whole or not at all, and beside it a line for each image left out; runs in a worker. Images dealt with."""
-    packing: _Packing = shared()
+    packing: _Packing = shared_state()
     index = packing.index
     last = min(first + packing.per_shard, len(index))
     path = _shard(packing, first)
@@ -170,9 +170,9 @@ def _write_shard(first: int) -> int:
     with open(staging, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for position, sample in enumerate(_samples(packing, first, last), first):
             try:
-                data = encode_upright(index.read(sample), packing.short_side, packing.quality)
+                data = reencode_as_jpeg(index.read(sample), packing.short_side, packing.quality)
             except ImageError as error:
-                left_out.append(f"{index.where(sample)}: {error}\n")
+                left_out.append(f"{index.location(sample)}: {error}\n")
                 continue
             _add(tar, f"{position:09d}.jpg", data)
             if (label := int(index.entries[sample]["label"])) != NO_LABEL:

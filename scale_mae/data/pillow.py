@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from scale_mae.data.storage import ImageError, Status
+from scale_mae.data.errors import ImageError, ImageStatus
 
 EXIF_ORIENTATION = 0x0112
 # not all that Pillow knows: some of its readers start other programs on what they are given
@@ -51,20 +51,20 @@ class Header(NamedTuple):
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     if not data:
-        raise ImageError(Status.EMPTY, "0 bytes")
+        raise ImageError(ImageStatus.EMPTY, "0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError(Status.TOO_LARGE, "more than the memory that is left") from None
+        raise ImageError(ImageStatus.TOO_LARGE, "more than the memory that is left") from None
     except UnidentifiedImageError:
-        raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:4].hex(' ')}") from None
+        raise ImageError(ImageStatus.NOT_AN_IMAGE, f"begins with {data[:4].hex(' ')}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(Status.TOO_LARGE, str(error)) from None
+        raise ImageError(ImageStatus.TOO_LARGE, str(error)) from None
     except Exception as error:  # damaged files make Pillow's plugins raise whatever their parsers raise
-        raise ImageError(Status.DAMAGED, str(error) or type(error).__name__) from error
+        raise ImageError(ImageStatus.DAMAGED, str(error) or type(error).__name__) from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -72,7 +72,7 @@ def _orientation(image: Image.Image) -> int:
     return value if value in TRANSPOSE else 1
 
 
-def examine(data: bytes, decode_too: bool) -> Header:
+def read_header(data: bytes, verify: bool) -> Header:
     """Size and orientation of an encoded image.
 
     Args:
@@ -85,12 +85,12 @@ def examine(data: bytes, decode_too: bool) -> Header:
     with _opened(data) as image:
         width, height = image.size
         orientation = _orientation(image)
-        if decode_too:
+        if verify:
             _as_rgb(image)
     return Header(height, width, orientation) if orientation >= 5 else Header(width, height, orientation)
 
 
-def central_square(width: int, height: int) -> Crop:
+def center_square(width: int, height: int) -> Crop:
     """The largest centred square: what evaluation and pictures look at."""
     side = min(width, height)
     return Crop((height - side) // 2, (width - side) // 2, side, side, flip=False)
@@ -117,13 +117,15 @@ def decode(data: bytes, crop: Crop, size: tuple[int, int]) -> NDArray[np.uint8]:
         turn = TRANSPOSE.get(_orientation(image))
         upright = image.transpose(turn) if turn is not None else image
         if top + height > upright.height or left + width > upright.width:
-            raise ImageError(Status.DAMAGED, f"{upright.width} x {upright.height} pixels, smaller than when it was indexed")
+            raise ImageError(
+                ImageStatus.DAMAGED, f"{upright.width} x {upright.height} pixels, smaller than when it was indexed"
+            )
         part = _as_rgb(upright.crop((left, top, left + width, top + height)))
     part = _resized(part, size)
     return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
 
 
-def decode_centre(data: bytes, side: int, crop_pct: float | None) -> NDArray[np.uint8]:
+def decode_center_crop(data: bytes, side: int, crop_pct: float | None) -> NDArray[np.uint8]:
     """Decode as the evaluation of image classifiers does: scale the short side, cut out the central square.
 
     The same pixels as torchvision's ``Resize(int(side / crop_pct), BICUBIC)`` and ``CenterCrop(side)`` (with Pillow up to 12).
@@ -147,7 +149,7 @@ def decode_centre(data: bytes, side: int, crop_pct: float | None) -> NDArray[np.
         width, height = (wanted if length == short else int(wanted * length / short) for length in rgb.size)
         rgb = _resized(rgb, (height, width))
     if min(rgb.size) < side:
-        raise ImageError(Status.DAMAGED, f"{rgb.width} x {rgb.height} pixels, smaller than the {side} x {side} to cut out")
+        raise ImageError(ImageStatus.DAMAGED, f"{rgb.width} x {rgb.height} pixels, smaller than the {side} x {side} to cut out")
     left, top = (round((length - side) / 2) for length in rgb.size)
     return np.asarray(rgb.crop((left, top, left + side, top + side)))
 
@@ -159,7 +161,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((size[1], image.height), Image.Resampling.BICUBIC).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-def encode_upright(data: bytes, short_side: int, quality: int) -> bytes:
+def reencode_as_jpeg(data: bytes, short_side: int, quality: int) -> bytes:
     """An image again as an upright 8-bit RGB JPEG, its short side at most ``short_side`` pixels.
 
     Raises:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from scale_mae.data.storage import DataError
-from scale_mae.data.workers import DaemonThreadPool
+from scale_mae.data.errors import DataError
+from scale_mae.system.thread_pool import DaemonThreadPool
 
 
 class RandAugment:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scale_mae.config.sections import DataConfig
-from scale_mae.data.crops import NUMBERS, Floats, Ints, clipped_crops, fixed_size_crops, random_resized_crops
+from scale_mae.data.crop_boxes import NUMBERS, Floats, Ints, clipped_crops, fixed_size_crops, random_resized_crops
 from scale_mae.data.pillow import Crop
 
 Words = NDArray[np.uint64]
@@ -41,23 +41,23 @@ class SamplePlan:
     seed: int
     dataset_size: int
     global_batch: int
-    skips: tuple[tuple[int, int], ...] = ()
+    skipped: tuple[tuple[int, int], ...] = ()
 
-    def without(self, first: int, stop: int) -> SamplePlan:
+    def skip(self, first: int, stop: int) -> SamplePlan:
         """The same plan, with positions ``first`` to ``stop - 1`` left out besides."""
         merged: list[tuple[int, int]] = []
-        for begin, end in sorted({*self.skips, (first, stop)}):
+        for begin, end in sorted({*self.skipped, (first, stop)}):
             if merged and begin <= merged[-1][1]:
                 merged[-1] = merged[-1][0], max(end, merged[-1][1])
             else:
                 merged.append((begin, end))
-        return replace(self, skips=tuple(merged))
+        return replace(self, skipped=tuple(merged))
 
-    def positions(self, step: int, rank: int, ranks: int, micro_step: int, micro_batch: int) -> Ints:
+    def positions(self, step: int, rank: int, world_size: int, micro_step: int, micro_batch: int) -> Ints:
         """Positions of one forward pass of one process: consecutive rows of the step, ``[micro_batch]``, ascending."""
-        first = step * self.global_batch + (micro_step * ranks + rank) * micro_batch
+        first = step * self.global_batch + (micro_step * world_size + rank) * micro_batch
         positions = np.arange(first, first + micro_batch)
-        for begin, end in self.skips:
+        for begin, end in self.skipped:
             positions += (positions >= begin) * (end - begin)
         return positions
 
@@ -110,7 +110,7 @@ class SamplePlan:
         flips = u[:, -1] < (0 if config.augmentation == "none" else config.flip)
         return list(map(Crop._make, zip(*boxes.T.tolist(), flips.tolist(), strict=True)))
 
-    def jitter(self, positions: Ints, strength: tuple[float, float, float]) -> NDArray[np.float32]:
+    def color_jitter(self, positions: Ints, strength: tuple[float, float, float]) -> NDArray[np.float32]:
         """Colour jitter of each image as torchvision's ColorJitter draws it, ``[n, 6]``: factors of brightness, contrast and
         saturation, uniform in [max(0, 1 - strength), 1 + strength], and a key for each by which their order is sorted."""
         u = self._uniforms(_JITTER, positions, 6)
@@ -126,12 +126,12 @@ class SamplePlan:
         """A seed, in [0, 2^63), of what is drawn for a forward pass as a whole; it is its first position's."""
         return int(self._words(_BATCH, positions[:1], 1)[0, 0] >> np.uint64(1))
 
-    def mask_noise(self, positions: Ints, patches: int) -> NDArray[np.float32]:
+    def mask_noise(self, positions: Ints, num_patches: int) -> NDArray[np.float32]:
         """A uniform number for each patch of each image, ``[n, patches]``: fresh at every position of the run."""
-        bits = self._words(_MASK, positions, -(-patches // 2)).view(np.uint32)
+        bits = self._words(_MASK, positions, -(-num_patches // 2)).view(np.uint32)
         bits >>= np.uint32(9)
         bits |= np.uint32(0x3F800000)  # 23 random bits after the exponent of 1: a number in [1, 2)
-        noise: NDArray[np.float32] = bits.view(np.float32)[:, :patches] - np.float32(1)
+        noise: NDArray[np.float32] = bits.view(np.float32)[:, :num_patches] - np.float32(1)
         return noise
 
     def _uniforms(self, stream: int, positions: Ints, count: int) -> Floats:

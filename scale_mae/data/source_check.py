@@ -6,20 +6,22 @@ import os
 import re
 
 from scale_mae.config import PACKAGE_DIR
-from scale_mae.data.layouts import LAYOUTS, Place, locate
-from scale_mae.data.storage import TAR_SUFFIXES, DataError
+from scale_mae.data.dataset_layouts import LAYOUTS, locate
+from scale_mae.data.errors import DataError
+from scale_mae.data.file_lists import SourceLocation
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 DEMO = PACKAGE_DIR / "demo_data"
 
 
-def find(source: str) -> Place:
+def check_source(source: str) -> SourceLocation:
     """Where a source's images are told of: a folder, tar shards or a file that exist.
 
     Raises:
         DataError: nothing there, or something missing.
         OSError: a folder cannot be looked into.
     """
-    place = locate(source) or Place(source)
+    place = locate(source) or SourceLocation(source)
     path = place.path
     if are_shards(path):
         shard_paths(path)

@@ -16,10 +16,11 @@ from typing import IO
 
 import numpy as np
 
-from scale_mae.data.layouts import Place, Row, folder_rows, is_image, is_list, read_rows
-from scale_mae.data.source_check import are_shards, find, shard_paths
-from scale_mae.data.storage import TAR_SUFFIXES, DataError, ImageError, printable, unpacked
-from scale_mae.data.workers import start_workers
+from scale_mae.data.errors import DataError, ImageError, escape_unprintable
+from scale_mae.data.file_lists import Row, SourceLocation, folder_rows, is_image, is_list, read_rows
+from scale_mae.data.source_check import TAR_SUFFIXES, are_shards, check_source, shard_paths
+from scale_mae.data.storage import decompress
+from scale_mae.system.process_pool import start_process_pool
 
 NO_LABEL = -1
 CLASSES = "classes.txt"  # beside shards: the name of each class number
@@ -27,7 +28,7 @@ LONGEST_TAIL = 1 << 20  # bytes of zeros at a tar's end that its blocking can ex
 PROCESSES = 16  # that list shards, where there are so many
 
 
-class Listing:
+class ImageList:
     """Images found in a source and not yet looked at, in columns, because there may be tens of millions.
 
     Attributes:
@@ -62,36 +63,38 @@ class Listing:
         self.label.append(label)
 
 
-def list_images(source: str) -> Listing:
+def list_images(source: str) -> ImageList:
     """List the images of a source, in a fixed order; none of them is opened.
 
     Args:
         source: class folders ``root/class/.../image`` or a flat folder; tar shards in the WebDataset convention (``key.jpg``
             beside ``key.cls``): a folder of them, one, a brace list ``name-{000..146}.tar``, or ``demo:train``, ``demo:val``;
             a list ``.txt``, ``.csv`` or ``.tsv`` of paths and labels; annotations ``.json`` in COCO style; or a layout
-            ``NAME:SPLIT:ROOT``, see :data:`scale_mae.data.layouts.LAYOUTS`.
+            ``INDEX_NAME:SPLIT:ROOT``, see :data:`scale_mae.data.dataset_layouts.LAYOUTS`.
 
     Raises:
         DataError: nothing there, something missing, unreadable or malformed.
     """
     try:
-        place = find(source)
+        place = check_source(source)
         listing = _list(place)
         listing.problems += [place.problem] if place.problem else []
     except BrokenProcessPool:
-        raise DataError(f"{printable(source)}: a process that listed shards was killed; is there enough memory?") from None
+        raise DataError(
+            f"{escape_unprintable(source)}: a process that listed shards was killed; is there enough memory?"
+        ) from None
     except OSError as error:
-        raise DataError(printable(f"{error.filename or source}: cannot be read ({error.strerror or error})")) from None
+        raise DataError(escape_unprintable(f"{error.filename or source}: cannot be read ({error.strerror or error})")) from None
     except DataError as error:
-        raise DataError(printable(str(error))) from None
-    listing.problems = [printable(problem) for problem in listing.problems]
+        raise DataError(escape_unprintable(str(error))) from None
+    listing.problems = [escape_unprintable(problem) for problem in listing.problems]
     if not listing:
         why = listing.problems[0] if listing.problems else "expected root/class/*.jpg, or tar shards of key.jpg and key.cls"
-        raise DataError(f"{printable(source)}: no images found; {why}")
+        raise DataError(f"{escape_unprintable(source)}: no images found; {why}")
     return listing
 
 
-def _list(place: Place) -> Listing:
+def _list(place: SourceLocation) -> ImageList:
     path = place.path
     if os.path.isdir(path):
         return _list_folder(os.path.abspath(path))
@@ -102,7 +105,7 @@ def _list(place: Place) -> Listing:
     raise DataError(f"{path}: no kind of source; expected a folder, tar shards, a list .txt .csv .tsv or annotations .json")
 
 
-def _list_folder(root: str) -> Listing:
+def _list_folder(root: str) -> ImageList:
     with os.scandir(root) as found:
         entries = sorted((entry.name, entry.is_dir()) for entry in found if not entry.name.startswith("."))
     folders = [name for name, is_folder in entries if is_folder]
@@ -118,7 +121,7 @@ def _list_folder(root: str) -> Listing:
     return listing
 
 
-def _list_rows(place: Place) -> Listing:
+def _list_rows(place: SourceLocation) -> ImageList:
     rows, classes = read_rows(place)
     root = os.path.realpath(place.images or os.path.dirname(place.path))  # from a link to it, ".." would lead elsewhere
     listing = _collect(root, rows, classes)
@@ -128,8 +131,8 @@ def _list_rows(place: Place) -> Listing:
     return listing
 
 
-def _collect(root: str, rows: Iterable[Row], classes: Sequence[str] = (), *, integers: bool = True) -> Listing:
-    listing, prefix = Listing(root), os.path.join(root, "")
+def _collect(root: str, rows: Iterable[Row], classes: Sequence[str] = (), *, integers: bool = True) -> ImageList:
+    listing, prefix = ImageList(root), os.path.join(root, "")
     names: dict[str, int] = {}
     for path, name in rows:
         if not os.path.basename(path).startswith("."):
@@ -144,7 +147,7 @@ def _numbered(name: str | None, names: dict[str, int]) -> int:
     return NO_LABEL if name is None or name in {"", "-1"} else names.setdefault(name, len(names))
 
 
-def _number_classes(listing: Listing, names: Sequence[str], classes: Sequence[str], *, integers: bool = True) -> None:
+def _number_classes(listing: ImageList, names: Sequence[str], classes: Sequence[str], *, integers: bool = True) -> None:
     """Replace labels, until now numbers of ``names``: integers stand as they are, names in alphabetical or the given order."""
     odd = [name for name in names if not re.fullmatch(r"\d{1,9}", name)]
     if integers and 0 < len(odd) < len(names):
@@ -165,8 +168,8 @@ def _renumbered(labels: array[int], numbers: Sequence[int]) -> array[int]:
     return array("i", table[np.asarray(labels)].tobytes())
 
 
-def _list_shards(paths: Sequence[str]) -> Listing:
-    listing = Listing(os.path.commonpath([os.path.dirname(path) for path in paths]))
+def _list_shards(paths: Sequence[str]) -> ImageList:
+    listing = ImageList(os.path.commonpath([os.path.dirname(path) for path in paths]))
     names: dict[str, int] = {}
     for path, part in zip(paths, _list_each(paths), strict=True):
         listing.shard.extend(array("I", [listing.add_shard(path)]) * len(part))
@@ -180,20 +183,20 @@ def _list_shards(paths: Sequence[str]) -> Listing:
     return listing
 
 
-def _list_each(paths: Sequence[str]) -> Iterator[Listing]:
+def _list_each(paths: Sequence[str]) -> Iterator[ImageList]:
     if len(paths) < PROCESSES:
         yield from map(_list_shard, paths)
     else:  # processes, not threads: reading headers is as much work as waiting for them
-        with start_workers(None, PROCESSES) as pool:
+        with start_process_pool(None, PROCESSES) as pool:
             yield from pool.map(_list_shard, paths)
 
 
-def _list_shard(path: str) -> Listing:
+def _list_shard(path: str) -> ImageList:
     """One shard; the labels are numbers of its ``classes``, these in order of appearance."""
-    listing = Listing(os.path.dirname(path))
+    listing = ImageList(os.path.dirname(path))
     names: dict[str, int] = {}
     try:
-        file: IO[bytes] = io.BytesIO(unpacked(path)) if path.endswith("gz") else open(path, "rb")
+        file: IO[bytes] = io.BytesIO(decompress(path)) if path.endswith("gz") else open(path, "rb")
     except ImageError as error:
         listing.problems.append(f"{path}: damaged ({error.reason}); none of its images are used")
         return listing

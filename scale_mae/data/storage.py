@@ -10,52 +10,15 @@ import stat
 import time
 import zlib
 from collections.abc import Callable
-from enum import IntEnum
 from typing import TypeVar
 
-from scale_mae.config import UserError
+from scale_mae.data.errors import ImageError, ImageStatus
 
 T = TypeVar("T")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BACK_OFF = (0.2, 1.0, 5.0)  # seconds before each further attempt
 PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 MAX_BYTES = 1 << 30  # of an encoded image
 OPEN_SHARDS = 128  # kept open by a process; opening one is a round trip on network storage
-
-
-class DataError(UserError):
-    """A source that cannot be used, or an image of it that cannot be done without."""
-
-
-class Status(IntEnum):
-    """What an index knows of an image: nothing yet, that it can be trained on, or, from ``EMPTY`` on, why it cannot."""
-
-    PENDING = 0
-    BEGUN = 1
-    DECODED = 2
-    HEADER_READ = 3
-    EMPTY = 16
-    UNREADABLE = 17
-    NOT_AN_IMAGE = 18
-    DAMAGED = 19
-    TOO_LARGE = 20
-    CRASHED = 21
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        return {16: "no bytes", 20: "too many pixels", 21: "ends the decoder"}.get(self, self.name.lower().replace("_", " "))
-
-
-class ImageError(Exception):
-    """An image that cannot be had; ``cause`` counts it, the text says what exactly."""
-
-    def __init__(self, cause: Status, reason: str) -> None:
-        super().__init__(cause, reason)
-        self.cause, self.reason = cause, " ".join(reason.split())
-
-    def __str__(self) -> str:
-        return f"{self.cause.text} ({self.reason})"
 
 
 class _Shard:
@@ -88,11 +51,11 @@ def read(path: str, offset: int, length: int) -> bytes:
         ImageError: UNREADABLE; the file is gone, shorter than it was, or storage kept failing.
     """
     if path.endswith("gz"):
-        data = unpacked(path)[offset : offset + length]
+        data = decompress(path)[offset : offset + length]
     else:
         data = _patiently(path, _opened if offset else _Shard, lambda shard: shard.read(offset, length))
     if len(data) < length:
-        raise ImageError(Status.UNREADABLE, f"the file ends at byte {offset + len(data)}; it changed since it was indexed")
+        raise ImageError(ImageStatus.UNREADABLE, f"the file ends at byte {offset + len(data)}; it changed since it was indexed")
     return data
 
 
@@ -112,14 +75,14 @@ def _patiently(path: str, open_shard: Callable[[str], _Shard], action: Callable[
         except OSError as error:
             if pause is None or error.errno in PERMANENT:
                 tries = "" if error.errno in PERMANENT else f", {len(BACK_OFF) + 1} tries"
-                raise ImageError(Status.UNREADABLE, f"{error.strerror}{tries}") from None
+                raise ImageError(ImageStatus.UNREADABLE, f"{error.strerror}{tries}") from None
             time.sleep(pause)
             open_shard = _Shard  # the one kept open may be stale
     raise AssertionError  # the last attempt returns or raises
 
 
 @functools.lru_cache(maxsize=64)
-def unpacked(path: str) -> bytes:
+def decompress(path: str) -> bytes:
     """A gzipped shard, held in memory: for small sets only.
 
     Raises:
@@ -129,9 +92,4 @@ def unpacked(path: str) -> bytes:
         with gzip.open(path) as file:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise ImageError(Status.UNREADABLE, str(error)) from None
-
-
-def printable(text: str) -> str:
-    """One line that any terminal and any log takes, whatever the files are called."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        raise ImageError(ImageStatus.UNREADABLE, str(error)) from None

@@ -10,20 +10,20 @@ from torch import Tensor
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601), as torchvision has them
 
 
-def normalise(
+def normalize(
     images_BHW3: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], jitter_B6: Tensor | None = None
 ) -> Tensor:
     """uint8 ``[B, H, W, 3]`` to normalised fp32 ``[B, 3, H, W]``, on the tensor's device; colour jitter comes before."""
     if jitter_B6 is not None:
         mean_1311, std_1311 = _statistics(mean, std, images_BHW3.device)
-        return (colour_jitter(images_BHW3.permute(0, 3, 1, 2).float() / 255, jitter_B6) - mean_1311) / std_1311
+        return (color_jitter(images_BHW3.permute(0, 3, 1, 2).float() / 255, jitter_B6) - mean_1311) / std_1311
     # whole rows at once, in place: four times as fast on a CPU as broadcasting over three channels
     scale_W3, shift_W3 = _of_rows(mean, std, images_BHW3.shape[2], images_BHW3.device)
     rows_BHW3 = images_BHW3.flatten(2).float().mul_(scale_W3).add_(shift_W3)
     return rows_BHW3.view(images_BHW3.shape).permute(0, 3, 1, 2)
 
 
-def colour_jitter(pixels_B3HW: Tensor, jitter_B6: Tensor) -> Tensor:
+def color_jitter(pixels_B3HW: Tensor, jitter_B6: Tensor) -> Tensor:
     """Change brightness, contrast and saturation, each image's in its own order, as torchvision's ColorJitter does.
 
     Args:
@@ -42,8 +42,8 @@ def colour_jitter(pixels_B3HW: Tensor, jitter_B6: Tensor) -> Tensor:
     return pixels_B3HW
 
 
-def denormalise(images_B3HW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """Inverse of :func:`normalise` up to rounding: values in [0, 1], clipped, ``[B, 3, H, W]``."""
+def denormalize(images_B3HW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """Inverse of :func:`normalize` up to rounding: values in [0, 1], clipped, ``[B, 3, H, W]``."""
     mean_1311, std_1311 = _statistics(mean, std, images_B3HW.device)
     return (images_B3HW * std_1311 + mean_1311).clamp(0, 1)
 

@@ -1,1 +1,1 @@
-"""Processes: who they are, how they meet, and how they agree. Ranks come from torchrun or Slurm."""
+"""The processes of a job: their ranks, their process group, signals to stop, and the vote to stop together."""

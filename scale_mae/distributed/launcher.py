@@ -1,4 +1,7 @@
-"""Who am I among how many: rank numbers as torchrun or Slurm (``srun`` alone) give them. Imports no torch."""
+"""Read rank, world size and local rank from the environment variables of torchrun or Slurm (``srun`` alone).
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,26 @@ from scale_mae.config import UserError
 
 
 def get_rank_and_world_size() -> tuple[int, int]:
-    """(rank, number of processes), from the environment, before any process group exists."""
+    """Return (rank, world size) from the environment. This works before any process group exists."""
     rank, size, _ = get_ranks()
     return rank, size
 
 
 def get_ranks() -> tuple[int, int, int]:
-    """(rank, size, local rank); under Slurm also sets the meeting point of the processes."""
+    """Return (rank, world size, local rank). Without a launcher this is (0, 1, 0).
+
+    Under Slurm, this also sets ``MASTER_ADDR``, ``MASTER_PORT`` and ``LOCAL_WORLD_SIZE`` where they are not set.
+
+    Raises:
+        UserError: A rank variable is missing or is not a number.
+    """
     env = os.environ
     try:
         if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
             return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
         if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_STEP_ID", "").isdigit():  # srun
             if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
-                return 0, 1, 0  # several single runs may share one job step, an interactive shell for instance
+                return 0, 1, 0  # independent runs may share one job step, for example in an interactive shell
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
             port = rendezvous_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
             env.setdefault("MASTER_PORT", str(port))
@@ -34,38 +43,39 @@ def get_ranks() -> tuple[int, int, int]:
 
 
 def rendezvous_port(job: str, step: str, restart: str) -> int:
-    """Where the processes of a job step meet: others for other steps and restarts, since one may be taken by a stranger.
+    """Return the port of the rendezvous store of a Slurm job step.
 
-    It is below the range from which the kernel hands out ports. Each job has 31, of which a restart goes on 7 further.
+    Every step and every restart gets another port, because another process may hold the previous one. The ports lie
+    below the range from which the kernel assigns ports. A job has 31 of them, and a restart advances by 7.
 
-    >>> [meeting_port("1", step, restart) for restart in ("0", "1", "5") for step in ("0", "1")]
+    >>> [rendezvous_port("1", step, restart) for restart in ("0", "1", "5") for step in ("0", "1")]
     [20031, 20032, 20038, 20039, 20035, 20036]
     """
     return 20000 + int(job) * 31 % 12000 + (int(step) + 7 * int(restart)) % 31
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list; that of a list without brackets needs no program."""
+    """Return the first host of a Slurm node list."""
     return expand_host_list(nodes)[0]
 
 
 def expand_host_list(nodes: str) -> list[str]:
-    """Hosts of a Slurm node list such as ``gpu[03-05,9],cpu1``.
+    """Return the hosts of a Slurm node list such as ``gpu[03-05,9],cpu1``. A list without brackets needs no ``scontrol``.
 
     Raises:
-        UserError: brackets, and no scontrol to expand them.
+        UserError: The list has brackets, and ``scontrol`` is missing or fails.
     """
     if "[" not in nodes:
         return nodes.split(",")
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        raise UserError(f"cannot expand SLURM_STEP_NODELIST={nodes} without scontrol; set MASTER_ADDR yourself") from None
+        raise UserError(f"SLURM_STEP_NODELIST={nodes} cannot be expanded without scontrol; set MASTER_ADDR") from None
     return listed.stdout.split()
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Tasks of one node from Slurm's run-length form ``4(x2),3``."""
+    """Return the number of tasks of one node, from Slurm's run-length form such as ``4(x2),3``."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):
         count, _, times = part.partition("(x")
@@ -74,7 +84,7 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def get_node_rank() -> int:
-    """Number of this machine among those of the job, from torchrun or Slurm; 0 without them."""
+    """Return the number of this node in the job, from torchrun or Slurm. Without a launcher this is 0."""
     for name in ("GROUP_RANK", "SLURM_NODEID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])

@@ -1,4 +1,4 @@
-"""Processes: who am I, and how do we all agree. Ranks come from torchrun, from Slurm (``srun`` alone), or there is one."""
+"""The process group: :func:`process_group` joins it, and :class:`World` describes it and holds its collectives."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from scale_mae.distributed.launcher import get_ranks
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-HEARTBEAT = 60.0  # seconds
+HEARTBEAT = 60.0  # seconds between two broadcasts of run_on_main
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and the process group that it belongs to. All processes call the collectives in the same order.
 
     Attributes:
-        rank: 0 to ``size - 1``.
-        size: number of processes.
-        local_rank: rank on this machine; also the number of its GPU.
-        device: where tensors live.
-        control: a group for flags and objects in host memory, apart from the training traffic.
+        rank: From 0 to ``size - 1``.
+        size: Number of processes (the world size).
+        local_rank: Rank on this node.
+        device: Device of this process's tensors.
+        control_group: A gloo group for flags and objects in host memory. It is separate from the training traffic.
     """
 
     rank: int
@@ -45,75 +45,83 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs."""
+        """Whether this is rank 0, which writes logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait for all processes."""
         dist.barrier(group=self.control_group)
 
     def with_new_control_group(self) -> World:
-        """The same processes, for a thread of its own: what it says does not mix with the main thread's. All call it."""
+        """Return the same world with a new control group, for a thread that communicates while the main thread does."""
         return replace(self, control_group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value, in rank order, on every process."""
+        """Return the values of all processes in rank order."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def run_on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0, however long it takes, and give its result, or its :class:`UserError`, to every process."""
+        """Run ``action`` on rank 0 and return its result on all processes. ``action`` may take longer than the timeout.
+
+        Raises:
+            UserError: ``action`` raised it. All processes raise the same error.
+        """
         with ThreadPoolExecutor(1) as thread:
             running = thread.submit(action) if self.is_main else None
             while True:
-                outcome: list[Any] = [False, None, None]  # whether it has ended, its result, its error
+                status: list[Any] = [False, None, None]  # done, result, error
                 if running and wait([running], HEARTBEAT).done:
                     error = running.exception()
                     if error is not None and not isinstance(error, UserError):
                         raise error
-                    outcome = [True, None if error else running.result(), error]
-                dist.broadcast_object_list(outcome, src=0, group=self.control_group)  # in time, or the others give up waiting
-                ended, result, error = outcome
+                    status = [True, None if error else running.result(), error]
+                # broadcast even when the action is not done, because the others would run into the timeout
+                dist.broadcast_object_list(status, src=0, group=self.control_group)
+                done, result, error = status
                 if error is not None:
                     raise error
-                if ended:
+                if done:
                     return result  # type: ignore[no-any-return]
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every process; if it raises a :class:`UserError` on any, every process raises the first one."""
-        result, problem = None, None
+        """Run ``action`` on all processes and return this process's result.
+
+        Raises:
+            UserError: ``action`` raised it on at least one process. All processes raise the error of the lowest such rank.
+        """
+        result, own_error = None, None
         try:
             result = action()
         except UserError as error:
-            problem = error
-        for found in self.all_gather(problem):
-            if found is not None:
-                raise found
-        return result  # type: ignore[return-value]  # no error, so it is action's result
+            own_error = error
+        for first_error in filter(None, self.all_gather(own_error)):
+            raise first_error
+        return result  # type: ignore[return-value]  # no error, so it is the result of action
 
     def all_reduce_sum(self, values: Tensor) -> list[float]:
-        """Sum of a small tensor over all processes, brought to the host (this waits for the accelerator)."""
+        """Sum a tensor over all processes in place and return it as a list. This waits for the accelerator."""
         dist.all_reduce(values)
-        reduced: list[float] = values.tolist()
-        return reduced
+        sums: list[float] = values.tolist()
+        return sums
 
 
 @contextmanager
 def process_group(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[World]:
-    """Join the other processes; leave them at the end.
+    """Join the process group of the job, and leave it at the end.
 
     Args:
-        timeout: how long to wait for the others, here and in every collective.
-        store: where to meet, when the processes have met already.
+        timeout: How long to wait for the other processes, here and in every collective.
+        store: The rendezvous store, if the processes have one already.
 
     Raises:
-        UserError: rank variables that make no sense.
+        UserError: A rank variable is missing or is not a number.
     """
     rank, size, local_rank = get_ranks()
     device = get_local_device()
-    left = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
-    # DeepSpeed reads these, and takes LOCAL_RANK for the number of the GPU
+    unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} - os.environ.keys()
+    # DeepSpeed reads these variables, and takes LOCAL_RANK as the number of the GPU.
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -125,39 +133,39 @@ def process_group(timeout: timedelta = TIMEOUT, store: Any = None) -> Iterator[W
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if store is None:  # HashStore and the like are public, but not in torch's list of exports
-        store = _meeting(timeout) if size > 1 or "MASTER_ADDR" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+    if store is None:  # HashStore and PrefixStore are public, but torch does not list them in its exports
+        store = _new_store(timeout) if size > 1 or "MASTER_ADDR" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=timeout))
     finally:
-        comm = sys.modules.get("deepspeed.comm")  # where training has imported it
-        # torch's own function would leave DeepSpeed with groups that are gone
+        comm = sys.modules.get("deepspeed.comm")  # present if training has imported it
+        # torch's own function would leave DeepSpeed with groups that no longer exist
         (comm if comm and comm.is_initialized() else dist).destroy_process_group()
-        for name in left:
+        for name in unset:
             os.environ.pop(name, None)
 
 
-_meetings = itertools.count()
+_store_numbers = itertools.count()
+
+
+def _new_store(timeout: timedelta) -> Any:
+    """Return a store with a prefix of its own. The keys of an earlier group in the same processes would mislead this one."""
+    store = _launcher_store(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"scale_mae/{next(_store_numbers)}", store)  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _place(address: str | None, port: str | None) -> Any:
-    """The store where the launcher's processes meet, which the environment names."""
+def _launcher_store(address: str | None, port: str | None) -> Any:
+    """Return the store at the address in the environment. There is one connection per address."""
     return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]  # type: ignore[attr-defined]
 
 
-def _meeting(timeout: timedelta) -> Any:
-    """Where to meet this time: under a name of its own, since what the processes left there last time would mislead them."""
-    place = _place(*(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")))
-    place.set_timeout(timeout)
-    return dist.PrefixStore(f"scale_mae/{next(_meetings)}", place)  # type: ignore[attr-defined]
-
-
 def get_local_device() -> torch.device:
-    """Where this process's tensors live; nothing is allocated there yet."""
+    """Return the device of this process's tensors. This allocates nothing on it."""
     _, _, local_rank = get_ranks()
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Slurm can be told to show each process its own GPU only (--gpus-per-task); that one is then number 0
+    # With --gpus-per-task, Slurm shows each process only its own GPU, as number 0.
     return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)

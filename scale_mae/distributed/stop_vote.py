@@ -1,4 +1,4 @@
-"""Votes: the processes agree on whether to continue, without waiting for the accelerator."""
+"""The vote on whether to continue: all processes stop, or fail, at the same step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scale_mae.distributed.process_group import World
 
 
 class Vote(IntEnum):
-    """What a process has to say before a forward pass; the largest vote counts."""
+    """The vote of one process before a forward pass. The largest vote of all processes decides."""
 
     CONTINUE = 0
     STOP = 1
@@ -20,9 +20,9 @@ class Vote(IntEnum):
 
 
 class StopVote:
-    """Agreement without waiting: a vote is cast while the accelerator computes and counted before the next forward pass.
+    """An asynchronous vote: cast while the accelerator computes, counted before the next forward pass.
 
-    Votes travel between hosts, so counting them never waits for the accelerator.
+    Votes travel between hosts, so counting them does not wait for the accelerator.
     """
 
     def __init__(self, world: World) -> None:
@@ -30,11 +30,11 @@ class StopVote:
         self._work: Any = None
 
     def cast(self, vote: Vote) -> None:
-        """Start sending this process's vote."""
+        """Start to send the vote of this process."""
         self._flag.fill_(int(vote))
         self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._world.control_group, async_op=True)
 
     def count(self) -> Vote:
-        """The largest vote of all processes."""
+        """Wait for the votes of all processes and return the largest."""
         self._work.wait()
         return Vote(int(self._flag.item()))

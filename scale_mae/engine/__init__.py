@@ -1,8 +1,8 @@
-"""The DeepSpeed engine, optimizers and schedule. Only this package and ``checkpoint`` import deepspeed."""
+"""The DeepSpeed engine, optimizers and the learning-rate schedule. Only this package and ``checkpoint`` import deepspeed."""
 
 import os
 
 import torch
 
-# DeepSpeed reads this when it is first imported. Without it, DeepSpeed probes for a GPU and warns when there is none.
+# DeepSpeed reads this variable at its first import. Without it, DeepSpeed probes for a GPU and warns if it finds none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

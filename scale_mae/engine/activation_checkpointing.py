@@ -1,9 +1,9 @@
-"""Activation recomputation: which activations are kept for the backward pass, and which are computed again.
+"""Activation checkpointing: which activations the forward pass keeps, and which the backward pass recomputes.
 
-none       keep all
-full       keep each block's input, recompute the block
-every_k    likewise for every k-th block, keep all of the others
-selective  keep the outputs of matrix products and attention, recompute what is cheap (norms, activations)
+none       keep all activations
+full       keep the input of each block, recompute the block
+every_k    do so for every k-th block, keep all activations of the other blocks
+selective  keep the outputs of matrix products and attention, recompute the cheap operations (norms, activation functions)
 offload    as full, with the block inputs in host memory (fairscale)
 """
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scale_mae.config.sections import TrainConfig
-from scale_mae.model.sizes import Flops
+from scale_mae.model.flops import Flops
 
 _aten = torch.ops.aten
-KEPT = {
+SAVED_OPS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
@@ -33,19 +33,6 @@ KEPT = {
 }
 
 
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _recomputed(block: nn.Module, **options: Any) -> None:
-    # A function of this file, not a partial of torch's: torch.compile passes over frames of torch and would compile nothing.
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(type(self).forward, self, x, use_reentrant=False, **options)
-        return out
-
-    block.forward = MethodType(forward, block)  # in place: names of parameters stay
-
-
 def apply_activation_checkpointing(
     blocks: list[nn.Module],
     policy: str,
@@ -53,46 +40,61 @@ def apply_activation_checkpointing(
     *,
     uses_rng: bool = False,
 ) -> None:
-    """Set the policy of transformer blocks, in place.
+    """Apply a policy to transformer blocks, in place.
 
     Args:
-        blocks: in the order in which they run.
-        policy: see this module's text.
-        every: k of ``every_k``.
-        draws_random: blocks draw random numbers: the generator's state is kept, so that they draw the same again.
+        blocks: The blocks in the order in which they run.
+        policy: One of the policies in this module's docstring.
+        every: The k of ``every_k``.
+        uses_rng: Whether the blocks draw random numbers. If so, the state of the generator is saved, so that the
+            recomputation draws the same numbers.
 
     Raises:
-        ValueError: unknown policy.
+        ValueError: The policy is unknown.
     """
-    recomputed = partial(_recomputed, preserve_rng_state=uses_rng)
+    checkpointed = partial(_checkpoint_block, preserve_rng_state=uses_rng)
     if policy == "full":
         for block in blocks:
-            recomputed(block)
+            checkpointed(block)
     elif policy == "every_k":
         for block in blocks[::every]:
-            recomputed(block)
+            checkpointed(block)
     elif policy == "selective":
         for block in blocks:
-            recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+            checkpointed(block, context_fn=partial(create_selective_checkpoint_contexts, _choose_saved_ops))
     elif policy == "offload":
         for block in blocks:
-            checkpoint_wrapper(block, offload_to_cpu=True)  # keeps the generator's state always
+            checkpoint_wrapper(block, offload_to_cpu=True)  # always saves the state of the generator
     elif policy != "none":
-        raise ValueError(f"unknown recompute policy {policy!r}")
+        raise ValueError(f"unknown activation checkpointing policy {policy!r}")
 
 
 def recomputed_flops(flops: Flops, policy: str, every: int) -> int:
-    """Operations of one image that a policy does once more, counted as those of :class:`Flops` are.
+    """Return the operations of one image that a policy recomputes, counted in the same way as :class:`Flops`.
 
-    Torch's checkpoint ends as soon as all is there that the backward pass needs, before a block's last product; fairscale's
-    does the whole block again. (Fused attention recomputes within its backward pass besides, which is not counted.)
+    PyTorch's checkpoint stops the recomputation once it has all that the backward pass needs, which is before a block's
+    last product. fairscale's checkpoint recomputes the whole block. The recomputation inside the backward pass of fused
+    attention is not counted.
 
     Args:
-        flops: of the model.
-        policy: see this module's text.
-        every: k of ``every_k``.
+        flops: The operations of the model.
+        policy: One of the policies in this module's docstring.
+        every: The k of ``every_k``.
     """
     if policy == "offload":
-        return sum(whole for whole, _ in flops.blocks)
-    chosen = {"full": flops.blocks, "every_k": flops.blocks[::every]}.get(policy, ())
-    return sum(whole - last for whole, last in chosen)
+        return sum(block for block, _ in flops.blocks)
+    recomputed = {"full": flops.blocks, "every_k": flops.blocks[::every]}.get(policy, ())
+    return sum(block - last_product for block, last_product in recomputed)
+
+
+def _checkpoint_block(block: nn.Module, **options: Any) -> None:
+    # A function of this file, not a partial of torch's: torch.compile skips frames of torch, and would compile nothing.
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(type(self).forward, self, x, use_reentrant=False, **options)
+        return out
+
+    block.forward = MethodType(forward, block)  # no wrapper module, so that parameter names do not change
+
+
+def _choose_saved_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""The complete DeepSpeed configuration of a run: the user's JSON file plus the keys that this project's config owns."""
+"""The DeepSpeed configuration of a run: the JSON file of ``engine.deepspeed`` plus the keys that the config sets."""
 
 from __future__ import annotations
 
@@ -8,31 +8,36 @@ from scale_mae.config import Config, ConfigError
 
 
 def build_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the sharding of ``engine.deepspeed``, the rest from Config.
+    """Return the complete DeepSpeed configuration. Sharding and offload come from the JSON file, the rest from ``config``.
 
     Raises:
-        ConfigError: no such file, or one that asks for what checkpoints here do not cover.
+        ConfigError: The file does not exist, or it sets an option that this project does not support.
     """
     content = config.deepspeed_json()
-    zero = content.get("zero_optimization")
-    for key, value in zero.items() if isinstance(zero, dict) else ():
-        nvme = isinstance(value, dict) and value.get("device") == "nvme"
-        if nvme or (key == "elastic_checkpoint" and value):
-            raise ConfigError(
-                f"engine.deepspeed={config.engine.deepspeed}: {key} {'on nvme ' if nvme else ''}is not supported; "
-                f"{'offload to cpu' if nvme else 'runs resume on any number of processes without it'}"
-            )
-        if key == "compute_grad_norm" and not value:
-            raise ConfigError(
-                f"engine.deepspeed={config.engine.deepspeed}: {key}=false would let bad gradients pass; leave it out"
-            )
+    _check_zero_options(content.get("zero_optimization"), config.engine.deepspeed)
     return content | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),
-        # explicit, because leaving it out means clipping at 1.0 to DeepSpeed
-        "gradient_clipping": config.optim.clip_grad_norm or 0.0,
-        # FiniteGuard checks gradients without waiting for the accelerator, as DeepSpeed's own check of bf16 ones would
+        "gradient_clipping": config.optim.clip_grad_norm or 0.0,  # always set, because DeepSpeed's default clips at 1.0
+        # StepSkipper checks the gradients without waiting for the accelerator; DeepSpeed's check of bf16 gradients waits.
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": False},
-        "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": 0},
+        "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": 0},  # 0: dynamic loss scale
         "steps_per_print": None,
     }
+
+
+def _check_zero_options(zero: Any, file: str) -> None:
+    options = zero if isinstance(zero, dict) else {}  # DeepSpeed reports a value of another type
+    for key, value in options.items():
+        if isinstance(value, dict) and value.get("device") == "nvme":
+            raise ConfigError(f"engine.deepspeed={file}: {key} to NVMe is not supported. Offload to the CPU instead.")
+        if key == "elastic_checkpoint" and value:
+            raise ConfigError(
+                f"engine.deepspeed={file}: elastic_checkpoint is not supported. Remove it: a run can resume on any number of "
+                "processes without it."
+            )
+        if key == "compute_grad_norm" and not value:
+            raise ConfigError(
+                f"engine.deepspeed={file}: compute_grad_norm=false disables the check that skips steps with non-finite "
+                "gradients. Remove it."
+            )

@@ -1,4 +1,4 @@
-"""A moving average of the weights, kept beside the optimizer's moments: sharded, saved and resumed as they are."""
+"""An exponential moving average (EMA) of the weights in the optimizer's state: sharded, saved and resumed like its moments."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-EMA_KEY = "ema"  # its name in the optimizer's state
+EMA_KEY = "ema"  # key in the optimizer's state of a parameter
 
 
 class WeightEMA:
-    """After every update ``ema = decay * ema + (1 - decay) * weight``, from the weights before the first one.
+    """Update ``ema = decay * ema + (1 - decay) * weight`` after every optimizer step. The EMA starts at the initial weights.
 
     Args:
-        optimizer: updates fp32 masters; a step that its ``found_inf`` leaves out changes no average either, without the host
-            having to know.
-        decay: in (0, 1).
+        optimizer: Updates fp32 master weights. A step that it skips because of ``found_inf`` leaves the EMA unchanged;
+            the host does not read ``found_inf``.
+        decay: In (0, 1).
     """
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:
         self._decay = decay
-        self._first: dict[Tensor, Tensor] = {}
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        self._initial: dict[Tensor, Tensor] = {}
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        # to AdamW a state that is not empty is one that has its moments, so the average joins it after the step
-        self._first = {p: p.detach().clone() for p in _updated(optimizer) if not optimizer.state[p]}
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # AdamW creates its moments only if the state is empty, so the EMA enters the state after the first step
+        self._initial = {p: p.detach().clone() for p in _updated_parameters(optimizer) if not optimizer.state[p]}
 
     @torch.no_grad()
-    def _after(self, optimizer: Any, *_: Any) -> None:
-        for p in _updated(optimizer):
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        for p in _updated_parameters(optimizer):
             state = optimizer.state[p]
-            if p in self._first:
-                state[EMA_KEY] = self._first.pop(p)
+            if p in self._initial:
+                state[EMA_KEY] = self._initial.pop(p)
             state[EMA_KEY].lerp_(p.detach(), (1 - self._decay) * (1 - optimizer.found_inf))
 
 
-def _updated(optimizer: Optimizer) -> Iterator[Tensor]:
+def _updated_parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)

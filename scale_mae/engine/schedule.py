@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear warm-up, then cosine decay."""
+"""The learning-rate schedule: a pure function of the step, with a linear warm-up and a cosine decay."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from scale_mae.config import Config, UserError
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Linear warm-up from exactly 0, then half a cosine to ``min_lr``, per step.
+    """A linear warm-up from exactly 0 to ``peak_lr``, then half a cosine to ``min_lr``, per step.
 
     Attributes:
-        peak_lr: learning rate at the end of the warm-up.
-        min_lr: at the end of the schedule.
-        warmup_steps: length of the warm-up.
-        total_steps: length of the schedule, warm-up included.
+        peak_lr: Learning rate at the end of the warm-up.
+        min_lr: Learning rate at the end of the schedule.
+        warmup_steps: Length of the warm-up.
+        total_steps: Length of the schedule, including the warm-up.
     """
 
     peak_lr: float
@@ -25,7 +25,7 @@ class LRSchedule:
     total_steps: int
 
     def lr(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -33,21 +33,29 @@ class LRSchedule:
 
 
 def build_schedule(config: Config, dataset_size: int) -> LRSchedule:
-    """Learning-rate schedule in steps.
+    """Convert the durations of a config to steps and return the learning-rate schedule.
 
     Raises:
-        UserError: a length of zero, or a warm-up longer than the run.
+        UserError: The run or an interval has less than one step, or the warm-up is longer than the run.
     """
+    _check_durations(config, dataset_size)
     total = config.steps(config.train.duration, dataset_size)
-    lengths = {"checkpoint.interval": config.checkpoint.interval, "classify.eval_interval": config.classify.eval_interval}
-    if config.checkpoint.keep_interval:
-        lengths["checkpoint.keep_interval"] = config.checkpoint.keep_interval
-    for key, length in {"train.duration": config.train.duration, **lengths}.items():
-        if config.steps(length, dataset_size) < 1:
-            raise UserError(f"{key} is no step at all; give at least '1 steps'")
     warmup = config.steps(config.optim.warmup, dataset_size)
     if warmup > total:
         raise UserError(
-            f"optim.warmup={config.optim.warmup} is {warmup} steps, more than train.duration={config.train.duration}, {total}"
+            f"optim.warmup={config.optim.warmup} is {warmup} steps, but train.duration={config.train.duration} is only "
+            f"{total}. Shorten the warm-up."
         )
     return LRSchedule(config.peak_lr, config.optim.min_lr, warmup, total)
+
+
+def _check_durations(config: Config, dataset_size: int) -> None:
+    durations = {
+        "train.duration": config.train.duration,
+        "checkpoint.interval": config.checkpoint.interval,
+        "classify.eval_interval": config.classify.eval_interval,
+        "checkpoint.keep_interval": config.checkpoint.keep_interval,
+    }
+    for key, duration in durations.items():
+        if duration and config.steps(duration, dataset_size) < 1:
+            raise UserError(f"{key}={duration} is 0 steps. Set {key} to at least '1 steps'.")

@@ -1,8 +1,8 @@
-"""A step whose gradients are not finite changes nothing: no weight, no moment, no count of steps, on any process.
+"""Skip steps whose gradients are not finite: no weight, moment or step count changes on any process.
 
-DeepSpeed leaves such steps out in fp16, and elsewhere where it looks at the norm anyway; in bf16 under ZeRO-1 and 2 the host
-would have to wait in every step. PyTorch's fused AdamW, and LARS here, take the decision as a tensor instead, which the host
-never reads.
+DeepSpeed skips such steps in fp16, and in other precisions where it reads the gradient norm anyway. In bf16 with ZeRO-1
+and ZeRO-2, its check would make the host wait in every step. PyTorch's fused AdamW and this project's LARS take the
+decision as a tensor, ``found_inf``, which the host never reads.
 """
 
 from __future__ import annotations
@@ -14,37 +14,38 @@ import torch
 
 
 class StepSkipper:
-    """Stands between DeepSpeed and the optimizer.
+    """Set the optimizer's ``found_inf`` before every step, and count the steps that are skipped.
 
     Args:
-        optimizer: the one that DeepSpeed calls, after it has the norm; it heeds ``found_inf``, as PyTorch's fused ones do.
-        norm: the global gradient norm, the same on every process.
-        device: of the accelerator.
+        optimizer: The optimizer that DeepSpeed calls after it has computed the norm. It must skip a step if its
+            ``found_inf`` is not 0, as PyTorch's fused optimizers do.
+        norm: Returns the global gradient norm, the same on all processes.
+        device: The accelerator.
 
     Attributes:
-        skipped: 1 when the last step was left out, else 0; a float on the device.
-        total: steps left out so far; likewise.
+        skipped: 1 if the last step was skipped, else 0; a float scalar on the device.
+        total: The number of skipped steps so far; a float scalar on the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, norm: Callable[[], Any], device: torch.device) -> None:
         self._optimizer, self._norm, self._device = optimizer, norm, device
         self.skipped = torch.zeros((), device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        optimizer.register_step_pre_hook(self._decide)
+        optimizer.register_step_pre_hook(self._set_found_inf)
 
-    def _decide(self, optimizer: Any, *_: object) -> None:
+    def _set_found_inf(self, optimizer: Any, *_: object) -> None:
         norm = torch.as_tensor(self._norm())
-        bad = (~(norm.isfinite() & (norm >= 0))).float()  # to DeepSpeed, -1 is a norm that is none
-        # Masters in host memory are updated there, and must not be before the decision has arrived. DeepSpeed has waited for
-        # their gradients anyway.
-        holder = next(p for group in optimizer.param_groups for p in group["params"])
-        optimizer.found_inf = bad.to(holder.device)
+        found_inf = (~(norm.isfinite() & (norm >= 0))).float()  # DeepSpeed returns -1 for a norm that is not finite
+        # With optimizer offload, the master weights are updated in host memory, which must wait for the decision.
+        # DeepSpeed has already waited for their gradients.
+        master = next(p for group in optimizer.param_groups for p in group["params"])
+        optimizer.found_inf = found_inf.to(master.device)
 
-    def stepped(self, overflow: bool) -> None:
-        """Count; after each update.
+    def count_step(self, overflow: bool) -> None:
+        """Update ``skipped`` and ``total``. Call this after every optimizer step.
 
         Args:
-            overflow: DeepSpeed has left this one out itself.
+            overflow: Whether DeepSpeed skipped the step itself.
         """
         self.skipped = torch.ones_like(self.skipped) if overflow else self._optimizer.found_inf.to(self._device)  # type: ignore[attr-defined]
         self.total += self.skipped

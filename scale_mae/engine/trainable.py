@@ -1,4 +1,4 @@
-"""What the engine trains: a module that says of itself what training has to know."""
+"""The interface of a model that the engine trains."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from scale_mae.model.sizes import Flops
+from scale_mae.model.flops import Flops
 
 
 class TrainableModule(Protocol):
-    """A ``torch.nn.Module`` whose parameters are exactly what is trained; what is frozen is a buffer.
+    """A ``torch.nn.Module`` that all trained weights are parameters of, and all frozen weights buffers of.
 
-    Called with the tensors of a micro-batch, it returns something with a ``loss``, a scalar.
+    It is called with the tensors of a micro-batch. It returns an object with the attribute ``loss``, a scalar.
 
     Attributes:
-        training: of every module.
-        recomputable: the transformer blocks, in the order in which they run; each takes one tensor ``x``.
-        draws_random: whether these blocks draw random numbers, for stochastic depth for instance.
+        training: Whether the module is in training mode.
+        transformer_blocks: The blocks that are checkpointed and compiled, in the order in which they run. Each takes one
+            tensor ``x``.
+        uses_rng: Whether these blocks draw random numbers, for example for stochastic depth.
     """
 
     training: bool
@@ -33,40 +34,40 @@ class TrainableModule(Protocol):
         """See the class."""
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that never decay, besides biases and one-dimensional ones."""
+        """Return the names of parameters without weight decay, in addition to biases and one-dimensional parameters."""
 
     def lr_scales(self) -> dict[str, float]:
-        """Multiples of the learning rate, by name of a parameter; 1 for those that are not named."""
+        """Return learning-rate multipliers by parameter name. The multiplier of all other parameters is 1."""
 
     def flops(self) -> Flops:
-        """Operations of one image."""
+        """Return the operations of one image."""
 
-    # What follows is torch.nn.Module's.
+    # The members below are those of torch.nn.Module.
 
     @property
     def __call__(self) -> Any:
-        """Forward, with the hooks that ZeRO-3 needs."""
+        """Run the forward pass, with the hooks that ZeRO-3 needs."""
 
     def to(self, device: torch.device) -> Any:
-        """Move."""
+        """Move the module to a device."""
 
     def train(self, mode: bool = True) -> Any:
-        """Leave evaluation mode, or enter it."""
+        """Set training or evaluation mode."""
 
     def eval(self) -> Any:
-        """Enter evaluation mode."""
+        """Set evaluation mode."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained."""
+        """Iterate over the trained weights."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, with names."""
+        """Iterate over the trained weights and their names."""
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """By name."""
+        """Return the parameter of a name."""
 
     def register_forward_hook(self, hook: Any) -> Any:
-        """Called after the forward pass."""
+        """Register a function that is called after the forward pass."""
 
     def get_submodule(self, target: str) -> nn.Module:
-        """By name."""
+        """Return the submodule of a name."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from scale_mae.config import UserError
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.datasets import Part
@@ -45,7 +45,7 @@ def score(
     """Score a part of a set; see :func:`scores`."""
 
     def logits(images_BHW3: Tensor) -> Tensor:
-        outputs: Tensor = subject.model(normalise(images_BHW3.to(world.device), subject.mean, subject.std))
+        outputs: Tensor = subject.model(normalize(images_BHW3.to(world.device), subject.mean, subject.std))
         return outputs[None]
 
     return scores(logits, part, view, world, batch, progress)[0]
@@ -114,7 +114,7 @@ def _placed(
             outputs_NBC = logits(viewed.images).float()
             outputs_NBC = outputs_NBC if competing is None else outputs_NBC[:, :, competing]
             if not outputs_NBC.isfinite().all():
-                first = part.index.where(viewed.rows[0])
+                first = part.index.location(viewed.rows[0])
                 raise UserError(f"{part.name}: the model's output is not finite for {first} or after it")
             flat = outputs_NBC.flatten(0, 1)
             target = torch.from_numpy(targets[list(viewed.rows)]).to(flat.device).repeat(len(outputs_NBC))

@@ -17,9 +17,9 @@ from timm.models.beit import Beit
 from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.weights.key_matching import in_fp32, more
-from scale_mae.weights.provenance import Channels, channel_statistics
-from scale_mae.weights.weight_files import config_beside, open_weights
+from scale_mae.weights.key_matching import first_of, to_finite_fp32
+from scale_mae.weights.provenance import ChannelValues, read_channel_statistics
+from scale_mae.weights.weight_files import open_weights, read_config_json
 
 # of what create_model takes, all that the model itself does; it would also open files that a config names
 ARGUMENTS = inspect.signature(Beit).parameters.keys() - {"norm_layer", "device", "dtype"}
@@ -27,7 +27,7 @@ INDEX = "relative_position_index"  # older versions of timm wrote it too; it fol
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedBeit:
     """A BEiT and what its folder says of it.
 
     Attributes:
@@ -42,8 +42,8 @@ class Found:
     model: Beit
     name: str
     digest: str
-    mean: Channels
-    std: Channels
+    mean: ChannelValues
+    std: ChannelValues
     crop_pct: float
 
     @property
@@ -54,11 +54,11 @@ class Found:
 
 def is_beit(path: Path) -> bool:
     """Whether timm's config beside weights names a BEiT."""
-    name = config_beside(path).get("architecture")
+    name = read_config_json(path).get("architecture")
     return isinstance(name, str) and name in timm.list_models(module="beit")
 
 
-def read_beit(path: Path, head: bool, warn: Callable[[str], None]) -> Found:
+def read_beit(path: Path, head: bool, warn: Callable[[str], None]) -> LoadedBeit:
     """The model in a folder, or in a file with timm's config beside it.
 
     Args:
@@ -70,7 +70,7 @@ def read_beit(path: Path, head: bool, warn: Callable[[str], None]) -> Found:
         CheckpointError: a damaged config or file, or a tensor missing, superfluous, of another shape or not finite; one line.
     """
     opened = open_weights(path)
-    if damage := opened.damage():
+    if damage := opened.find_damage():
         raise CheckpointError(damage)
     name = opened.config["architecture"]
     try:
@@ -78,7 +78,7 @@ def read_beit(path: Path, head: bool, warn: Callable[[str], None]) -> Found:
         with torch.device("meta"):
             empty = timm.create_model(name, pretrained=False, **arguments)
         account = dict(empty.pretrained_cfg) | dict(opened.config.get("pretrained_cfg") or {})
-        mean, std = channel_statistics(account)
+        mean, std = read_channel_statistics(account)
         crop = float(account["crop_pct"])
         if not mean or not std or not 0 < crop <= 1 or empty.patch_embed.proj.in_channels != 3:
             raise ValueError("images that are not of three channels, normalised and cropped")
@@ -95,7 +95,7 @@ def read_beit(path: Path, head: bool, warn: Callable[[str], None]) -> Found:
         warn(f"{path}: its config.json scales images by {account.get('interpolation')!r}, here they are scaled bicubically")
     model = timm.create_model(name, pretrained=False, **arguments)
     model.load_state_dict(tensors, strict=True)
-    return Found(model.eval(), name, opened.digest(), mean, std, crop)
+    return LoadedBeit(model.eval(), name, opened.digest(), mean, std, crop)
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def _fitting(path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], 
     """The tensors in fp32, if they are those of the model and finite."""
     model = f"timm's {name} as its config.json has it"
     if superfluous := sorted(tensors.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: {superfluous[0]}{more(superfluous)} has no place in {model}")
+        raise CheckpointError(f"{path}: unexpected key {first_of(superfluous)}; {model} does not have it")
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise CheckpointError(f"{path}: {missing[0]}{more(missing)} is missing for {model}")
+        raise CheckpointError(f"{path}: missing key {first_of(missing)}; {model} has it")
     for key, tensor in tensors.items():
         if tensor.shape != wanted[key].shape:
             told = f"{key} has shape {list(tensor.shape)}, {model} {list(wanted[key].shape)}"
             raise CheckpointError(f"{path}: {told}")
-    return {key: in_fp32(path, key, tensor) for key, tensor in tensors.items()}
+    return {key: to_finite_fp32(path, key, tensor) for key, tensor in tensors.items()}

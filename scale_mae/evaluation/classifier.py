@@ -13,13 +13,13 @@ from torch import Tensor
 
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.evaluation.beit import is_beit, read_beit
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.model.sizes import SIZES
-from scale_mae.weights.importing import Weights, locate_weights, read_weights
-from scale_mae.weights.initialization import encoder_of
-from scale_mae.weights.key_matching import checked
+from scale_mae.weights.encoder_import import extract_encoder
+from scale_mae.weights.key_matching import read_matching
 from scale_mae.weights.metadata import class_names
-from scale_mae.weights.models import build_encoder
+from scale_mae.weights.model_builder import build_encoder
+from scale_mae.weights.weight_import import ImportedWeights, locate_weights, read_weights
 
 Encoder: TypeAlias = VisionTransformer | Beit
 
@@ -88,7 +88,7 @@ def load_classifier(path: str | Path, warn: Callable[[str], None] = print, size:
     if is_beit(place):
         return _beit(path, place, True, size, warn)
     weights = read_weights(place)
-    head = {name: t for name, t in weights.heads.items() if name.startswith("head.")}
+    head = {name: t for name, t in weights.head_tensors.items() if name.startswith("head.")}
     if not head:
         advice = "an encoder without a head; scale-mae knn, logistic and embed take it, and evaluate does once it is fine-tuned"
         raise CheckpointError(f"{weights.path}: no classifier ({advice})")
@@ -101,9 +101,9 @@ def load_subject(path: str | Path, warn: Callable[[str], None] = print, size: in
     return _beit(path, place, False, size, warn) if is_beit(place) else _subject(path, read_weights(place), {}, size)
 
 
-def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: int | None) -> Subject:
-    facts, tensors = encoder_of(weights)
-    arguments = dict(facts["timm_kwargs"])
+def _subject(path: str | Path, weights: ImportedWeights, head: dict[str, Tensor], size: int | None) -> Subject:
+    metadata, tensors = extract_encoder(weights)
+    arguments = dict(metadata["timm_kwargs"])
     patch, old = arguments["patch_size"], arguments["img_size"]
     new = [size, size] if size else list(old)
     if new[0] != new[1]:
@@ -111,24 +111,24 @@ def _subject(path: str | Path, weights: Weights, head: dict[str, Tensor], size: 
     if new[0] % patch[0] or new[1] % patch[1]:
         raise CheckpointError(f"{path}: --size {size} is no multiple of its patches, {patch[0]} x {patch[1]}")
     grids = [(sides[0] // patch[0], sides[1] // patch[1]) for sides in (old, new)]
-    tensors["pos_embed"] = resize_table(tensors["pos_embed"], grids[0], grids[1])
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], grids[0], grids[1])
     if head:
         shapes = {name: list(tensor.shape) for name, tensor in head.items()}
         rows = shapes.get("head.bias", [0])[0] if shapes.get("head.bias") else 0
         if shapes != {"head.weight": [rows, arguments["embed_dim"]], "head.bias": [rows]}:
             told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CheckpointError(f"{path}: its head is not one linear layer on {arguments['embed_dim']} features ({told})")
-        source = Weights(weights.path, head, [], {}, weights.origin, weights.digest)
-        tensors |= {name: checked(source, name, tensor) for name, tensor in head.items()}
+        source = ImportedWeights(weights.path, head, [], {}, weights.provenance, weights.digest)
+        tensors |= {name: read_matching(source, name, tensor) for name, tensor in head.items()}
         arguments["num_classes"] = rows
-        if weights.origin.pool == "avg" and arguments["global_pool"] == "token":
+        if weights.provenance.pool == "avg" and arguments["global_pool"] == "token":
             arguments |= {"global_pool": "avg", "fc_norm": False}
-    model = build_encoder(facts | {"timm_kwargs": arguments | {"img_size": new}, "image_size": new})
+    model = build_encoder(metadata | {"timm_kwargs": arguments | {"img_size": new}, "image_size": new})
     model.load_state_dict(tensors, strict=True)
-    origin, (mean, std) = weights.origin, (facts["mean"], facts["std"])
-    ours = origin.ours if head and origin.ours else {}
+    provenance, (mean, std) = weights.provenance, (metadata["mean"], metadata["std"])
+    ours = provenance.metadata if head and provenance.metadata else {}
     names, crop_pct = tuple(class_names(ours)), ours.get("crop_pct") if new == list(old) else None
-    where = (str(path), origin.kind, weights.digest(), origin.seed, origin.training)
+    where = (str(path), provenance.kind, weights.digest(), provenance.seed, provenance.training_digest)
     return Subject(model, *where, new[0], tuple(mean), tuple(std), names, crop_pct=crop_pct)
 
 

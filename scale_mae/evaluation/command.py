@@ -143,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with _together("images", args.out) as (world, bar, tell):
         subject = world.run_on_all(lambda: load_classifier(args.model, warn, args.size))
         options = {"crop_pct": args.crop_pct, "batch": args.batch_size, "classes": args.classes, "seed": args.seed}
-        result, unlike = evaluate(subject, args.on, args.root, world, **options, progress=bar.move, tell=tell)
+        result, unlike = evaluate(subject, args.on, args.root, world, **options, progress=bar.update, tell=tell)
         scores = ", ".join(
             f"{name} {value:.4f}" if name.startswith("loss") else f"{name} {value:.2%}" for name, value in result.scores.items()
         )
@@ -157,16 +157,16 @@ def evaluate(args: argparse.Namespace) -> int:
 def knn(args: argparse.Namespace) -> int:
     """``scale-mae knn``."""
     from scale_mae.evaluation.knn import knn_accuracy
-    from scale_mae.weights.encoders import untrained_encoder
+    from scale_mae.weights.model_loader import load_untrained_encoder
 
     with _together("images", args.out) as (world, bar, tell):
         subject, train, val = _frozen(args, world)
-        begun = world.run_on_all(lambda: untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
-        result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.move)
+        begun = world.run_on_all(lambda: load_untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
+        result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.update)
         tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
         if begun:
             subject.model.load_state_dict(begun)
-            untrained = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.move)
+            untrained = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.update)
             tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
             result.scores["untrained_top1"] = untrained.scores["top1"]
         _finish(result, args.out, world, tell)
@@ -179,7 +179,7 @@ def logistic(args: argparse.Namespace) -> int:
 
     with _together("images", args.out) as (world, bar, tell):
         subject, train, val = _frozen(args, world)
-        result = logistic_accuracy(subject, train, val, world, args.batch_size, args.seed, bar.move)
+        result = logistic_accuracy(subject, train, val, world, args.batch_size, args.seed, bar.update)
         chosen = result.parts["chosen"]["l2"]
         tell(f"logistic regression top-1 {result.scores['top1']:.2%} ({result.data['images']} images, L2 {chosen:g})")
         _finish(result, args.out, world, tell)
@@ -193,7 +193,7 @@ def embed(args: argparse.Namespace) -> int:
 
     with _together("images", args.out) as (world, bar, tell):
         subject = world.run_on_all(lambda: load_subject(args.encoder, warn, args.size))
-        told = embed(subject, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.move)
+        told = embed(subject, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.update)
         tell(told)
     return 0
 
@@ -202,7 +202,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
     from scale_mae.checkpoint.store import locate, read_config, read_manifest
     from scale_mae.evaluation.reconstruct import draw
-    from scale_mae.weights.models import load_mae
+    from scale_mae.weights.model_loader import load_mae
 
     checkpoint = locate(args.checkpoint, warn)
     step = read_manifest(checkpoint).step

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_mae.data.index import SUFFIX, Index, index_of
+from scale_mae.data.errors import DataError, escape_unprintable
+from scale_mae.data.index import INDEX_SUFFIX, Index, existing_index
 from scale_mae.data.index_builder import list_source
-from scale_mae.data.source_check import find
+from scale_mae.data.source_check import check_source
 from scale_mae.data.sources import NO_LABEL
-from scale_mae.data.storage import DataError, printable
 from scale_mae.evaluation.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
 ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # folders that ImageNet-C's archives may have been unpacked to
@@ -120,10 +120,10 @@ def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) ->
     if source is None:
         return list(synsets("imagenet")) if outputs == 1000 else None
     try:
-        text = "" if source.endswith(SUFFIX) else Path(source).read_text("utf-8-sig")
+        text = "" if source.endswith(INDEX_SUFFIX) else Path(source).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--classes {source}: cannot be read ({error})") from None
-    names = list(Index.open(source).classes) if source.endswith(SUFFIX) else text.split("\n")
+    names = list(Index.open(source).classes) if source.endswith(INDEX_SUFFIX) else text.split("\n")
     names = [name.strip() for name in names if name.strip()]
     if len(names) != outputs or len(set(names)) != outputs:
         raise DataError(f"--classes {source}: {len(set(names))} different names, but the model tells {outputs} classes apart")
@@ -192,11 +192,11 @@ def corruption_folders(root: str) -> dict[str, str]:
 
 
 def _part(name: str, source: str, chosen: EvaluationSet, classes: Sequence[str] | None, outputs: int) -> Part:
-    index, place = list_source(source), find(source).path
+    index, place = list_source(source), check_source(source).path
     if index.problems:
         raise DataError(f"{source}: {index.problems[0]}")
     if len(index.quarantined):
-        where, cause = next(index.left_out())
+        where, cause = next(index.quarantined_images())
         raise DataError(f"{source}: {len(index.quarantined)} images cannot be used ({where}: {cause}); a score needs them all")
     labels = index.entries["label"]
     if (labels == NO_LABEL).any():
@@ -204,7 +204,7 @@ def _part(name: str, source: str, chosen: EvaluationSet, classes: Sequence[str] 
     numbers = _outputs(index, source, classes, outputs)
     if numbers is None and int(labels.max()) >= outputs:
         raise DataError(f"{source}: has class {int(labels.max())}, but the model tells only 0 to {outputs - 1} apart")
-    if not os.path.isdir(place) or index_of(source):  # else the files were seen a moment ago
+    if not os.path.isdir(place) or existing_index(source):  # else the files were seen a moment ago
         _check_files(index, source)
     competing = _competing(index, numbers, chosen, classes) if chosen.own else None
     return Part(name, index, numbers, competing, _empty_folders(place, index) if chosen.synsets else ())
@@ -216,7 +216,7 @@ def _check_files(index: Index, source: str) -> None:
         there = threads.map(os.path.exists, index.shards)
         missing = [number for number, exists in enumerate(there) if not exists]
     if missing:
-        first = printable(index.shards[missing[0]])
+        first = escape_unprintable(index.shards[missing[0]])
         raise DataError(f"{source}: {first} is missing ({len(missing)} of {len(index.shards)} files that it tells of)")
 
 

@@ -146,7 +146,7 @@ def _join(index: Index, pieces: Path, out: Path, facts: dict[str, str]) -> None:
         for number, file in enumerate(files):
             whole[number * PIECE : (number + 1) * PIECE] = np.load(file)
         whole.flush()
-        names = [index.where(row) for row in range(len(index))]
+        names = [index.location(row) for row in range(len(index))]
         _writer(out)(staging, whole, index.entries["label"].astype(np.int32), names, facts)
         staging.replace(out)
         shutil.rmtree(pieces)

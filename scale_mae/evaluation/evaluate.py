@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from scale_mae.config import UserError
-from scale_mae.data.crops import REFERENCE_SIDE, reference_crop
+from scale_mae.data.crop_boxes import REFERENCE_SIDE, reference_crop_pct
 from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.accuracy import Score, score
 from scale_mae.evaluation.classifier import Subject
@@ -80,7 +80,7 @@ def evaluate(
         _parts(name, found),
         made_by(world.size, str(world.device.type), time.monotonic() - began),
     )
-    return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop(subject.size))) + deviating
+    return result, _unlike(name, subject, found, how["crop_pct"] in (None, reference_crop_pct(subject.size))) + deviating
 
 
 def _listed(name: str, root: str, subject: Subject, classes: str | None, world: World) -> tuple[list[Part], list[str]]:
@@ -115,7 +115,7 @@ def _view(name: str, subject: Subject, crop_pct: float | None) -> tuple[View, di
     stored = name == "imagenet_c" and size <= REFERENCE_SIDE  # its files are the central 224 pixels already
     if stored and crop_pct is not None:
         raise UserError("--crop-pct: the files of imagenet_c are central crops already; only their centre is cut out")
-    share = None if stored else crop_pct or subject.crop_pct or reference_crop(size)
+    share = None if stored else crop_pct or subject.crop_pct or reference_crop_pct(size)
     resized = "none" if share is None else f"short side to {int(size / share)}, bicubic"
     return central_view(size, share), {"size": size, "crop_pct": share, "resize": resized, "crop": "centre"}
 

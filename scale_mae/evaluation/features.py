@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_mae.data.index import Index, index_of
+from scale_mae.data.errors import DataError
+from scale_mae.data.index import Index, existing_index
 from scale_mae.data.index_builder import list_source
 from scale_mae.data.sources import NO_LABEL
-from scale_mae.data.storage import DataError
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Encoder, Subject
 from scale_mae.evaluation.image_loader import CONTENT_BITS, views, whole_view
@@ -39,8 +39,8 @@ class Source:
             DataError: it is missing, or some images have no label or cannot be used.
         """
         index = list_source(source)
-        if len(index.quarantined) and not index_of(source):  # who gives an index knows what it leaves out
-            raise DataError(f"{source}: {len(index.quarantined)} images cannot be used ({index.causes()})")
+        if len(index.quarantined) and not existing_index(source):  # who gives an index knows what it leaves out
+            raise DataError(f"{source}: {len(index.quarantined)} images cannot be used ({index.quarantine_counts()})")
         if (index.entries["label"] == NO_LABEL).any():
             raise DataError(f"{source}: some images have no label")
         return cls(source, index)
@@ -89,7 +89,7 @@ def features(
     device, width = subject.model.cls_token.device, subject.model.embed_dim
     found, content, done = [torch.zeros(0, width)], 0, 0
     for viewed in views(index, rows, whole_view(subject.size), batch):
-        images = normalise(viewed.images.to(device), subject.mean, subject.std)
+        images = normalize(viewed.images.to(device), subject.mean, subject.std)
         found.append(pooled(subject.model, images, pool).float().cpu())
         content += viewed.content
         done += len(viewed.rows)

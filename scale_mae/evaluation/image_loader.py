@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scale_mae.data import pillow
+from scale_mae.data.errors import DataError, ImageError
 from scale_mae.data.index import Index
-from scale_mae.data.storage import DataError, ImageError
-from scale_mae.data.workers import DaemonThreadPool
-from scale_mae.system.resources import available_cores, processes_here
+from scale_mae.system.resources import available_cores, processes_on_node
+from scale_mae.system.thread_pool import DaemonThreadPool
 
 AHEAD = 3  # batches
 CONTENT_BITS = 128
@@ -32,16 +32,16 @@ class View:
 
 
 def central_view(size: int, crop_pct: float | None) -> View:
-    """Scales the short side, cuts out the central square; see :func:`scale_mae.data.pillow.decode_centre`."""
-    return View(size, lambda data: pillow.decode_centre(data, size, crop_pct))
+    """Scales the short side, cuts out the central square; see :func:`scale_mae.data.pillow.decode_center_crop`."""
+    return View(size, lambda data: pillow.decode_center_crop(data, size, crop_pct))
 
 
 def whole_view(size: int) -> View:
     """The whole central square of the upright image, scaled to ``size`` pixels."""
 
     def decode(data: bytes) -> NDArray[np.uint8]:
-        header = pillow.examine(data, decode_too=False)
-        return pillow.decode(data, pillow.central_square(header.width, header.height), (size, size))
+        header = pillow.read_header(data, verify=False)
+        return pillow.decode(data, pillow.center_square(header.width, header.height), (size, size))
 
     return View(size, decode)
 
@@ -73,7 +73,7 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
     Raises:
         DataError: an image cannot be read or decoded; names it.
     """
-    threads = max(1, available_cores() // processes_here())
+    threads = max(1, available_cores() // processes_on_node())
     pool = DaemonThreadPool(threads, "decode")
     labels = index.entries["label"]
 
@@ -82,7 +82,7 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
             data = index.read(row)
             return view.decode(data), content_of(data, int(labels[row]))
         except ImageError as error:
-            raise DataError(f"{index.where(row)}: {error}; it belongs to the set, so nothing is told without it") from None
+            raise DataError(f"{index.location(row)}: {error}; it belongs to the set, so nothing is told without it") from None
 
     starts = iter(range(0, len(rows), batch))
 
@@ -99,4 +99,4 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
             images = torch.from_numpy(np.stack([pixels for pixels, _ in loaded]))
             yield EvaluationImages(part, images, sum(content for _, content in loaded) % 2**CONTENT_BITS)
     finally:
-        pool.close()
+        pool.shutdown(cancel_futures=True)

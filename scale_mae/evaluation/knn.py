@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from scale_mae.data.storage import DataError
+from scale_mae.data.errors import DataError
 from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Progress, Source, check_classes, data_facts, gathered, own_features

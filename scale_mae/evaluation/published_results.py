@@ -13,7 +13,7 @@ from scale_mae.evaluation.tables import Table
 
 @functools.cache
 def _published() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published_results.yaml").read_text())
     return content
 
 
@@ -25,7 +25,7 @@ def column_of(architecture: str) -> int | None:
 
 
 def differences(
-    architecture: str, whole: bool, images: int, reference_crop: bool, classes: tuple[int, int] | None
+    architecture: str, whole: bool, images: int, reference_crop_pct: bool, classes: tuple[int, int] | None
 ) -> list[str]:
     """Why a result may not be compared with the published ones, one phrase each; none if it may.
 
@@ -41,7 +41,7 @@ def differences(
         found.append(f"{architecture} is none of the published models")
     if not whole:
         found.append(f"{images} images are not the published set")
-    if not reference_crop:
+    if not reference_crop_pct:
         found.append("another crop than the reference's")
     if classes and classes[0] != classes[1]:
         found.append(f"the model tells {classes[0]} classes apart, not {classes[1]}")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from scale_mae.config import Config, UserError
-from scale_mae.data.pillow import central_square, decode, examine
+from scale_mae.data.errors import ImageError
+from scale_mae.data.pillow import center_square, decode, read_header
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import ImageError
-from scale_mae.data.transforms import denormalise, normalise
+from scale_mae.data.transforms import denormalize, normalize
 from scale_mae.model.mae import MAE
 from scale_mae.model.targets import patchify, prediction_to_pixels, unpatchify
 
@@ -36,11 +36,11 @@ def reconstruct(model: MAE, images_B3HW: Tensor, noise_BL: Tensor, mask_ratio: f
         ``[B, 1, H, W]``, 1 = hidden.
     """
     output = model(images_B3HW, noise_BL, mask_ratio)
-    predicted = prediction_to_pixels(output.pred, images_B3HW, model.patch, model.target)
+    predicted = prediction_to_pixels(output.pred, images_B3HW, model.patch_size, model.target)
     mask_BL1 = output.mask[..., None]
-    patches = patchify(images_B3HW, model.patch) * (1 - mask_BL1) + predicted * mask_BL1
-    mask = unpatchify(mask_BL1.expand(-1, -1, model.patch[0] * model.patch[1]), model.patch, model.grid)
-    return unpatchify(patches, model.patch, model.grid), mask
+    patches = patchify(images_B3HW, model.patch_size) * (1 - mask_BL1) + predicted * mask_BL1
+    mask = unpatchify(mask_BL1.expand(-1, -1, model.patch_size[0] * model.patch_size[1]), model.patch_size, model.grid)
+    return unpatchify(patches, model.patch_size, model.grid), mask
 
 
 def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask_ratios: Sequence[float], step: int) -> Path:
@@ -62,8 +62,8 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
     """
     mean, std = config.data.mean, config.data.std
     raw = torch.stack([_load(path, model.image_size) for path in paths])
-    images = normalise(raw, mean, std)
-    noise = torch.from_numpy(SamplePlan(config.run.seed, 1, 1).mask_noise(np.arange(len(paths)), model.patches))
+    images = normalize(raw, mean, std)
+    noise = torch.from_numpy(SamplePlan(config.run.seed, 1, 1).mask_noise(np.arange(len(paths)), model.num_patches))
     rows: list[tuple[str, Sequence[Tensor]]] = []
     by_ratio = []
     for ratio in mask_ratios:
@@ -71,8 +71,8 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
             filled, mask = reconstruct(model, images, noise, ratio)
         except ValueError as error:
             raise UserError(f"--mask-ratio: {error}") from None
-        original = denormalise(images, mean, std)
-        by_ratio.append((original * (1 - mask) + GREY * mask, denormalise(filled, mean, std), original))
+        original = denormalize(images, mean, std)
+        by_ratio.append((original * (1 - mask) + GREY * mask, denormalize(filled, mean, std), original))
     for i, path in enumerate(paths):
         for ratio, pictures in zip(mask_ratios, by_ratio, strict=True):
             rows.append((f"{Path(path).name}\n{ratio:.0%} hidden", [p[i] for p in pictures]))
@@ -88,8 +88,8 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
 def _load(path: str, size: tuple[int, int]) -> Tensor:
     try:
         data = Path(path).read_bytes()
-        header = examine(data, decode_too=False)
-        return torch.from_numpy(decode(data, central_square(header.width, header.height), size).copy())
+        header = read_header(data, verify=False)
+        return torch.from_numpy(decode(data, center_square(header.width, header.height), size).copy())
     except (OSError, ImageError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 

@@ -1,1 +1,1 @@
-"""What is measured, and where it is told."""
+"""Measures training and delivers the results: log files, console, Prometheus, and experiment trackers."""

@@ -1,31 +1,31 @@
-"""What a run measures: computed here once a log step, printed elsewhere."""
+"""Computes the metrics of a log step: loss, throughput, phase times, FLOP utilization, slowest rank, and memory.
+
+The keys are described in :mod:`scale_mae.metrics.log_keys`.
+"""
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
-from scale_mae.metrics.hardware import MemoryUsage
+from scale_mae.metrics.memory import MemoryUsage, max_memory, peak_memory_bytes
 from scale_mae.metrics.step_timer import LOCAL_PHASES, PhaseSeconds, group_phases
 
 Metrics = dict[str, int | float | None]
-SMOOTHING = 100.0  # steps after which a loss has 1/e of its weight left in the smoothed one
+GIB = 2**30
+SMOOTHING_STEPS = 100.0  # the weight of a loss in the smoothed loss falls to 1/e after this number of steps
 
 
 class ProcessStats(NamedTuple):
-    """What each process tells of itself at a log step.
+    """Measurements of one process at a log step.
 
     Attributes:
-        own_s: seconds a step that it took for what it does without waiting for others; see :data:`LOCAL_PHASES`.
-        memory: of the process.
-        energy: joules that its GPU used since the last time; None where that is not known.
+        local_s: Seconds per step that it spends on its own work, without waiting for other ranks; see :data:`LOCAL_PHASES`.
+        memory: Memory of the process.
+        energy: Joules that its GPU used since the last log step; ``None`` if unknown.
     """
 
     local_s: float
@@ -35,33 +35,37 @@ class ProcessStats(NamedTuple):
 
 @dataclass
 class MetricsCalculator:
-    """Turns counts and clock readings into the metrics of one log line.
+    """Turns counts and measured times into the metrics of one log line.
 
     Attributes:
-        global_batch: images of one step.
-        dataset_size: images of one epoch.
-        processes: that share the work.
-        flops_per_image: operations of one image, forward and backward.
-        recomputed_per_image: of them, those done once more to save memory.
-        total_steps: of the schedule.
-        peak: operations a second that the device of one process could do; None: not known.
-        smoothed: loss averaged over about :data:`SMOOTHING` steps; travels in checkpoints.
-        smoothed_at: its step.
+        global_batch: Images per step.
+        dataset_size: Images per epoch.
+        world_size: Number of processes.
+        flops_per_image: Floating-point operations of the forward and backward pass of one image.
+        recomputed_flops_per_image: Operations that activation checkpointing executes again for one image.
+        total_steps: Steps of the schedule.
+        peak_flops: Peak operations per second of the device of one process; ``None`` if unknown.
+        smoothed_loss: Loss averaged over about :data:`SMOOTHING_STEPS` steps. Checkpoints contain it.
+        smoothed_step: Step of the last loss in that average.
     """
 
     global_batch: int
     dataset_size: int
-    processes: int
+    world_size: int
     flops_per_image: int
-    recomputed_per_image: int
+    recomputed_flops_per_image: int
     total_steps: int
-    peak: float | None = None
-    smoothed: float | None = None
-    smoothed_at: int = 0
+    peak_flops: float | None = None
+    smoothed_loss: float | None = None
+    smoothed_step: int = 0
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Average on from a checkpoint; one of a version that kept no average begins anew."""
-        self.smoothed, self.smoothed_at = saved.get("smoothed"), int(saved.get("smoothed_at", 0))
+    def state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint contains."""
+        return {"smoothed_loss": self.smoothed_loss, "smoothed_step": self.smoothed_step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the average from a checkpoint. Without a state the average restarts."""
+        self.smoothed_loss, self.smoothed_step = state.get("smoothed_loss"), int(state.get("smoothed_step", 0))
 
     def compute(
         self,
@@ -70,25 +74,25 @@ class MetricsCalculator:
         lr: float,
         grad_norm: float | None,
         loss_scale: float,
-        laps: Sequence[PhaseSeconds],
-        vitals: Sequence[ProcessStats],
+        step_times: Sequence[PhaseSeconds],
+        process_stats: Sequence[ProcessStats],
     ) -> Metrics:
-        """Metrics of a stretch of steps.
+        """Return the metrics of the steps since the last log step.
 
         Args:
-            step: steps done since the start of the schedule.
-            loss: of the last step's global batch.
-            lr: learning rate of the last step.
-            grad_norm: of the last step, before clipping.
-            loss_scale: of fp16, else 1.
-            laps: of this process in each step of the stretch.
-            vitals: of all processes, in rank order.
+            step: Completed steps of the schedule.
+            loss: Loss of the last step, averaged over its global batch.
+            lr: Learning rate of the last step.
+            grad_norm: Gradient norm of the last step before clipping.
+            loss_scale: Loss scale of fp16; 1 for other precisions.
+            step_times: Seconds by phase of each step since the last log step, on this process.
+            process_stats: Measurements of all processes in rank order.
         """
-        parts = [group_phases(step_laps) for step_laps in laps]
-        mean = {name: sum(part[name] for part in parts) / max(1, len(parts)) for name in group_phases({})}
+        times = [group_phases(seconds) for seconds in step_times]
+        mean = {group: sum(groups[group] for groups in times) / max(1, len(times)) for group in group_phases({})}
         images_per_s = self.global_batch / mean["step"]
-        flops_per_s = images_per_s / self.processes * self.flops_per_image
-        share = None if self.peak is None else flops_per_s / self.peak
+        flops_per_s = images_per_s / self.world_size * self.flops_per_image
+        mfu = None if self.peak_flops is None else flops_per_s / self.peak_flops
         return {
             "step": step,
             "total_steps": self.total_steps,
@@ -100,60 +104,47 @@ class MetricsCalculator:
             "grad_norm": grad_norm,
             "images_per_s": images_per_s,
             "step_time_s": mean.pop("step"),
-            **{f"{name}_s": seconds for name, seconds in mean.items()},
-            "tflops_per_process": flops_per_s / 1e12,
-            "mfu": share,
-            "hfu": None if share is None else share * (1 + self.recomputed_per_image / self.flops_per_image),
-            **_ranks(vitals),
-            "memory_gib": peak_memory_bytes() / 2**30,
+            **{f"{group}_s": seconds for group, seconds in mean.items()},
+            "tflops_per_rank": flops_per_s / 1e12,
+            "mfu": mfu,
+            "hfu": None if mfu is None else mfu * (1 + self.recomputed_flops_per_image / self.flops_per_image),
+            **_slowest_and_fastest([stats.local_s for stats in process_stats]),
+            **memory_metrics([stats.memory for stats in process_stats]),
+            "peak_memory_gib": peak_memory_bytes() / GIB,
             "loss_scale": loss_scale,
             "eta_s": (self.total_steps - step) * self.global_batch / images_per_s,
             "time": time.time(),
         }
 
     def _smooth(self, step: int, loss: float) -> float | None:
-        """An exponential average in which a loss counts for the steps since the one before it."""
+        """Return the exponential moving average. The weight of a loss grows with the steps since the previous one."""
         if math.isfinite(loss):
-            old = math.exp(-max(1, step - self.smoothed_at) / SMOOTHING)
-            self.smoothed = loss if self.smoothed is None else old * self.smoothed + (1 - old) * loss
-            self.smoothed_at = step
-        return self.smoothed
+            decay = math.exp(-max(1, step - self.smoothed_step) / SMOOTHING_STEPS)
+            self.smoothed_loss = loss if self.smoothed_loss is None else decay * self.smoothed_loss + (1 - decay) * loss
+            self.smoothed_step = step
+        return self.smoothed_loss
 
 
-def local_seconds(laps: Sequence[PhaseSeconds]) -> float:
-    """Seconds a step that this process took without waiting for others."""
-    return sum(step.get(name, 0.0) for step in laps for name in LOCAL_PHASES) / max(1, len(laps))
+def local_seconds(step_times: Sequence[PhaseSeconds]) -> float:
+    """Return the mean seconds per step that this process spends on its own work, without waiting for other ranks."""
+    return sum(seconds.get(phase, 0.0) for seconds in step_times for phase in LOCAL_PHASES) / max(1, len(step_times))
 
 
-def _ranks(vitals: Sequence[ProcessStats]) -> Metrics:
-    """The slowest and the fastest process, and the most memory that any has."""
-    own = [vital.local_s for vital in vitals]
-    slowest, fastest = own.index(max(own)), own.index(min(own))
+def _slowest_and_fastest(local_s: Sequence[float]) -> Metrics:
+    slowest, fastest = local_s.index(max(local_s)), local_s.index(min(local_s))
     return {
         "slowest_rank": slowest,
-        "slowest_rank_s": own[slowest],
+        "slowest_rank_s": local_s[slowest],
         "fastest_rank": fastest,
-        "fastest_rank_s": own[fastest],
-        **max_memory([vital.memory for vital in vitals]),
+        "fastest_rank_s": local_s[fastest],
     }
 
 
-def max_memory(processes: Sequence[MemoryUsage]) -> Metrics:
-    """The most of each kind of memory that any of these processes has, in GiB."""
-    found: Metrics = {}
-    for key, field in {
-        "memory_allocated_gib": "allocated",
-        "memory_reserved_gib": "reserved",
-        "host_rss_gib": "host_rss",
-    }.items():
-        known = [value for process in processes if (value := getattr(process, field)) is not None]
-        found[key] = max(known) / 2**30 if known else None
-    return found
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory so far in bytes: allocated on the GPU, or resident in the process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def memory_metrics(processes: Sequence[MemoryUsage]) -> Metrics:
+    """Return the largest value of each kind of memory among the processes, in GiB."""
+    largest = max_memory(processes)
+    return {
+        "gpu_memory_allocated_gib": None if largest.gpu_allocated is None else largest.gpu_allocated / GIB,
+        "gpu_memory_reserved_gib": None if largest.gpu_reserved is None else largest.gpu_reserved / GIB,
+        "host_rss_gib": largest.host_rss / GIB,
+    }

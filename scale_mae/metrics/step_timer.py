@@ -1,17 +1,17 @@
-"""Where the time of a step goes, measured without waiting for the accelerator.
+"""Times the phases of a training step without waiting for the accelerator.
 
-A lap gives its name to the time since the lap before it. On a GPU a lap is an event recorded on the stream, so laps are those
-of the device: that the host waits while the device still computes costs nothing and is not seen. Events are read at log steps,
-when the host waits for the device anyway. On a CPU a lap is a reading of the clock.
+``StepTimer.mark(phase)`` assigns the time since the previous mark to ``phase``. On a GPU a mark records a CUDA event on the
+stream, so a phase lasts as long as the device works on it. Waiting by the host while the device still computes is not visible.
+The events are read at log steps, when the host waits for the device anyway. On a CPU a mark reads the clock.
 
-    data        this process waited for its batch
-    vote        it waited for the others to have theirs
-    forward     copy to the device, normalisation, forward pass
-    backward    backward pass; under ZeRO-2 and 3 gradients travel in it
-    optimizer   the update; under ZeRO-1 and 2 weights travel in it
-    checkpoint  training stood still for a save
-    evaluation  likewise, for a look at the model
-    other       the rest: log lines, mostly
+    data        this rank waits for its batch
+    vote        this rank waits until all other ranks have their batches
+    forward     copy to the device, normalization, forward pass
+    backward    backward pass; under ZeRO-2 and ZeRO-3 it includes the reduction of the gradients
+    optimizer   optimizer update; under ZeRO-1 and ZeRO-2 it includes the all-gather of the weights
+    checkpoint  training is paused to save or load a checkpoint
+    evaluation  training is paused to evaluate the model
+    other       the rest of the step, mostly logging
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-PHASE_GROUPS: Mapping[str, tuple[str, ...]] = {
+PHASE_GROUPS: Mapping[str, tuple[str, ...]] = {  # logs and Prometheus report these groups of phases
     "data_loading": ("data", "vote"),
     "forward_backward": ("forward", "backward"),
     "optimizer": ("optimizer",),
@@ -32,90 +32,92 @@ PHASE_GROUPS: Mapping[str, tuple[str, ...]] = {
     "evaluation": ("evaluation",),
     "other": ("other",),
 }
-PAUSE_PHASES = ("checkpoint", "evaluation")  # training stands still in these phases; most steps have none of them
-LOCAL_PHASES = ("data", "forward")  # what a process does without waiting for others; but ZeRO-3's forward pass gathers weights
-PENDING = 4096  # events after which those that have come to pass are read early
+PAUSE_PHASES = ("checkpoint", "evaluation")  # training is paused; most steps have none of them
+LOCAL_PHASES = ("data", "forward")  # work of one rank that does not wait for others, except that ZeRO-3 gathers weights in it
+MAX_PENDING = 4096  # number of unread events beyond which the completed ones are read early
 
 PhaseSeconds = dict[str, float]
 
 
-def group_phases(laps: PhaseSeconds) -> dict[str, float]:
-    """Seconds of a step by phase; ``step`` is all but checkpoint and evaluation."""
-    found = {phase: sum(laps.get(name, 0.0) for name in names) for phase, names in PHASE_GROUPS.items()}
-    return {"step": sum(laps.values()) - sum(found[name] for name in PAUSE_PHASES), **found}
+def group_phases(seconds: PhaseSeconds) -> dict[str, float]:
+    """Return the seconds of a step by phase group. The additional key ``step`` is the sum without the pause phases."""
+    groups = {group: sum(seconds.get(phase, 0.0) for phase in phases) for group, phases in PHASE_GROUPS.items()}
+    return {"step": sum(seconds.values()) - sum(groups[phase] for phase in PAUSE_PHASES), **groups}
 
 
 class StepTimer:
-    """Laps of steps.
+    """Measures the seconds of each phase of each step.
 
     Args:
-        device: whose time is taken.
+        device: The device whose time is measured.
 
     Attributes:
-        stepped_at: when the host was last through with a step, or with a part of an evaluation, in seconds since 1970; None
-            before the first one.
+        last_progress_time: Time at which the host last completed a step or a part of an evaluation, in seconds since 1970.
+            ``None`` before the first step.
     """
 
     last_progress_time: float | None = None
 
     def __init__(self, device: torch.device) -> None:
-        self._on_device = device.type == "cuda"
-        self._spare: list[Any] = []
-        self._pending: deque[tuple[str, Any, bool]] = deque()
+        self._uses_events = device.type == "cuda"
+        self._free_events: list[Any] = []
+        self._pending: deque[tuple[str, Any, bool]] = deque()  # phase, timestamp, whether it ends a step
         self._steps: list[PhaseSeconds] = []
-        self._laps: PhaseSeconds = defaultdict(float)
+        self._current: PhaseSeconds = defaultdict(float)
         self._last = self._timestamp()
 
-    def mark(self, name: str) -> None:
-        """The time since the last lap was that of ``name``."""
-        self._pending.append((name, self._timestamp(), False))
+    def mark(self, phase: str) -> None:
+        """Assign the time since the last mark to ``phase``."""
+        self._pending.append((phase, self._timestamp(), False))
 
     def mark_forward(self, module: Module, *_: Any) -> None:
-        """A forward hook of the model, where the loop has no place for a lap. The passes of an evaluation are none."""
+        """Mark the end of a forward pass in training. Register it as a forward hook of the model."""
         if module.training:
             self.mark("forward")
 
     def record_progress(self) -> None:
-        """The host gets on, though not with a step."""
+        """Record that the host makes progress, also when no step ends."""
         self.last_progress_time = time.time()
 
     def end_step(self) -> None:
-        """A step has ended; what was left of it was ``other``."""
+        """End a step. The time since the last mark counts as ``other``."""
         self._pending.append(("other", self._timestamp(), True))
         self.record_progress()
-        if len(self._pending) > PENDING:
-            self._settle(wait=False)
+        if len(self._pending) > MAX_PENDING:
+            self._read_pending(wait=False)
 
     def read_steps(self) -> list[PhaseSeconds]:
-        """Seconds by name of each step that has ended since the last reading. This waits for the device."""
-        self._settle(wait=True)
+        """Return the seconds by phase of each step that has ended since the last call. Waits for the device."""
+        self._read_pending(wait=True)
         steps, self._steps = self._steps, []
         return steps
 
     def read_remainder(self) -> PhaseSeconds:
-        """Seconds by name since the last step, when no other is to come. This waits for the device."""
-        self._settle(wait=True)
-        read_remainder, self._laps = dict(self._laps), defaultdict(float)
-        return read_remainder
+        """Return the seconds by phase since the last step, for use after the final step. Waits for the device."""
+        self._read_pending(wait=True)
+        remainder, self._current = dict(self._current), defaultdict(float)
+        return remainder
 
     def _timestamp(self) -> Any:
-        if not self._on_device:
+        """Return the time of the clock, or an event that the device records when it reaches this point of the stream."""
+        if not self._uses_events:
             return time.perf_counter()
-        event: Any = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event: Any = self._free_events.pop() if self._free_events else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def _settle(self, *, wait: bool) -> None:
-        if wait and self._on_device and self._pending:
+    def _read_pending(self, *, wait: bool) -> None:
+        """Turn pending marks into seconds: all of them with ``wait``, otherwise those that the device has passed."""
+        if wait and self._uses_events and self._pending:
             self._pending[-1][1].synchronize()
-        while self._pending and (not self._on_device or self._pending[0][1].query()):
-            name, mark, ends = self._pending.popleft()
-            if self._on_device:
-                self._laps[name] += self._last.elapsed_time(mark) / 1000
-                self._spare.append(self._last)
+        while self._pending and (not self._uses_events or self._pending[0][1].query()):
+            phase, timestamp, ends_step = self._pending.popleft()
+            if self._uses_events:
+                self._current[phase] += self._last.elapsed_time(timestamp) / 1000
+                self._free_events.append(self._last)
             else:
-                self._laps[name] += mark - self._last
-            self._last = mark
-            if ends:
-                self._steps.append(dict(self._laps))
-                self._laps.clear()
+                self._current[phase] += timestamp - self._last
+            self._last = timestamp
+            if ends_step:
+                self._steps.append(dict(self._current))
+                self._current.clear()

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scale_mae.model.sizes import LAYER_NORM_EPS, PROBE_EPS, Flops, Size, vit_flops
+from scale_mae.model.flops import Flops, vit_flops
+from scale_mae.model.sizes import LAYER_NORM_EPS, PROBE_EPS, EncoderSize
 
 Pool = Literal["mean", "token"]
 POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # as timm calls them
@@ -32,7 +33,7 @@ class ClassifierOutput(NamedTuple):
     logits: Tensor
 
 
-class Probes(nn.Module):
+class LinearProbes(nn.Module):
     """Linear classifiers side by side on the same features, which a BatchNorm without affine scales (He et al. 2022, A.1).
 
     Args:
@@ -70,17 +71,17 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
 
     def __init__(
         self,
-        size: Size,
+        size: EncoderSize,
         *,
         image_size: tuple[int, int],
-        patch: tuple[int, int],
+        patch_size: tuple[int, int],
         classes: int,
         pool: Pool = "mean",
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(
             image_size,
-            patch,
+            patch_size,
             num_classes=classes,
             global_pool=POOLS[pool],
             embed_dim=size.width,
@@ -132,7 +133,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
             rates: multiple of the learning rate of each.
         """
         self.freeze(0)
-        self.head, self.rates = Probes(self.embed_dim, self.num_classes, len(rates)), tuple(rates)
+        self.head, self.rates = LinearProbes(self.embed_dim, self.num_classes, len(rates)), tuple(rates)
 
     @property
     def transformer_blocks(self) -> list[nn.Module]:
@@ -146,7 +147,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
 
     def lr_scales(self) -> dict[str, float]:
         """Multiple of the learning rate, by name of a parameter; of others it is 1."""
-        if not isinstance(self.head, Probes):
+        if not isinstance(self.head, LinearProbes):
             return {}
         names = [name for name, _ in self.head.named_parameters()]
         return {f"head.{name}": self.rates[int(name.split(".")[1])] for name in names}
@@ -155,7 +156,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         """Operations of one image."""
         heads = self.num_classes * len(self.rates)
         patches, pixels = self.patch_embed.num_patches, 3 * math.prod(self.patch_embed.patch_size)
-        return vit_flops(self.size, patches=patches, patch_pixels=pixels, classes=heads, frozen=self._frozen_share)
+        return vit_flops(self.size, num_patches=patches, patch_pixels=pixels, classes=heads, frozen=self._frozen_share)
 
     def statistics(self) -> list[Tensor]:
         """Running means of what a process has seen, which differ between processes; fp32, in place."""
@@ -196,7 +197,7 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         return self
 
 
-def build_classifier(size: Size, *, seed: int, scratch: bool, **kwargs: Any) -> Classifier:
+def build_classifier(size: EncoderSize, *, seed: int, scratch: bool, **kwargs: Any) -> Classifier:
     """A classifier whose first weights are a function of ``seed``; nothing is frozen yet.
 
     Args:

@@ -14,12 +14,13 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from scale_mae.model.masking import kept_patches, random_masking
-from scale_mae.model.positions import sincos_table
-from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES, Flops, Size, mae_flops
-from scale_mae.model.targets import Target, make_target
+from scale_mae.model.flops import Flops, mae_flops
+from scale_mae.model.masking import num_visible_patches, random_masking
+from scale_mae.model.pos_embed import sincos_pos_embed
+from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES, EncoderSize
+from scale_mae.model.targets import Target, compute_target
 
-TABLES = ("pos_embed", "decoder_pos_embed")  # fp32 buffers, never trained
+POS_EMBED_NAMES = ("pos_embed", "decoder_pos_embed")  # fp32 buffers, never trained
 
 
 class MAEOutput(NamedTuple):
@@ -54,10 +55,10 @@ class MAE(nn.Module):
 
     def __init__(
         self,
-        size: Size,
+        size: EncoderSize,
         *,
         image_size: tuple[int, int],
-        patch: tuple[int, int],
+        patch_size: tuple[int, int],
         mask_ratio: float = 0.75,
         target: Target = "norm_pixel",
         decoder_width: int = 512,
@@ -65,16 +66,16 @@ class MAE(nn.Module):
         decoder_heads: int = 16,
     ) -> None:
         super().__init__()
-        if any(i % p for i, p in zip(image_size, patch, strict=True)):
-            raise ValueError(f"image size {image_size} is not divisible by patch {patch}")
-        self.size, self.image_size, self.patch = size, image_size, patch
-        self.grid = (image_size[0] // patch[0], image_size[1] // patch[1])
+        if any(i % p for i, p in zip(image_size, patch_size, strict=True)):
+            raise ValueError(f"image size {image_size} is not divisible by patch_size {patch_size}")
+        self.size, self.image_size, self.patch_size = size, image_size, patch_size
+        self.grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
         self.mask_ratio, self.target = mask_ratio, target
         self._kept(mask_ratio)  # refuses a ratio that keeps or removes nothing, before the weights are made
 
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         block: Any = partial(Block, qkv_bias=True, norm_layer=norm)
-        self.patch_embed = PatchEmbed(image_size, patch, 3, size.width)
+        self.patch_embed = PatchEmbed(image_size, patch_size, 3, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.blocks = nn.ModuleList(block(size.width, size.heads, size.mlp_ratio) for _ in range(size.depth))
         self.norm = norm(size.width)
@@ -82,13 +83,13 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
         self.decoder_blocks = nn.ModuleList(block(decoder_width, decoder_heads, 4.0) for _ in range(decoder_depth))
         self.decoder_norm = norm(decoder_width)
-        self.decoder_pred = nn.Linear(decoder_width, patch[0] * patch[1] * 3)
-        self.register_buffer("pos_embed", sincos_table(size.width, self.grid))
-        self.register_buffer("decoder_pos_embed", sincos_table(decoder_width, self.grid))
+        self.decoder_pred = nn.Linear(decoder_width, patch_size[0] * patch_size[1] * 3)
+        self.register_buffer("pos_embed", sincos_pos_embed(size.width, self.grid))
+        self.register_buffer("decoder_pos_embed", sincos_pos_embed(decoder_width, self.grid))
         self._initialise()
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """L, patches of one image."""
         return self.grid[0] * self.grid[1]
 
@@ -109,17 +110,17 @@ class MAE(nn.Module):
         """Operations of one image."""
         return mae_flops(
             self.size,
-            patches=self.patches,
-            kept=kept_patches(self.patches, self.mask_ratio),
+            num_patches=self.num_patches,
+            num_visible=num_visible_patches(self.num_patches, self.mask_ratio),
             patch_pixels=self.decoder_pred.out_features,
             decoder_width=self.decoder_embed.out_features,
             decoder_depth=len(self.decoder_blocks),
         )
 
     def _kept(self, mask_ratio: float) -> int:
-        keep = kept_patches(self.patches, mask_ratio) if 0 < mask_ratio < 1 else 0
-        if not 0 < keep < self.patches:
-            raise ValueError(f"mask ratio {mask_ratio} keeps {keep} of {self.patches} patches; it must keep some, not all")
+        keep = num_visible_patches(self.num_patches, mask_ratio) if 0 < mask_ratio < 1 else 0
+        if not 0 < keep < self.num_patches:
+            raise ValueError(f"mask ratio {mask_ratio} keeps {keep} of {self.num_patches} patches; it must keep some, not all")
         return keep
 
     def _initialise(self) -> None:
@@ -137,7 +138,7 @@ class MAE(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> MAE:
         # Casting the module to bf16 would round the position tables, and one that came with learned weights cannot be remade:
         # they move with the module, but stay fp32.
-        kept = {name: getattr(self, name) for name in TABLES}
+        kept = {name: getattr(self, name) for name in POS_EMBED_NAMES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, table in kept.items():
             moved: Tensor = getattr(self, name)
@@ -189,23 +190,23 @@ class MAE(nn.Module):
         visible = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
         latent = self._encode_tokens(visible)
         pred = self.decode(latent, ids_restore)
-        error = (pred.float() - make_target(images_B3HW, self.patch, self.target)).square().mean(dim=-1)
+        error = (pred.float() - compute_target(images_B3HW, self.patch_size, self.target)).square().mean(dim=-1)
         loss = (error * mask).sum() / mask.sum()
         return MAEOutput(loss, pred, mask, latent)
 
 
 def build_mae(
-    size: str, *, image_size: tuple[int, int], patch: tuple[int, int] | None = None, seed: int | None = None, **kwargs: Any
+    size: str, *, image_size: tuple[int, int], patch_size: tuple[int, int] | None = None, seed: int | None = None, **kwargs: Any
 ) -> MAE:
-    """A MAE of a named size; ``patch`` defaults to the size's own. A ``seed`` makes the initial weights a function of it.
+    """A MAE of a named size; ``patch_size`` defaults to the size's own. A ``seed`` makes the initial weights a function of it.
 
     Raises:
         ValueError: see :class:`MAE`.
         KeyError: unknown ``size``.
     """
     shape = SIZES[size]
-    patch = patch or (shape.patch, shape.patch)
+    patch_size = patch_size or (shape.patch_size, shape.patch_size)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return MAE(shape, image_size=image_size, patch=patch, **kwargs)
+        return MAE(shape, image_size=image_size, patch_size=patch_size, **kwargs)

@@ -16,7 +16,7 @@ class Masking(NamedTuple):
     mask: Tensor
 
 
-def kept_patches(patches: int, mask_ratio: float) -> int:
+def num_visible_patches(patches: int, mask_ratio: float) -> int:
     """Number of visible patches, rounded down as in the paper (49 of 196 and 64 of 256 at 0.75)."""
     return int(patches * (1 - mask_ratio))
 

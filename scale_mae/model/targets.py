@@ -13,17 +13,17 @@ Target = Literal["norm_pixel", "pixel"]
 EPS = 1e-6  # added to a patch's variance, as in the reference
 
 
-def patchify(images_B3HW: Tensor, patch: tuple[int, int]) -> Tensor:
+def patchify(images_B3HW: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut images ``[B, 3, H, W]`` into patches ``[B, L, P]``."""
     b, c, h, w = images_B3HW.shape
-    ph, pw = patch
+    ph, pw = patch_size
     x = images_B3HW.reshape(b, c, h // ph, ph, w // pw, pw)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // ph) * (w // pw), ph * pw * c)
 
 
-def unpatchify(patches_BLP: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def unpatchify(patches_BLP: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Inverse of :func:`patchify`; ``grid`` is (rows, columns) of patches. Returns ``[B, 3, H, W]``."""
-    (ph, pw), (rows, columns) = patch, grid
+    (ph, pw), (rows, columns) = patch_size, grid
     b = patches_BLP.shape[0]
     x = patches_BLP.reshape(b, rows, columns, ph, pw, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * ph, columns * pw)
@@ -36,16 +36,16 @@ def patch_statistics(patches_BLP: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + EPS).sqrt()
 
 
-def make_target(images_B3HW: Tensor, patch: tuple[int, int], target: Target) -> Tensor:
+def compute_target(images_B3HW: Tensor, patch_size: tuple[int, int], target: Target) -> Tensor:
     """The regression target ``[B, L, P]`` in fp32."""
-    patches = patchify(images_B3HW.float(), patch)
+    patches = patchify(images_B3HW.float(), patch_size)
     if target == "pixel":
         return patches
     mean, deviation = patch_statistics(patches)
     return (patches - mean) / deviation
 
 
-def prediction_to_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: tuple[int, int], target: Target) -> Tensor:
+def prediction_to_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch_size: tuple[int, int], target: Target) -> Tensor:
     """Predicted patches ``[B, L, P]`` as (normalised-image) pixel values of patches, ``[B, L, P]``.
 
     A normalised prediction has no brightness or contrast of its own: it is given those of the true patch, which the
@@ -53,5 +53,5 @@ def prediction_to_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: tuple[int
     """
     if target == "pixel":
         return pred_BLP.float()
-    mean, deviation = patch_statistics(patchify(images_B3HW.float(), patch))
+    mean, deviation = patch_statistics(patchify(images_B3HW.float(), patch_size))
     return pred_BLP.float() * deviation + mean

@@ -31,7 +31,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directories")
     add("--out", metavar="FILE", help="also write a page (.html) or a picture (.png)")
-    add("--reference", metavar="PATH", help="a reference curve for all runs, or a folder of them (docs/report.md)")
+    add("--reference", metavar="PATH", help="a reference curve for all runs, or a folder of them (docs/guides/reports.md)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -99,7 +99,7 @@ REPORT_COMMANDS = (
         name="report",
         group="runs",
         summary="Write a report of a run as one page that opens without a network.",
-        description="See docs/report.md.",
+        description="See docs/guides/reports.md.",
         example="scale-mae report runs/demo --out report.html",
         add_arguments=_add_report_arguments,
         run=report,

@@ -82,10 +82,10 @@ class Curves:
     def memory(self) -> list[Chart]:
         """Memory."""
         keys = {
-            "allocated": "memory_allocated_gib",
-            "reserved": "memory_reserved_gib",
+            "allocated": "gpu_memory_allocated_gib",
+            "reserved": "gpu_memory_reserved_gib",
             "host, resident": "host_rss_gib",
-            "peak of the first process": "memory_gib",
+            "peak of the first process": "peak_memory_gib",
         }
         words = (
             "The most of any process: allocated on its device so far, reserved by torch, resident on the host. "

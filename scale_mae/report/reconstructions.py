@@ -142,17 +142,17 @@ def _for_this_process(folder: Path) -> Path:
 
 
 def _own_images(run: Path, config: Config, scratch: Path) -> list[str]:
-    from scale_mae.data.index import NAME, Index, index_of
-    from scale_mae.data.storage import ImageError
+    from scale_mae.data.errors import ImageError
+    from scale_mae.data.index import INDEX_NAME, Index, existing_index
 
-    index = Index.open(index_of(config.data.source) or run / NAME)
+    index = Index.open(existing_index(config.data.source) or run / INDEX_NAME)
     paths = []
     for number in range(min(IMAGES, len(index))):
         sample = number * len(index) // IMAGES
         try:
             content = index.read(sample)
         except ImageError as error:
-            raise UserError(f"{index.where(sample)}: {error}") from None
+            raise UserError(f"{index.location(sample)}: {error}") from None
         paths.append(scratch / f"image {sample}")
         paths[-1].write_bytes(content)
     return [str(path) for path in paths]
@@ -161,7 +161,7 @@ def _own_images(run: Path, config: Config, scratch: Path) -> list[str]:
 def _draw(checkpoint: Path, ratios: Sequence[int], paths: Sequence[str], folder: Path, scratch: Path) -> None:
     from scale_mae.checkpoint.store import read_config, verify
     from scale_mae.evaluation.reconstruct import draw
-    from scale_mae.weights.models import load_mae
+    from scale_mae.weights.model_loader import load_mae
 
     step = verify(checkpoint, checksums=False).step
     model, config = load_mae(checkpoint), read_config(checkpoint)

@@ -1,4 +1,4 @@
-"""Reference curves: the band in which the loss of a run of a certain setting lies. docs/report.md describes their files."""
+"""Reference curves: the band in which the loss of a run of a certain setting lies; see docs/guides/reports.md."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def setting_value(config: Config, key: str) -> Any:
 
 
 def _digest(record: Record) -> str | None:
-    from scale_mae.data.index import NAME, Index, index_of
+    from scale_mae.data.index import INDEX_NAME, Index, existing_index
 
     try:
-        own = index_of(record.config.data.source) if record.config else None
-        return Index.open(own or record.dir / NAME).digest
+        own = existing_index(record.config.data.source) if record.config else None
+        return Index.open(own or record.dir / INDEX_NAME).digest
     except (UserError, OSError):
         return None
 
@@ -172,7 +172,9 @@ def read_reference(path: Path) -> Reference:
     except OSError as error:
         raise ReferenceError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ReferenceError(f"{path}: not a reference curve ({type(error).__name__}: {error}); see docs/report.md") from None
+        raise ReferenceError(
+            f"{path}: not a reference curve ({type(error).__name__}: {error}); see docs/guides/reports.md"
+        ) from None
     if not (isinstance(name, str) and name and isinstance(setting, dict)):
         raise ReferenceError(f"{path}: name must be a text, and setting an object of section.key and value")
     finite = all(np.isfinite(part).all() for part in (images, low, high))

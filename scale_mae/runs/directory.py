@@ -8,8 +8,8 @@ from pathlib import Path
 
 from scale_mae.checkpoint import store
 from scale_mae.config import Config, UserError, saved_config
-from scale_mae.data.index import NAME, Index, index_of
-from scale_mae.data.index_builder import build
+from scale_mae.data.index import INDEX_NAME, Index, existing_index
+from scale_mae.data.index_builder import build_index
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.exit_status import StoppedError
 from scale_mae.system.files import flush
@@ -66,7 +66,7 @@ def _config_before(run_dir: Path, notes: list[str]) -> Config | None:
 
 def _forget_index(run_dir: Path) -> None:
     """A run that never began binds to nothing."""
-    for name in (NAME, f"{NAME}.partial"):
+    for name in (INDEX_NAME, f"{INDEX_NAME}.partial"):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -74,10 +74,10 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
     """The source's own index; without one, an index beside the run, built at its first start from the images' headers.
 
     Raises:
-        DataError: see :func:`scale_mae.data.index_builder.build`.
+        DataError: see :func:`scale_mae.data.index_builder.build_index`.
         StoppedError: a signal came while it was built.
     """
-    own, path = index_of(source), run_dir / NAME
+    own, path = existing_index(source), run_dir / INDEX_NAME
     if own:
         return own
     if path.exists():
@@ -91,15 +91,15 @@ def find_index(run_dir: Path, source: str, notes: list[str], stop: StopRequest) 
             if stop.reason:
                 raise StoppedError(f"stopped by {stop.reason} while building {path}; the same command goes on with it")
             if time.perf_counter() - began > QUICK:
-                bar.move(done, total)
+                bar.update(done, total)
 
-        index = build(source, path, verify=False, progress=progress)
+        index = build_index(source, path, verify=False, progress=progress)
     notes.append(
         f"data.source={source} brings no index; built {path} from the headers of {len(index)} images in "
         f"{time.perf_counter() - began:.1f} s (scale-mae index makes one that decodes them all, for any number of runs)"
     )
     notes.extend(index.problems)
-    if causes := index.causes():
+    if causes := index.quarantine_counts():
         left_out = ", ".join(f"{number} {cause}" for cause, number in causes.items())
         notes.append(f"left out of the index: {left_out}; named in {path}.quarantined.txt")
     return path

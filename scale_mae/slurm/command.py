@@ -86,7 +86,7 @@ SLURM_COMMANDS = (
         name="submit",
         group="slurm",
         summary="Submit a run as a Slurm job that continues after time limits and preemption.",
-        description="See cluster/README.md.",
+        description="See docs/guides/slurm.md.",
         example="scale-mae submit vit_base data.source=imagenet.index --nodes 2 --gpus-per-node 8 --dry-run",
         add_arguments=_add_submit_arguments,
         run=submit,

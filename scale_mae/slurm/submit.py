@@ -13,8 +13,8 @@ from pathlib import Path
 
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import PACKAGE_DIR, SHIPPED_CONFIGS, Config, ConfigError, saved_config
-from scale_mae.data.source_check import find
-from scale_mae.data.storage import DataError, printable
+from scale_mae.data.errors import DataError, escape_unprintable
+from scale_mae.data.source_check import check_source
 from scale_mae.slurm.queue import FOLDER, SCRIPT, STOP, SlurmError, call, clean_environment, queued
 from scale_mae.slurm.site import Site, seconds
 
@@ -85,7 +85,7 @@ def unseen(config: Config) -> list[str]:
     for key, source in {"data.source": config.data.source, "classify.val_source": config.classify.val_source}.items():
         try:
             if source is not None:
-                find(source)
+                check_source(source)
         except DataError as error:
             found.append(f"{key}: {error}")
         except OSError as error:
@@ -94,7 +94,7 @@ def unseen(config: Config) -> list[str]:
     if weights and not os.path.exists(weights) and not checkpoints(Path(config.run.dir)):  # a checkpoint goes before them
         found.append(f"model.init_from={weights}: no such file or folder")
     advice = "not seen from this host; if the nodes do not have it either, scale-mae cancel the run and put it right"
-    return [printable(f"{what} ({advice})") for what in found]
+    return [escape_unprintable(f"{what} ({advice})") for what in found]
 
 
 def script_path(run_dir: Path) -> Path:

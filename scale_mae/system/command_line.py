@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scale_mae.system.completion import complete_override, complete_recipe
+
 GROUPS = {  # key -> heading in `scale-mae --help`, in this order
     "train": "Train",
     "data": "Prepare images",
@@ -78,10 +80,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
         parser: The parser of the command.
         example: An override to show in the help, such as ``train.global_batch=1024``.
     """
-    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-    parser.add_argument(
+    recipe = parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    overrides = parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"config keys to change, for instance {example}"
     )
+    vars(recipe)["completer"] = complete_recipe  # argcomplete looks for this attribute
+    vars(overrides)["completer"] = complete_override
 
 
 def positive_int(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Files as the disk has them: their checksums, getting them there, and the room for them."""
+"""Checksums of files, flushing files to disk, and free disk space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
+    """Return the SHA-256 checksum of a file, in hexadecimal."""
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -18,7 +18,7 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,24 +27,11 @@ def flush(path: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Whether the disk of a folder has ``needed`` bytes.
+    """Check that the disk of a folder has ``needed`` bytes of free space.
 
     Raises:
-        OSError: it has not.
+        OSError: It has less.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on its disk")
-
-
-def checkpoint_bytes(parameters: int, precision: str, stage: int) -> tuple[int, int]:
-    """What a checkpoint takes at most, and what of it the first process alone writes, in bytes.
-
-    Args:
-        parameters: of the model.
-        precision: ``train.precision``.
-        stage: of ZeRO; without it the first process writes everything.
-    """
-    module = parameters * (4 if precision == "fp32" else 2)
-    nbytes = module + parameters * 12  # masters and two moments
-    return nbytes, module if stage else nbytes
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, but only {free / 1e9:.3g} GB are free on this disk")

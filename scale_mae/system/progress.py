@@ -1,4 +1,4 @@
-"""Progress of counted work, for people: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of a long command: a bar with rate and remaining time on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-EVERY = 10.0  # seconds between lines
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Shows (done, total) of ``what`` on standard error; not ``shown``, it shows nothing: several processes need one bar."""
+    """Shows the progress of countable work on standard error.
+
+    Args:
+        what: The counted things, such as ``images``.
+        shown: Whether to show anything. Of several processes, only one should.
+    """
 
     def __init__(self, what: str, *, shown: bool = True) -> None:
-        self._what, self._told = what, 0.0
+        self._what, self._printed_at = what, 0.0
         columns = (
             BarColumn(),
             TaskProgressColumn(),
@@ -26,7 +31,7 @@ class ProgressBar:
         )
         self._shown = shown
         self._progress = Progress(*columns, console=Console(stderr=True)) if shown and sys.stderr.isatty() else None
-        self._began, self._first, self._last, self._total = 0.0, 0, 0, -1
+        self._started_at, self._first_done, self._last_done, self._total = 0.0, 0, 0, -1
 
     def __enter__(self) -> ProgressBar:
         if self._progress:
@@ -38,18 +43,19 @@ class ProgressBar:
         if self._progress:
             self._progress.stop()
 
-    def move(self, done: int, total: int) -> None:
-        """So much of so much is done. Less than before, or of another number, is other work, with a rate of its own."""
+    def update(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` things are done. A smaller ``done`` or another ``total`` starts a new measurement."""
         now = time.monotonic()
-        if begins := done < self._last or total != self._total:
-            self._began, self._first, self._total = now, done, total  # what an earlier call did is not this one's rate
-        self._last = done
-        rate = (done - self._first) / max(now - self._began, 1e-9)
+        if restarted := done < self._last_done or total != self._total:
+            # what was done before this call, perhaps by an interrupted command, does not count for the rate
+            self._started_at, self._first_done, self._total = now, done, total
+        self._last_done = done
+        rate = (done - self._first_done) / max(now - self._started_at, 1e-9)
         text = self._what + (f", {rate:.0f}/s" if rate >= 1 else f", {rate:.2g}/s" if rate else "")
         if self._progress:
-            if begins:
-                self._progress.reset(self._task, total=total, completed=done)  # nor does it tell the time left
+            if restarted:
+                self._progress.reset(self._task, total=total, completed=done)
             self._progress.update(self._task, completed=done, total=total, description=text)
-        elif self._shown and (now - self._told > EVERY or done == total):
-            self._told = now
+        elif self._shown and (now - self._printed_at > SECONDS_BETWEEN_LINES or done == total):
+            self._printed_at = now
             print(f"{done} of {total} {text}", file=sys.stderr, flush=True)

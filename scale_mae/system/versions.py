@@ -8,7 +8,7 @@ from importlib.metadata import version
 from scale_mae import __version__
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that a checkpoint depends on."""
-    ours = {"python": platform.python_version(), "scale-mae": __version__}
-    return ours | {p: version(p) for p in ("torch", "deepspeed", "timm")}
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, scale_mae, and the packages that a checkpoint depends on."""
+    own = {"python": platform.python_version(), "scale-mae": __version__}
+    return own | {package: version(package) for package in ("torch", "deepspeed", "timm")}

@@ -1,1 +1,1 @@
-"""training."""
+"""The training loop and what belongs to it: tasks, batches, metrics logging, monitoring, rollback and the watchdog."""

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from scale_mae.config import Config
 from scale_mae.data import decoders
-from scale_mae.data.loader import Batch, decoding_threads
-from scale_mae.data.storage import DataError
+from scale_mae.data.errors import DataError
+from scale_mae.data.loader import Batch, num_decoding_threads
 from scale_mae.distributed.process_group import World
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import StopVote, Vote
@@ -66,17 +66,17 @@ class BatchIterator:
         return self._batch, vote
 
 
-def build_decoder(config: Config, world: World) -> tuple[decoders.Decoder, decoders.Name, str]:
+def build_decoder(config: Config, world: World) -> tuple[decoders.Decoder, decoders.DecoderName, str]:
     """The same kind of decoder on every process, its name, and why it is that. All processes call it.
 
     Raises:
         DataError: the one asked for does not work on some process.
     """
-    size, batch, threads = config.model.image_size, config.train.micro_batch, decoding_threads(config.data)
-    name, why = world.run_on_main(lambda: decoders.choose(config.data.decoder, world.device))
+    size, batch, threads = config.model.image_size, config.train.micro_batch, num_decoding_threads(config.data)
+    name, why = world.run_on_main(lambda: decoders.choose_decoder(config.data.decoder, world.device))
     try:
-        return world.run_on_all(lambda: decoders.make(name, size, batch, threads, world.device)), name, why
+        return world.run_on_all(lambda: decoders.build_decoder(name, size, batch, threads, world.device)), name, why
     except DataError as error:
         if config.data.decoder != "auto":
             raise
-        return decoders.make("pillow", size, batch, threads, world.device), "pillow", str(error)
+        return decoders.build_decoder("pillow", size, batch, threads, world.device), "pillow", str(error)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from scale_mae.checkpoint.store import step_of
 from scale_mae.config import Config, UserError
-from scale_mae.data.crops import reference_crop
+from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
 from scale_mae.data.mixup import BatchAugmentation
 from scale_mae.data.sources import NO_LABEL
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.evaluation.accuracy import Score, scores
@@ -29,8 +29,8 @@ from scale_mae.evaluation.image_loader import central_view
 from scale_mae.evaluation.results import Result, content_digest, made_by
 from scale_mae.metrics.calculator import Metrics
 from scale_mae.weights.classifier_initialization import build_initial_classifier
-from scale_mae.weights.importing import read_weights
-from scale_mae.weights.metadata import recipe_of
+from scale_mae.weights.metadata import training_settings
+from scale_mae.weights.weight_import import read_weights
 
 
 class ClassificationTask:
@@ -41,7 +41,7 @@ class ClassificationTask:
             fit.
     """
 
-    patches = 0
+    num_patches = 0
 
     def __init__(self, config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> None:
         self._config, self._world = config, world
@@ -102,11 +102,11 @@ class ClassificationTask:
     def state(self) -> dict[str, Any]:
         """Names of the classes, which probe was the best, and what the run began with."""
         self._settle()
-        return {"classifier": {"classes": self.classes, "best_probe": self._best, "began_with": self._began}}
+        return {"classifier": {"classes": self.classes, "best_probe": self._best, "initialized_from": self._began}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See :class:`scale_mae.training.tasks.Task`."""
-        self._best, self._began = state["classifier"]["best_probe"], state["classifier"]["began_with"]
+        self._best, self._began = state["classifier"]["best_probe"], state["classifier"]["initialized_from"]
 
     def _settle(self) -> None:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
@@ -123,27 +123,27 @@ class ClassificationTask:
         with engine.evaluation_mode(ema=ema):
 
             def logits(images_BHW3: Tensor) -> Tensor:
-                images = normalise(images_BHW3.to(device), config.data.mean, config.data.std)
+                images = normalize(images_BHW3.to(device), config.data.mean, config.data.std)
                 outputs: Tensor = engine.model(images).logits
                 return outputs if outputs.dim() == 3 else outputs[None]
 
-            view, batch = central_view(side, config.classify.crop_pct or reference_crop(side)), config.train.micro_batch
+            view, batch = central_view(side, config.classify.crop_pct or reference_crop_pct(side)), config.train.micro_batch
             return scores(logits, val, view, self._world, batch, lambda done, total: beat())
 
     def _write(self, found: list[Score], told: dict[str, Score], step: int, seconds: float) -> list[str]:
         """The result file of the newest evaluation; what there is to tell of it."""
         config = self._config
         c, side = config.classify, config.model.image_size[0]
-        trained: dict[str, Any] = recipe_of(config.model_dump(mode="json"))
+        trained: dict[str, Any] = training_settings(config.model_dump(mode="json"))
         del trained["data"]["source"]  # a path; its images have a digest
-        trained |= {"trained_on": self._train_digest, "began_with": self._began}
+        trained |= {"trained_on": self._train_digest, "initialized_from": self._began}
         named = {f"{kind}{key}": value for kind, each in told.items() for key, value in _plain(each).items()}
         result = Result(
             {
                 "name": config.run.task,
                 "set": c.val_source,
                 "size": side,
-                "crop_pct": c.crop_pct or reference_crop(side),
+                "crop_pct": c.crop_pct or reference_crop_pct(side),
                 **trained,
             },
             {
@@ -154,7 +154,7 @@ class ClassificationTask:
                 "sha256": "",  # not known before they are saved
                 "step": step,
                 "seed": config.run.seed,
-                "began_with": config.model.init_from,
+                "initialized_from": config.model.init_from,
             },
             {"root": c.val_source, "images": found[0].images, "digest": content_digest([found[0].content])},
             named,

@@ -11,11 +11,11 @@ from typing import Any
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.saver import Saver, SaveResult
 from scale_mae.data.decoders import Decoder
+from scale_mae.data.errors import ImageStatus
 from scale_mae.data.failure_counter import DecodeFailure, FailureCounter
-from scale_mae.data.storage import Status
 from scale_mae.distributed.process_group import World
-from scale_mae.metrics.calculator import Metrics, ProcessStats, local_seconds, max_memory
-from scale_mae.metrics.hardware import memory_usage
+from scale_mae.metrics.calculator import Metrics, ProcessStats, local_seconds
+from scale_mae.metrics.memory import max_memory, memory_usage
 from scale_mae.metrics.sinks import print_to_stderr
 from scale_mae.metrics.step_timer import PAUSE_PHASES, PhaseSeconds, group_phases
 from scale_mae.runs import history
@@ -183,8 +183,8 @@ class MetricsLogger:
             self.log.write_message(str(failure))
         self.tally.add(step * self._global_batch, failures)
         self._failure_metrics = {
-            "decode_failures": sum(self.tally.causes.values()),
-            **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.causes.items()},
+            "decode_failures": sum(self.tally.counts.values()),
+            **{f"decode_failures_{cause.name.lower()}": number for cause, number in self.tally.counts.items()},
             "decoder_fallbacks": sum(fallbacks for _, fallbacks, _ in found),
         }
         return failures, [vital for _, _, vital in found if vital]
@@ -215,9 +215,9 @@ class MetricsLogger:
         counters.follow_total("rollbacks", rollbacks)
         counters.follow_total("decoder_fallbacks", fallbacks)
         counters.follow_total("checkpoint_failures", self.saver.failures)
-        for cause in Status:
-            if cause >= Status.EMPTY:
-                counters.follow_total(f"decode_failures/{cause.name.lower()}", self.tally.causes[cause])
+        for cause in ImageStatus:
+            if cause >= ImageStatus.EMPTY:
+                counters.follow_total(f"decode_failures/{cause.name.lower()}", self.tally.counts[cause])
 
     def _checkpoint_metrics(self, metrics: Metrics) -> Metrics:
         newest, now = self._newest, metrics["time"] or 0

@@ -19,11 +19,13 @@ from scale_mae.engine.trainable import TrainableModule
 from scale_mae.metrics.calculator import MetricsCalculator
 from scale_mae.metrics.counters import Counters, restore_counters
 from scale_mae.metrics.exporter import Exporter, RunInfo
-from scale_mae.metrics.hardware import Nvml, peak_flops
-from scale_mae.metrics.node import Node, detect_node, node_address, run_id
+from scale_mae.metrics.node import Node, detect_node, node_address
+from scale_mae.metrics.nvml import Nvml
+from scale_mae.metrics.peak_flops import peak_flops
 from scale_mae.metrics.sinks import Log, Sink, build_log, print_to_stderr
 from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.metrics.trackers import build_trackers
+from scale_mae.runs.run_id import get_run_id
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Monitoring:
         """What a checkpoint keeps."""
         return {
             "counters": dict(self.counters.values),
-            "smoothed": self.calculator.smoothed,
-            "smoothed_at": self.calculator.smoothed_at,
+            **self.calculator.state(),
         }
 
 
@@ -74,7 +75,7 @@ def build_monitoring(
         saved: :meth:`Monitoring.state` of the checkpoint that it goes on from.
     """
     run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
-    name, counters = world.run_on_main(lambda: (run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
+    name, counters = world.run_on_main(lambda: (get_run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
     node = detect_node(world, nvml)
     watch = StepTimer(world.device)
     model.register_forward_hook(watch.mark_forward)
@@ -92,7 +93,7 @@ def build_monitoring(
         discovery = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
         try:
             exporter = Exporter(run, node, nvml, counters, watch, config.log.metrics_port, discovery, is_first=world.is_main)
-            sinks, problems = [exporter], exporter.problems
+            sinks, problems = [exporter], exporter.warnings
         except OSError as error:
             problems = [f"no metrics for Prometheus from node {node.number}: {error}"]
     if world.is_main:

@@ -71,11 +71,11 @@ class RollbackController:
         self._past: list[dict[str, Any]] = world.run_on_main(lambda: _past(run_dir)) if resumed else []
         self.rollbacks = len(self._past)
         for event in self._past:
-            self.plan = self.plan.without(*event["positions"])
+            self.plan = self.plan.skip(*event["positions"])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"health": self.health.state(), "skips": [list(s) for s in self.plan.skips], "rollbacks": self.rollbacks}
+        return {"health": self.health.state(), "skips": [list(s) for s in self.plan.skipped], "rollbacks": self.rollbacks}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's :meth:`state`; None: it is of a version that had none."""
@@ -83,7 +83,7 @@ class RollbackController:
         self.health, self.verdict = AnomalyDetector(self._config, state["health"]), None
         self.rollbacks = max(self.rollbacks, state["rollbacks"])  # should somebody have deleted the history
         for first, stop in state["skips"]:
-            self.plan = self.plan.without(first, stop)
+            self.plan = self.plan.skip(first, stop)
 
     def add(self, step: int, loss: Tensor, skipped: Tensor) -> None:
         """Remember a step on the device.
@@ -132,7 +132,7 @@ class RollbackController:
         checkpoint, event = self._world.run_on_main(lambda: self._decide(verdict, step, notes))
         self._past.append(event)
         self.rollbacks = event["number"]
-        self.plan = self.plan.without(*event["positions"])
+        self.plan = self.plan.skip(*event["positions"])
         return checkpoint
 
     def _decide(self, verdict: Anomaly, step: int, notes: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -143,7 +143,7 @@ class RollbackController:
         first = max(verdict.first - 1, to + 1)
         rows = (verdict.last - first + 1) * self.plan.global_batch
         positions = self.plan.positions(first - 1, 0, 1, 0, rows)
-        samples = [self._index.where(s) for s in self.plan.samples(positions[:RECORDED]).tolist()]
+        samples = [self._index.location(s) for s in self.plan.samples(positions[:RECORDED]).tolist()]
         what = (
             f"{verdict.reason} in steps {verdict.first} to {verdict.last}; "
             f"{rows} images from position {positions[0]} on lead there ({', '.join(samples[:NAMED])}, ...)"

@@ -26,7 +26,7 @@ class Task(Protocol):
         """On the host, the same on every process."""
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """That mask noise is wanted for; 0: none."""
 
     @property
@@ -63,12 +63,12 @@ class PretrainingTask:
 
     def __init__(self, config: Config, world: World, notes: list[str], *, resumed: bool) -> None:
         self.model = build_initial_model(config, world, notes, resumed=resumed)
-        self.patches, self.what = self.model.patches, config.model.size
+        self.num_patches, self.what = self.model.num_patches, config.model.size
 
     def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
         """Images, and the noise that decides on the masks."""
-        assert batch.noise is not None
-        return images_B3HW, batch.noise.to(images_B3HW.device, non_blocking=True)
+        assert batch.mask_noise is not None
+        return images_B3HW, batch.mask_noise.to(images_B3HW.device, non_blocking=True)
 
     def due(self, step: int, total: int) -> bool:
         """Never."""

@@ -14,13 +14,14 @@ import torch
 
 from scale_mae.checkpoint import store
 from scale_mae.checkpoint.saver import Saver
+from scale_mae.checkpoint.size import checkpoint_size
 from scale_mae.config import Config, UserError
+from scale_mae.data.errors import DataError
 from scale_mae.data.failure_counter import FailureCounter
 from scale_mae.data.index import Index
 from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.storage import DataError
-from scale_mae.data.transforms import normalise
+from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import Vote
@@ -28,8 +29,7 @@ from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.schedule import build_schedule
 from scale_mae.metrics.sinks import print_to_stderr
 from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
-from scale_mae.system.files import checkpoint_bytes
-from scale_mae.system.versions import versions
+from scale_mae.system.versions import package_versions
 from scale_mae.training.anomaly_detector import Anomaly
 from scale_mae.training.batch_iterator import BatchIterator, build_decoder
 from scale_mae.training.metrics_logger import MetricsLogger
@@ -93,7 +93,7 @@ class Trainer:
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
-        nbytes, main_only_nbytes = checkpoint_bytes(parameters, config.train.precision, self.engine.zero_stage)
+        nbytes, main_only_nbytes = checkpoint_size(parameters, config.train.precision, self.engine.zero_stage)
         sizes = {"zero_stage": self.engine.zero_stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
         keep_every = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
         self.saver = Saver(self.dir, config, world, **sizes, keep_every=keep_every, failures=failed_saves)
@@ -103,7 +103,7 @@ class Trainer:
         pin_memory = world.device.type == "cuda"
         share = BatchShard(world.rank, world.size, config.train.micro_batch, accumulation)
         decoder, chosen, why = build_decoder(config, world)
-        shape, warn = (config.model.image_size, self.task.patches), functools.partial(_warn, world.rank)
+        shape, warn = (config.model.image_size, self.task.num_patches), functools.partial(_warn, world.rank)
         self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
         instruments = build_monitoring(
             config, world, self.task.model, len(index), self.schedule.total_steps, self.step, measured
@@ -111,7 +111,9 @@ class Trainer:
         self.watch, self.log = instruments.watch, instruments.log
         told = (instruments, world, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
         self.teller = MetricsLogger(*told, self.engine.skipped_steps, self.recovery.rollbacks)
-        self.teller.record("start", step=self.step, **start_facts(instruments, world, self.engine.zero_stage, versions()))
+        self.teller.record(
+            "start", step=self.step, **start_facts(instruments, world, self.engine.zero_stage, package_versions())
+        )
         notes.append(
             f"{self.task.what}, on {len(index)} images, {world.size} processes on {world.device.type}, "
             f"{config.train.precision}, ZeRO-{self.engine.zero_stage}, data.decoder={chosen} ({why}): "
@@ -194,8 +196,8 @@ class Trainer:
             batch, each = feed.take()
             vote = max(vote, each)
             images = batch.images.to(world.device, non_blocking=True)
-            jitter = None if batch.jitter is None else batch.jitter.to(world.device, non_blocking=True)
-            images = normalise(images, config.data.mean, config.data.std, jitter)
+            jitter = None if batch.color_jitter is None else batch.color_jitter.to(world.device, non_blocking=True)
+            images = normalize(images, config.data.mean, config.data.std, jitter)
             self.teller.add(batch.failures)
             loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
             self.watch.mark("backward")

@@ -1,4 +1,4 @@
-"""The classifier that a run begins with: an encoder from anywhere as fine-tuning and probes take it, or a random one."""
+"""Builds the initial classifier of a fine-tuning or linear-probe run, with an encoder from any supported source."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.process_group import World
 from scale_mae.model.classifier import Classifier, build_classifier
-from scale_mae.model.positions import resize_table
+from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
-from scale_mae.weights.importing import Weights
-from scale_mae.weights.initialization import begin_everywhere, encoder_of
+from scale_mae.weights.encoder_import import extract_encoder
+from scale_mae.weights.initialization import load_on_all_ranks
+from scale_mae.weights.weight_import import ImportedWeights
 
 
-def classifier_from_config(config: Config, classes: int) -> Classifier:
-    """The classifier of a run, freshly initialised from its seed; nothing is frozen yet."""
+def build_classifier_from_config(config: Config, classes: int) -> Classifier:
+    """Build the classifier of a run with random weights from its seed. No parameter is frozen yet."""
     m, c = config.model, config.classify
     return build_classifier(
         SIZES[m.size],
         seed=config.run.seed,
         scratch=m.init_from is None,
         image_size=m.image_size,
-        patch=m.patch,
+        patch_size=m.patch,
         classes=classes,
         pool=c.pool,
         drop_path=c.drop_path,
@@ -32,82 +33,92 @@ def classifier_from_config(config: Config, classes: int) -> Classifier:
 
 
 @torch.no_grad()
-def begin_with_encoder(model: Classifier, weights: Weights) -> str:
-    """Give a new classifier the encoder of some weights; what was done, in one line.
+def load_initial_encoder(model: Classifier, weights: ImportedWeights) -> str:
+    """Load an imported encoder into a new classifier.
 
-    The position table is interpolated bicubically to another grid of patches. The norm behind average pooling begins anew, as
-    in the reference, unless the weights were fine-tuned with one.
+    The position table is interpolated bicubically if the grid of patches differs. With mean pooling, the norm after the
+    pooling starts anew as in the reference, unless the weights come from a classifier with mean pooling.
+
+    Returns:
+        A description of the weights and of all deviations, in one line.
 
     Raises:
-        CheckpointError: no plain ViT, or one of another shape.
+        CheckpointError: The weights are not those of a plain ViT, or their shape differs.
     """
-    facts, tensors = encoder_of(weights)
-    given, wanted = facts["timm_kwargs"], model.size
-    told = {"width": given["embed_dim"], "depth": given["depth"], "attention heads": given["num_heads"]}
-    for what, ours in {"width": wanted.width, "depth": wanted.depth, "attention heads": wanted.heads}.items():
-        if told[what] != ours:
-            raise CheckpointError(
-                f"{weights.path}: an encoder of {what} {told[what]}, the model's is {ours}: change model.size"
-            )
+    metadata, tensors = extract_encoder(weights)
+    _check_sizes(model, weights, metadata["timm_kwargs"])
     patch = model.patch_embed.patch_size
-    if tuple(given["patch_size"]) != patch:
-        raise CheckpointError(f"{weights.path}: patches of {given['patch_size']}: set model.patch_size={given['patch_size']}")
-    old, new = ((height // patch[0], width // patch[1]) for height, width in (facts["image_size"], model.patch_embed.img_size))
-    tensors["pos_embed"] = resize_table(tensors["pos_embed"], old, new)
-    notes = [f"pos_embed interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"] if old != new else []
-    if facts["layer_norm_eps"] != LAYER_NORM_EPS:
-        notes.append(f"its norms' epsilon is {facts['layer_norm_eps']:g}, here {LAYER_NORM_EPS:g}")
+    source_grid, grid = (
+        (height // patch[0], width // patch[1]) for height, width in (metadata["image_size"], model.patch_embed.img_size)
+    )
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], source_grid, grid)
+    notes = []
+    if source_grid != grid:
+        notes.append(f"pos_embed interpolated from {source_grid[0]} x {source_grid[1]} to {grid[0]} x {grid[1]} patches")
+    if metadata["layer_norm_eps"] != LAYER_NORM_EPS:
+        notes.append(f"norm epsilon changed from {metadata['layer_norm_eps']:g} to {LAYER_NORM_EPS:g}")
     if model.global_pool == "token":
-        tensors = {re.sub(r"^fc_norm\.", "norm.", name): t for name, t in tensors.items()}
-    else:  # norm is what came before pooling; fc_norm is there if the weights have been behind pooling already
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("norm.")}
+        tensors = {re.sub(r"^fc_norm\.", "norm.", key): t for key, t in tensors.items()}
+    else:  # fc_norm is present only if it was trained after the pooling
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("norm.")}
         if "fc_norm.weight" not in tensors:
-            notes.append("fc_norm begins anew")
-    own = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+            notes.append("fc_norm starts anew")
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        parameters[key].copy_(tensor)
     digest = weights.digest()
-    about = f"{origin_of(weights)}, SHA-256 {digest[:16]}" if digest else origin_of(weights)
-    return "; ".join([f"began with the encoder of {weights.path} ({about})", *notes])
+    about = weights.provenance.summary() + (f", SHA-256 {digest[:16]}" if digest else "")
+    return "; ".join([f"encoder initialized from {weights.path} ({about})", *notes])
 
 
-def origin_of(weights: Weights) -> str:
-    """What weights are, whatever their seed: their kind, and where known how long and as what they were trained."""
-    origin = weights.origin
-    told = [origin.kind, *([] if origin.step is None else [f"step {origin.step}"])]
-    return ", ".join([*told, *([f"trained as {origin.training}"] if origin.training else [])])
+def _check_sizes(model: Classifier, weights: ImportedWeights, timm_kwargs: dict[str, object]) -> None:
+    size = model.size
+    for what, found, expected in (
+        ("width", timm_kwargs["embed_dim"], size.width),
+        ("depth", timm_kwargs["depth"], size.depth),
+        ("number of heads", timm_kwargs["num_heads"], size.heads),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"{weights.path}: the encoder's {what} is {found}, the model's {expected}. Change model.size."
+            )
+    if timm_kwargs["patch_size"] != list(model.patch_embed.patch_size):
+        patch = timm_kwargs["patch_size"]
+        raise CheckpointError(f"{weights.path}: the patch size of the encoder is {patch}. Set model.patch_size={patch}.")
 
 
 def build_initial_classifier(
     config: Config, classes: int, world: World, notes: list[str], *, resumed: bool
 ) -> tuple[Classifier, str]:
-    """The classifier that a run begins with, on the host, the same on every process. All call it.
+    """Build the initial classifier of a run on the CPU, with the same weights on every rank. All ranks call it.
 
     Args:
-        config: ``model.init_from`` names the encoder's weights; without it they are random, a function of ``run.seed``.
-        classes: to tell apart.
-        world: the processes.
-        notes: what to tell of it is appended.
-        resumed: a checkpoint is going to fill the model, so the weights of the beginning are not looked at.
+        config: The configuration. ``model.init_from`` names the encoder's weights. Without it they are random, a function of
+            ``run.seed``.
+        classes: Number of classes.
+        world: The process group.
+        notes: Messages for the log are appended.
+        resumed: Whether a checkpoint will overwrite the model. Then the initial weights are not read.
 
     Returns:
-        The classifier, and what it begins with in words, the same for every seed.
+        The classifier, and what it was initialized from, in words that are the same for every seed.
 
     Raises:
-        UserError: the weights are not there, do not fit, or are not the same for all processes.
+        UserError: The weights do not exist, do not match the model, or differ between ranks.
     """
     source = config.model.init_from
     if config.run.task == "linprobe" and source is None:
-        notes.append("model.init_from is empty: the probe is of random features")
-    model = classifier_from_config(config, classes)
-    began = ["random weights"]
+        notes.append("model.init_from is empty: the probe classifies random features")
+    model = build_classifier_from_config(config, classes)
+    initialized_from = "random weights"
 
-    def begin(weights: Weights) -> str:
-        began[0] = origin_of(weights)
-        return begin_with_encoder(model, weights)
+    def load(weights: ImportedWeights) -> str:
+        nonlocal initialized_from
+        initialized_from = weights.provenance.summary()
+        return load_initial_encoder(model, weights)
 
     if source and not resumed:
-        notes.append(begin_everywhere(source, world, notes, begin))
+        notes.append(load_on_all_ranks(source, world, notes, load))
     try:
         if config.run.task == "linprobe":
             with torch.random.fork_rng(devices=[]):
@@ -117,4 +128,4 @@ def build_initial_classifier(
             model.freeze(config.classify.trainable_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return model, began[0]
+    return model, initialized_from

@@ -1,4 +1,4 @@
-"""Checkpoints become inference weights: written aside, verified against the checkpoint, and only then given their name."""
+"""Converts a checkpoint to inference weights: write them aside, verify them against the checkpoint, move them into place."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from scale_mae.checkpoint.safetensors_io import LazyTensor
 from scale_mae.checkpoint.store import FOLDER, Verification, begin, is_ours, locate, step_of
 from scale_mae.config import UserError
 from scale_mae.runs import history
+from scale_mae.weights.atomic_write import write_atomically
 from scale_mae.weights.export_formats import FORMATS, SAFETENSORS
-from scale_mae.weights.export_source import DTYPES, ExportRequest, Source, open_foreign, open_ours
-from scale_mae.weights.metadata import FACTS_FILE, Pool
-from scale_mae.weights.publish import publish
+from scale_mae.weights.export_source import DTYPES, ExportRequest, ExportSource, open_checkpoint, open_deepspeed_folder
+from scale_mae.weights.metadata import METADATA_FILE, Pool
 
-SHARD_GB = 5.0
+DEFAULT_SHARD_GB = 5.0
 
 
 def convert(
@@ -38,165 +38,180 @@ def convert(
     probe: int | None = None,
     max_shard_gb: float | None = None,
     warn: Callable[[str], None] = print,
-    begun: Verification | None = None,
+    verification: Verification | None = None,
 ) -> Path:
-    """Write a checkpoint as inference weights. They get their name after a forward pass equalled the checkpoint's.
+    """Convert a checkpoint to inference weights.
 
-    In 16 bits, and of classifiers, every tensor that can be read back is compared to the bit as well; for ``state_dict``, which
-    may be of any model, that alone is done, and says more. A file of the same name is replaced; a folder too if it is an export
-    and holds nothing else.
+    The export is verified before it gets its name. A forward pass must compute the same as the checkpoint. For 16-bit dtypes
+    and for classifiers, the tensors are read back and compared bit by bit as well. ``state_dict`` is verified bit by bit only.
+    An existing file is replaced. An existing folder is replaced if it is an earlier export and holds no other files.
 
     Args:
-        checkpoint: a run directory or a checkpoint; for ``state_dict`` also a folder that plain DeepSpeed code wrote.
-        to: one of ``FORMATS``, see docs/weights.md.
-        out: file or folder.
-        dtype: of the weights: ``fp32``, ``bf16`` or ``fp16``. ``state_dict`` leaves buffers as they are.
-        image_size: (height, width) to interpolate the position tables to.
-        pool: how an encoder makes one vector of an image: ``token`` (default) or ``avg``; a classifier does as it was trained.
-        ema: the moving average of the weights in place of the weights.
-        probe: of a linear probe's sweep, counted from 0 (default: the best).
-        max_shard_gb: largest file in a folder of ``state_dict`` (default: 5).
-        warn: told of damaged checkpoints that were passed over, and of what a stranger's left out.
-        begun: what :func:`scale_mae.checkpoint.store.begin` gave for ``checkpoint``, while torch was being imported.
+        checkpoint: A run directory or a checkpoint. For ``state_dict`` also a folder that plain DeepSpeed code wrote.
+        to: An export format, see ``FORMATS``.
+        out: The file or folder to write.
+        dtype: ``fp32``, ``bf16`` or ``fp16``. ``state_dict`` keeps the dtypes of buffers.
+        image_size: (height, width) in pixels to interpolate the position tables to.
+        pool: How an encoder pools its tokens: ``token`` (default) or ``avg``. A classifier pools as it was trained.
+        ema: Whether to export the moving average of the weights.
+        probe: Number of the linear probe, from 0 (default: the best).
+        max_shard_gb: The largest file of a ``state_dict`` folder in GB (default: 5).
+        warn: Receives messages about damaged checkpoints that were skipped, and about missing frozen parameters.
+        verification: A running verification of ``checkpoint`` (:func:`scale_mae.checkpoint.store.begin`), to save time.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: no usable checkpoint, a format that cannot express it, ``out`` not writable, or outputs that differ.
+        UserError: There is no valid checkpoint, the format does not support the request, ``out`` cannot be written, or the
+            verification failed.
     """
     out = Path(out)
-    path, wish = Path(checkpoint), ExportRequest(to, dtype, image_size, pool, ema, probe)
-    folder = _check_request(wish, out, max_shard_gb)
-    export = partial(_export, to=to, folder=folder, out=out, max_bytes=(max_shard_gb or SHARD_GB) * 1e9)
+    path, request = Path(checkpoint), ExportRequest(to, dtype, image_size, pool, ema, probe)
+    as_folder = _check_request(request, out, max_shard_gb)
+    export = partial(_export, to=to, as_folder=as_folder, out=out, max_bytes=(max_shard_gb or DEFAULT_SHARD_GB) * 1e9)
     if path.is_dir() and not is_ours(path):
-        export(open_foreign(path, wish, warn), sound=lambda: None)
+        export(open_deepspeed_folder(path, request, warn), verify_checkpoint=lambda: None)
         return out
-    begun = begun or begin(path)
-    with ThreadPoolExecutor(1, "import") as ahead:  # waited for after an error too: no import may go on while Python ends
-        if FORMATS[to].outputs:
-            ahead.submit(import_module, "scale_mae.weights.parity")  # seconds
-        found = _export_sound(path, wish, export, begun, warn)
-    _tell_history(found.resolve(), to, out, warn)
+    verification = verification or begin(path)
+    # Import timm, which takes seconds, while the checkpoint is read. The pool waits for the import after an error too, because
+    # an import must not run while Python exits.
+    with ThreadPoolExecutor(1, "import") as importer:
+        if FORMATS[to].run:
+            importer.submit(import_module, "scale_mae.weights.parity")
+        exported = _export_valid_checkpoint(path, request, export, verification, warn)
+    _record_export(exported.resolve(), to, out, warn)
     return out
 
 
-def _export_sound(
-    path: Path, wish: ExportRequest, export: Callable[..., None], begun: Verification, warn: Callable[[str], None]
+def _export_valid_checkpoint(
+    path: Path,
+    request: ExportRequest,
+    export: Callable[..., None],
+    verification: Verification,
+    warn: Callable[[str], None],
 ) -> Path:
-    """Export the checkpoint whose checksums are being taken, mostly they are right; if not, the one before. Returns which."""
-    found, notes = begun.checkpoint, begun.notes
+    """Export the checkpoint while it is being verified. If it is damaged, export the one before. Return the exported one."""
+    checkpoint, notes = verification.checkpoint, verification.notes
     try:
-        export(open_ours(found, wish), sound=begun.result)
+        export(open_checkpoint(checkpoint, request), verify_checkpoint=verification.result)
     except UserError:
-        if not begun.failed():
+        if not verification.failed():
             raise
         notes = []
-        found = locate(path, notes.append)  # another one, or the error that names what is damaged
-        export(open_ours(found, wish), sound=lambda: None)
+        checkpoint = locate(path, notes.append)  # the one before, or an error that names the damaged file
+        export(open_checkpoint(checkpoint, request), verify_checkpoint=lambda: None)
     for note in notes:
         warn(note)
-    return found
+    return checkpoint
 
 
-def _tell_history(checkpoint: Path, to: str, out: Path, warn: Callable[[str], None]) -> None:
-    """An export of a checkpoint that lies in a run directory belongs to what happened to the run."""
+def _record_export(checkpoint: Path, to: str, out: Path, warn: Callable[[str], None]) -> None:
+    """Record the export in the history of the run, if the checkpoint is in a run directory."""
     if checkpoint.parent.name == FOLDER:
-        run = checkpoint.parent.parent
+        run_dir = checkpoint.parent.parent
         try:
-            history.append(run, "export", format=to, path=str(out.resolve()), step=step_of(checkpoint))
+            history.append(run_dir, "export", format=to, path=str(out.resolve()), step=step_of(checkpoint))
         except OSError as error:
-            warn(f"{run / history.FILE}: the export is not told there ({error.strerror})")
+            warn(f"{run_dir / history.FILE}: the export was not recorded ({error.strerror})")
 
 
-def _export(source: Source, sound: Callable[[], object], *, to: str, folder: bool, out: Path, max_bytes: float) -> None:
-    """Write and compare; ``sound`` raises a CheckpointError if the checkpoint is not."""
-    source, layout = replace(source, max_bytes=max_bytes), FORMATS[to]
-    values = (source.exported if layout.whole else source.encoder).values()
+def _export(
+    source: ExportSource,
+    verify_checkpoint: Callable[[], object],
+    *,
+    to: str,
+    as_folder: bool,
+    out: Path,
+    max_bytes: float,
+) -> None:
+    """Write and verify an export. ``verify_checkpoint`` raises a CheckpointError if the checkpoint is damaged."""
+    source, export_format = replace(source, max_bytes=max_bytes), FORMATS[to]
+    tensors = source.exported if export_format.has_decoder else source.encoder
 
     def write(target: Path) -> None:
-        if not folder:
-            return layout.write(source, target)
+        if not as_folder:
+            return export_format.write(source, target)
         target.mkdir()
-        layout.write(source, target)
-        names = sorted([FACTS_FILE, *(p.name for p in target.iterdir())])
-        (target / FACTS_FILE).write_text(json.dumps(source.facts | {"files": names}, indent=1) + "\n")
+        export_format.write(source, target)
+        names = sorted([METADATA_FILE, *(p.name for p in target.iterdir())])
+        (target / METADATA_FILE).write_text(json.dumps(source.metadata | {"files": names}, indent=1) + "\n")
 
     def check(target: Path) -> None:
         _verify(source, to, target, out)
-        sound()
+        verify_checkpoint()
 
-    publish(out, layout.copies * sum(t.nbytes for t in values), write, check)
+    write_atomically(out, export_format.disk_copies * sum(t.nbytes for t in tensors.values()), write, check)
 
 
-def _check_request(wish: ExportRequest, out: Path, max_shard_gb: float | None) -> bool:
-    """Refuse what cannot be meant; whether ``out`` is to be a folder."""
-    to, dtype = wish.to, wish.dtype
+def _check_request(request: ExportRequest, out: Path, max_shard_gb: float | None) -> bool:
+    """Check the options. Return whether ``out`` is a folder."""
+    to, dtype = request.to, request.dtype
     if to not in FORMATS:
-        raise UserError(f"--to {to}: unknown format; there are {', '.join(FORMATS)}")
+        raise UserError(f"--to {to}: unknown format. Use one of {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
-    if wish.pool == "avg" and (FORMATS[to].whole or to == "vit"):
-        raise UserError(f"--pool avg: --to {to} pools nothing; it is for timm, onnx and torch_export")
+        raise UserError(f"--dtype {dtype}: unknown dtype. Use one of {', '.join(DTYPES)}.")
+    if request.pool == "avg" and (FORMATS[to].has_decoder or to == "vit"):
+        raise UserError(f"--pool avg: --to {to} does not pool. Use it with timm, onnx or torch_export.")
     suffix = FORMATS[to].suffix
-    folder = FORMATS[to].folder and (suffix is None or out.suffix != suffix)
-    if not folder and out.suffix != suffix:
-        raise UserError(f"--out {out}: the name of a file for --to {to} ends in {suffix}")
-    if folder and out.suffix == SAFETENSORS:
-        raise UserError(f"--out {out}: --to {to} writes a folder")
-    if max_shard_gb is not None and (to != "state_dict" or not folder):
-        raise UserError("--max-shard-gb: only for --to state_dict with a folder as --out")
+    as_folder = FORMATS[to].supports_folder and (suffix is None or out.suffix != suffix)
+    if not as_folder and out.suffix != suffix:
+        raise UserError(f"--out {out}: the file name for --to {to} must end in {suffix}")
+    if as_folder and out.suffix == SAFETENSORS:
+        raise UserError(f"--out {out}: --to {to} writes a folder. Choose a name without {SAFETENSORS}.")
+    if max_shard_gb is not None and (to != "state_dict" or not as_folder):
+        raise UserError("--max-shard-gb: requires --to state_dict with a folder as --out")
     if max_shard_gb is not None and not 0 < max_shard_gb < math.inf:
-        raise UserError(f"--max-shard-gb {max_shard_gb}: not a size")
-    if folder and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: --to {to} writes a folder, and a file is there")
-    if not folder and out.is_dir():
-        raise UserError(f"--out {out}: --to {to} writes a file, and a folder is there")
-    if folder and out.is_dir() and not _replaceable(out):
-        raise UserError(f"--out {out}: this folder holds something else than an earlier export; choose another name")
-    return folder
+        raise UserError(f"--max-shard-gb {max_shard_gb}: must be positive and finite")
+    if as_folder and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: --to {to} writes a folder, but a file exists. Choose another name.")
+    if not as_folder and out.is_dir():
+        raise UserError(f"--out {out}: --to {to} writes a file, but a folder exists. Choose another name.")
+    if as_folder and out.is_dir() and not _is_replaceable(out):
+        raise UserError(f"--out {out}: this folder holds files that are not from an export. Choose another name.")
+    return as_folder
 
 
-def _replaceable(folder: Path) -> bool:
-    """Empty, or an export of ours that nobody put anything into."""
+def _is_replaceable(folder: Path) -> bool:
+    """Return whether a folder is empty, or an export of scale_mae without other files."""
     names = {path.name for path in folder.iterdir()}
     try:
-        return not names or names <= set(json.loads((folder / FACTS_FILE).read_text())["files"])
+        return not names or names <= set(json.loads((folder / METADATA_FILE).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _verify(source: Source, to: str, target: Path, out: Path) -> None:
-    """Raise a UserError unless what was written is, and computes, what the checkpoint does."""
-    layout = FORMATS[to]
-    # The rounding of 16 bits hides a wrong weight from the forward pass, and so do the few logits of a classifier. In an
-    # encoder's tokens in fp32 it shows, and reading all again costs time.
-    if layout.tensors and (layout.outputs is None or source.dtype != "fp32" or source.head):
-        _compare_bits(*layout.tensors(source, target), out)
-    if layout.outputs is None:
+def _verify(source: ExportSource, to: str, target: Path, out: Path) -> None:
+    """Raise a UserError if the written tensors or what they compute differ from the checkpoint."""
+    export_format = FORMATS[to]
+    # A wrong weight can hide in the rounding of 16 bits, and in the few logits of a classifier, so compare the tensors too. In
+    # the fp32 tokens of an encoder it always shows, so do not spend time on reading everything again.
+    if export_format.read_back and (export_format.run is None or source.dtype != "fp32" or source.head):
+        _compare_bits(*export_format.read_back(source, target), out)
+    if export_format.run is None:
         return
     assert source.config
-    from scale_mae.weights.parity import Probe, require_equal, source_outputs
+    from scale_mae.weights.parity import ParityBatch, check_parity, compute_checkpoint_outputs
 
-    probe = Probe.of(source.config, layout.images)
-    expected = source_outputs(source, probe, whole=layout.whole)
-    require_equal(expected, layout.outputs(source, target, probe), source.dtype, out)
+    batch = ParityBatch.for_config(source.config, export_format.parity_images)
+    expected = compute_checkpoint_outputs(source, batch, with_decoder=export_format.has_decoder)
+    check_parity(expected, export_format.run(source, target, batch), source.dtype, out)
 
 
 def _compare_bits(expected: Mapping[str, LazyTensor], written: Mapping[str, Tensor], out: Path) -> None:
     if set(written) != set(expected):
-        raise UserError(f"{out}: not written; it would lack {sorted(set(expected) ^ set(written))[:3]}")
-    for name, tensor in expected.items():
-        got = written[name]
-        if (tuple(got.shape), got.dtype) != (tensor.shape, tensor.dtype) or not _same_bits(tensor, got):
-            raise UserError(f"{out}: not written; {name} reads back otherwise than it is in the checkpoint")
+        raise UserError(f"{out}: not written; keys missing or unexpected: {sorted(set(expected) ^ set(written))[:3]}")
+    for key, tensor in expected.items():
+        read = written[key]
+        if (tuple(read.shape), read.dtype) != (tensor.shape, tensor.dtype) or not _is_same(tensor, read):
+            raise UserError(f"{out}: not written; {key} differs from the checkpoint when it is read back")
 
 
-def _same_bits(tensor: LazyTensor, got: Tensor) -> bool:
-    got, start = got.reshape(-1).view(torch.uint8) if got.numel() else got.reshape(-1), 0
-    for part in tensor.stretches():
+def _is_same(expected: LazyTensor, read: Tensor) -> bool:
+    read, start = read.reshape(-1).view(torch.uint8) if read.numel() else read.reshape(-1), 0
+    for part in expected.stretches():
         stop = start + part.nbytes
-        if not torch.equal(part.contiguous().view(torch.uint8), got[start:stop]):
+        if not torch.equal(part.contiguous().view(torch.uint8), read[start:stop]):
             return False
         start = stop
     return True

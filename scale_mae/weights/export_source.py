@@ -1,4 +1,4 @@
-"""What is exported: the tensors of a checkpoint, in the size, type and version that was asked for, none of them read yet."""
+"""The source of an export: the tensors of a checkpoint in the requested size, dtype and version. No tensor is read yet."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from scale_mae.checkpoint.store import DEEPSPEED_TAG, read_config, read_manifest
 from scale_mae.checkpoint.zero_files import find_folder
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
-from scale_mae.model.positions import resize_table
-from scale_mae.weights.classifier_heads import Head, chosen, plain, read_head
-from scale_mae.weights.metadata import METADATA_KEY, Pool, describe, is_classifier
+from scale_mae.model.pos_embed import resize_pos_embed
+from scale_mae.weights.classifier_heads import ClassifierHead, read_head, select_probe, to_linear_head
+from scale_mae.weights.metadata import METADATA_KEY, Pool, build_metadata, is_classifier
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RELEASE_EVERY = 1 << 25  # bytes of a checkpoint that are held mapped at most, but for one tensor
-TABLES = ("pos_embed", "decoder_pos_embed")
-OF_CLASSIFIERS = ("timm", "vit", "state_dict", "onnx", "torch_export")
+RELEASE_INTERVAL = 1 << 25  # bytes of a checkpoint that stay mapped at most, in addition to one tensor
+POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
+CLASSIFIER_FORMATS = ("timm", "vit", "state_dict", "onnx", "torch_export")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is asked for; see :func:`scale_mae.weights.convert.convert`."""
+    """The options of an export; see :func:`scale_mae.weights.convert.convert`."""
 
     to: str
     dtype: str = "fp32"
@@ -41,107 +41,113 @@ class ExportRequest:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is exported.
+class ExportSource:
+    """The tensors and metadata to export.
 
     Attributes:
-        weights: fp32, under the checkpoint's names; position tables of the size asked for; of several probes one.
+        weights: The fp32 tensors with the keys of the checkpoint. Position tables have the requested image size. Of several
+            linear probes only the selected one is present.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
-        facts: see :mod:`scale_mae.weights.metadata`.
-        config: of the run, with the image size asked for; None for what others trained.
-        exported: the weights in the types that they are written in; of a classifier under timm's names.
-        head: of a classifier.
-        max_bytes: of a file, where a format may have several.
+        metadata: See :mod:`scale_mae.weights.metadata`.
+        config: The configuration of the run with the requested image size. ``None`` for third-party checkpoints.
+        exported: The tensors in the dtypes to write. A classifier has the keys of timm.
+        head: The head of a classifier.
+        max_bytes: The largest size of a file, for formats with several files.
     """
 
     weights: Mapping[str, LazyTensor]
     dtype: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     config: Config | None
     exported: Mapping[str, LazyTensor]
-    head: Head | None = None
+    head: ClassifierHead | None = None
     max_bytes: float = math.inf
 
     @property
     def encoder(self) -> dict[str, LazyTensor]:
-        """The encoder's part of ``exported``, under the names that timm has for its way of pooling; a classifier whole."""
-        part = {n: t for n, t in self.exported.items() if not n.startswith("decoder_") and n != "mask_token"}
-        if self.facts["timm_kwargs"]["global_pool"] == "avg":
-            part = {f"fc_{n}" if n.startswith("norm.") else n: t for n, t in part.items()}
-        return part
+        """The encoder in ``exported`` with timm's keys for its pooling. For a classifier: all tensors, head included."""
+        encoder = {key: t for key, t in self.exported.items() if not key.startswith("decoder_") and key != "mask_token"}
+        if self.metadata["timm_kwargs"]["global_pool"] == "avg":
+            encoder = {f"fc_{key}" if key.startswith("norm.") else key: t for key, t in encoder.items()}
+        return encoder
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """The facts as a text under their key."""
-        return {METADATA_KEY: json.dumps(self.facts)}
+    def header(self) -> dict[str, str]:
+        """The metadata as JSON text under their key, for the header of a file."""
+        return {METADATA_KEY: json.dumps(self.metadata)}
 
 
-def open_ours(checkpoint: Path, wish: ExportRequest) -> Source:
-    """A checkpoint of ours.
+def open_checkpoint(checkpoint: Path, request: ExportRequest) -> ExportSource:
+    """Open a checkpoint of scale_mae for export.
 
     Raises:
-        UserError: what it cannot give.
+        UserError: The checkpoint does not support an option of the request.
     """
     config, reader = read_config(checkpoint), ZeroReader(checkpoint / DEEPSPEED_TAG)
-    _check_wish(checkpoint, config, wish)
-    head = read_head(config, reader, wish.probe) if is_classifier(config) else None
-    weights = _lazily(reader, "ema" if wish.ema else "fp32")
+    _check_options(checkpoint, config, request)
+    head = read_head(config, reader, request.probe) if is_classifier(config) else None
+    weights = _lazy_tensors(reader, "ema" if request.ema else "fp32")
     if head:
-        weights = chosen(weights, head)
-    facts = describe(config, read_manifest(checkpoint).step, wish.image_size, wish.pool, head)
-    facts |= {"format": wish.to, "dtype": wish.dtype}
-    facts |= {"ema": config.optim.ema_decay} if wish.ema else {}
-    if wish.image_size and wish.image_size != config.model.image_size:
-        config, weights = _resized(config, weights, wish.image_size)
-    whole = wish.to == "state_dict" and not head  # buffers stay as they are
-    exported = _rounded(plain(weights, head) if head else weights, wish.dtype, set(reader.parameters) if whole else None)
-    return Source(weights, wish.dtype, facts, config, exported, head)
+        weights = select_probe(weights, head)
+    metadata = build_metadata(config, read_manifest(checkpoint).step, request.image_size, request.pool, head)
+    metadata |= {"format": request.to, "dtype": request.dtype}
+    metadata |= {"ema": config.optim.ema_decay} if request.ema else {}
+    if request.image_size and request.image_size != config.model.image_size:
+        config, weights = _resize(config, weights, request.image_size)
+    keeps_buffers = request.to == "state_dict" and not head
+    keys = set(reader.parameters) if keeps_buffers else None
+    exported = _cast(to_linear_head(weights, head) if head else weights, request.dtype, keys)
+    return ExportSource(weights, request.dtype, metadata, config, exported, head)
 
 
-def open_foreign(path: Path, wish: ExportRequest, warn: Callable[[str], None]) -> Source:
-    """A folder that plain DeepSpeed code wrote.
+def open_deepspeed_folder(path: Path, request: ExportRequest, warn: Callable[[str], None]) -> ExportSource:
+    """Open a folder that plain DeepSpeed code wrote for export.
 
     Raises:
-        UserError: what is asked for needs to know the model.
+        UserError: An option of the request needs a known model.
     """
     reader = ZeroReader(find_folder(path))
-    options = {"--image-size": wish.image_size, "--ema": wish.ema, "--probe": wish.probe is not None}
-    unfit = [f"--to {wish.to}"] if wish.to != "state_dict" else [name for name, given in options.items() if given]
-    if unfit:
-        raise UserError(f"{path}: not a checkpoint of scale-mae; {unfit[0]} needs to know the model (use --to state_dict)")
-    if reader.without_frozen:
-        warn(f"{path}: saved with exclude_frozen_parameters; its frozen parameters, if it has any, are not in it")
-    weights = _lazily(reader)
-    facts = {"format": wish.to, "dtype": wish.dtype, "step": reader.step, "zero_stage": reader.stage}
-    facts |= {"world_size": reader.world_size}
-    return Source(weights, wish.dtype, facts, None, _rounded(weights, wish.dtype, set(reader.parameters)))
-
-
-def _check_wish(checkpoint: Path, config: Config, wish: ExportRequest) -> None:
-    if wish.ema and config.optim.ema_decay is None:
-        raise UserError(f"--ema: {checkpoint} keeps no moving average of its weights (optim.ema_decay)")
-    if not is_classifier(config):
-        if wish.probe is not None:
-            raise UserError(f"--probe {wish.probe}: {checkpoint} is no linear probe (run.task={config.run.task})")
-        return
-    if wish.to not in OF_CLASSIFIERS:
-        formats = ", ".join(OF_CLASSIFIERS)
-        raise UserError(f"--to {wish.to}: {checkpoint} is a classifier, which has no decoder; there are {formats}")
-    if wish.pool:
-        raise UserError(f"--pool {wish.pool}: {checkpoint} is a classifier, which pools as it was trained; leave it out")
-    if wish.to == "vit" and config.classify.pool == "mean":
+    options = {"--image-size": request.image_size, "--ema": request.ema, "--probe": request.probe is not None}
+    unsupported = [f"--to {request.to}"] if request.to != "state_dict" else [name for name, value in options.items() if value]
+    if unsupported:
         raise UserError(
-            f"--to vit: {checkpoint} averages the patch tokens, which no classifier of transformers' does; use timm"
+            f"{unsupported[0]}: {path} is not a checkpoint of scale-mae, so its model is unknown. "
+            "Use --to state_dict without further options."
+        )
+    if reader.without_frozen:
+        warn(f"{path}: saved with exclude_frozen_parameters; it does not contain frozen parameters")
+    weights = _lazy_tensors(reader)
+    metadata = {"format": request.to, "dtype": request.dtype, "step": reader.step, "zero_stage": reader.stage}
+    metadata |= {"world_size": reader.world_size}
+    exported = _cast(weights, request.dtype, set(reader.parameters))
+    return ExportSource(weights, request.dtype, metadata, config=None, exported=exported)
+
+
+def _check_options(checkpoint: Path, config: Config, request: ExportRequest) -> None:
+    if request.ema and config.optim.ema_decay is None:
+        raise UserError(f"--ema: {checkpoint} has no moving average of the weights (optim.ema_decay was not set)")
+    if not is_classifier(config):
+        if request.probe is not None:
+            raise UserError(f"--probe {request.probe}: {checkpoint} is not a linear probe (run.task={config.run.task})")
+        return
+    if request.to not in CLASSIFIER_FORMATS:
+        formats = ", ".join(CLASSIFIER_FORMATS)
+        raise UserError(f"--to {request.to}: {checkpoint} is a classifier and has no decoder. Use one of {formats}.")
+    if request.pool:
+        raise UserError(f"--pool {request.pool}: {checkpoint} is a classifier and pools as it was trained. Omit --pool.")
+    if request.to == "vit" and config.classify.pool == "mean":
+        raise UserError(
+            f"--to vit: {checkpoint} averages the patch tokens, which no classifier of transformers does. Use --to timm."
         )
 
 
-def _lazily(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor]:
-    """A checkpoint's tensors; now and then the pages read for earlier ones are given back."""
+def _lazy_tensors(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor]:
+    """Return a checkpoint's tensors. Reading them releases the pages of earlier ones at intervals, to limit memory."""
     mapped = 0
 
     def stretches(name: str) -> Iterator[Tensor]:
         nonlocal mapped
-        if mapped >= RELEASE_EVERY:
+        if mapped >= RELEASE_INTERVAL:
             reader.release()
             mapped = 0
         for part in reader.stretches(name, key):
@@ -151,22 +157,24 @@ def _lazily(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor]:
     return {name: replace(reader.lazy(name), stretches=partial(stretches, name)) for name in reader}
 
 
-def _resized(
+def _resize(
     config: Config, weights: dict[str, LazyTensor], image_size: tuple[int, int]
 ) -> tuple[Config, dict[str, LazyTensor]]:
+    """Interpolate the position tables to another image size. Return the config with that size, and the tensors."""
     model = config.model
     if any(side < 1 or side % p for side, p in zip(image_size, model.patch, strict=True)):
-        raise UserError(f"--image-size {image_size[0]}x{image_size[1]}: not divisible by patches of {list(model.patch)} pixels")
+        height, width = image_size
+        raise UserError(f"--image-size {height}x{width}: not divisible by the patch size {list(model.patch)}")
     old, new = ((height // model.patch[0], width // model.patch[1]) for height, width in (model.image_size, image_size))
 
-    def resized(table: LazyTensor) -> LazyTensor:
+    def resize(table: LazyTensor) -> LazyTensor:
         shape = (1, 1 + math.prod(new), table.shape[2])
-        return replace(table, shape=shape, stretches=lambda: [resize_table(table.read(), old, new).reshape(-1)])
+        return replace(table, shape=shape, stretches=lambda: [resize_pos_embed(table.read(), old, new).reshape(-1)])
 
-    tables = {name: resized(weights[name]) for name in TABLES if name in weights}
+    tables = {key: resize(weights[key]) for key in POSITION_TABLES if key in weights}
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables
 
 
-def _rounded(weights: Mapping[str, LazyTensor], dtype: str, names: set[str] | None) -> dict[str, LazyTensor]:
-    """``names`` rounded, all if None."""
-    return {n: t.to(DTYPES[dtype]) if names is None or n in names else t for n, t in weights.items()}
+def _cast(weights: Mapping[str, LazyTensor], dtype: str, keys: set[str] | None) -> dict[str, LazyTensor]:
+    """Cast the tensors with these keys, or all tensors if ``keys`` is ``None``."""
+    return {key: t.to(DTYPES[dtype]) if keys is None or key in keys else t for key, t in weights.items()}

@@ -1,4 +1,7 @@
-"""What exported weights say about themselves: all that is needed to use them, in every format under the key ``scale_mae``."""
+"""The metadata of exported weights: everything that is needed to use them.
+
+Every export format stores the metadata under the key ``scale_mae``. A folder also stores them in ``scale_mae.json``.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scale_mae.config import Config
 from scale_mae.config.field_types import may_change_on_resume
-from scale_mae.data.crops import reference_crop
+from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 
 if TYPE_CHECKING:
-    from scale_mae.weights.classifier_heads import Head
+    from scale_mae.weights.classifier_heads import ClassifierHead
 
 METADATA_KEY = "scale_mae"
-FACTS_FILE = "scale_mae.json"  # the same in a folder
+METADATA_FILE = "scale_mae.json"
 Pool = Literal["token", "avg"]
 POOLING: dict[Pool, str] = {
-    "token": "none applied in training; class token first, or the mean of the patch tokens",
-    "avg": "the mean of the patch tokens, then fc_norm, which holds the weights of the final norm",
+    "token": "none during training; use the class token (the first token) or the mean of the patch tokens",
+    "avg": "the mean of the patch tokens, then fc_norm, which has the weights of the final norm",
 }
 CLASSIFIER_POOLING: dict[Pool, str] = {
     "token": "the class token after the final norm, then the head",
     "avg": "the mean of the patch tokens, then fc_norm, then the head",
 }
-CROP_PCT = 0.875  # of the reference's evaluation: resized to 256, the central 224 cut out
+CROP_PCT = 0.875  # the reference evaluates with it: resize the short side to 256, cut out the central 224
 TIMM_NAMES = {
     "nano": "vit_tiny_patch16_224",
     "tiny": "vit_tiny_patch16_224",
@@ -38,46 +41,54 @@ TIMM_NAMES = {
 
 
 def is_classifier(config: Config) -> bool:
-    """Whether a run trains a classifier, fine-tuned or a linear probe; else a MAE."""
+    """Return whether a run trains a classifier (fine-tuning or a linear probe) and not a MAE."""
     return config.run.task != "pretrain"
 
 
-def recipe_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What of a config, as JSON, makes weights what they are but for the seed: no key that may change on resume, no path."""
-    found = {}
+def training_settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings that determine the trained weights, except the seed.
+
+    Settings that may change on resume do not influence the weights. The paths of initial weights and of validation images are
+    omitted too.
+
+    Args:
+        config: A configuration as JSON.
+    """
+    settings = {}
     for section in ("model", "classify", "data", "optim", "train"):
         fields = getattr(Config.model_fields[section].annotation, "model_fields", {})
-        left_out = {name for name, field in fields.items() if may_change_on_resume(field)} | {"init_from", "val_source"}
-        found[section] = {name: value for name, value in config[section].items() if name not in left_out}
-    return found
+        omitted = {name for name, field in fields.items() if may_change_on_resume(field)} | {"init_from", "val_source"}
+        settings[section] = {name: value for name, value in config[section].items() if name not in omitted}
+    return settings
 
 
-def describe(
+def build_metadata(
     config: Config,
     step: int,
     image_size: tuple[int, int] | None = None,
     pool: Pool | None = None,
-    head: Head | None = None,
+    head: ClassifierHead | None = None,
 ) -> dict[str, Any]:
-    """The facts about a run's weights at a step.
+    """Return the metadata of a run's weights at a step.
 
     Args:
-        config: of the run.
-        step: optimizer steps done.
-        image_size: (height, width) that the position tables were interpolated to; None: as in training.
-        pool: how an encoder makes one vector of an image (default: ``token``); a classifier does as it was trained.
-        head: of a classifier.
+        config: The configuration of the run.
+        step: Number of optimizer steps done.
+        image_size: (height, width) in pixels that the position tables were interpolated to. The default is the size of
+            training.
+        pool: How an encoder pools its tokens (default: ``token``). A classifier pools as it was trained.
+        head: The head of a classifier.
     """
     m, size = config.model, SIZES[config.model.size]
     height, width = image_size or m.image_size
-    resized = (height, width) != m.image_size
+    is_resized = (height, width) != m.image_size
     if is_classifier(config):
         pool = "avg" if config.classify.pool == "mean" else "token"
-        own = _classifier_facts(config, pool, max(height, width), head)
+        task_metadata = _classifier_metadata(config, pool, max(height, width), head)
     else:
         pool = pool or "token"
-        own = {"crop_pct": CROP_PCT, "pooling": POOLING[pool], "norm_pixel": m.target == "norm_pixel"}
-        own |= {"mask_ratio": m.mask_ratio}
+        task_metadata = {"crop_pct": CROP_PCT, "pooling": POOLING[pool], "norm_pixel": m.target == "norm_pixel"}
+        task_metadata |= {"mask_ratio": m.mask_ratio}
     return {
         "timm_name": TIMM_NAMES[m.size],
         "timm_kwargs": {
@@ -92,60 +103,60 @@ def describe(
         },
         "image_size": [height, width],
         "patch_size": list(m.patch),
-        "position_tables": f"interpolated bicubically from {list(m.image_size)}" if resized else "as in training",
+        "position_tables": f"interpolated bicubically from {list(m.image_size)}" if is_resized else "as in training",
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "interpolation": "bicubic",
         "layer_norm_eps": LAYER_NORM_EPS,
-        **own,
+        **task_metadata,
         "step": step,
         "config_digest": config.digest(),
         "config": config.model_dump(mode="json"),
     }
 
 
-def _classifier_facts(config: Config, pool: Pool, side: int, head: Head | None) -> dict[str, Any]:
-    """What the facts of a classifier say in place of masking and target."""
+def _classifier_metadata(config: Config, pool: Pool, side: int, head: ClassifierHead | None) -> dict[str, Any]:
+    """Return the entries that a classifier has in place of those for masking and target."""
     return {
         "task": config.run.task,
         "num_classes": len(head.classes) if head else 0,
         "label_names": list(head.classes) if head else [],
-        "began_with": head.began_with if head else "",
-        "crop_pct": config.classify.crop_pct or reference_crop(side),
+        "initialized_from": head.initialized_from if head else "",
+        "crop_pct": config.classify.crop_pct or reference_crop_pct(side),
         "pooling": CLASSIFIER_POOLING[pool],
         **({"probe": head.probe} if head and head.probe is not None else {}),
     }
 
 
-def without_head(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts about a classifier as those about its encoder."""
-    kept = {name: value for name, value in facts.items() if name not in ("num_classes", "label_names")}
-    return kept | {"timm_kwargs": facts["timm_kwargs"] | {"num_classes": 0}}
+def encoder_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a classifier's encoder, without the entries for the head."""
+    kept = {name: value for name, value in metadata.items() if name not in ("num_classes", "label_names")}
+    return kept | {"timm_kwargs": metadata["timm_kwargs"] | {"num_classes": 0}}
 
 
-def class_names(facts: Mapping[str, Any]) -> list[str]:
-    """Names of a classifier's outputs; none where they are but numbered."""
-    names = [str(name) for name in facts.get("label_names", ())]
+def class_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the names of a classifier's outputs, or an empty list if the outputs have numbers only."""
+    names = [str(name) for name in metadata.get("label_names", ())]
     return [] if names == [str(number) for number in range(len(names))] else names
 
 
-def pretrained_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's own account of weights: input, normalisation, the names of the first and the last layer, the licence.
+def build_pretrained_cfg(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's ``pretrained_cfg``: input size, normalization, names of the first and last layer, license.
 
-    Weights are the work of who trained them, so the licence is theirs to state.
+    The license is "unknown", because the people who trained the weights decide on it.
     """
     return {
-        "architecture": facts["timm_name"].partition(".")[0],
+        "architecture": metadata["timm_name"].partition(".")[0],
         "tag": "scale_mae",
         "custom_load": False,
-        "input_size": [3, *facts["image_size"]],
+        "input_size": [3, *metadata["image_size"]],
         "fixed_input_size": True,
-        "interpolation": facts["interpolation"],
-        "crop_pct": facts.get("crop_pct", CROP_PCT),
+        "interpolation": metadata["interpolation"],
+        "crop_pct": metadata.get("crop_pct", CROP_PCT),
         "crop_mode": "center",
-        "mean": list(facts["mean"]),
-        "std": list(facts["std"]),
-        "num_classes": facts["timm_kwargs"]["num_classes"],
+        "mean": list(metadata["mean"]),
+        "std": list(metadata["std"]),
+        "num_classes": metadata["timm_kwargs"]["num_classes"],
         "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
@@ -155,15 +166,15 @@ def pretrained_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def timm_config(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens."""
-    arguments, names = facts["timm_kwargs"], class_names(facts)
+def build_timm_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``config.json`` of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens."""
+    arguments, names = metadata["timm_kwargs"], class_names(metadata)
     return {
-        "architecture": facts["timm_name"].partition(".")[0],
+        "architecture": metadata["timm_name"].partition(".")[0],
         "num_classes": arguments["num_classes"],
         **({"label_names": names} if names else {}),
         "num_features": arguments["embed_dim"],
         "global_pool": arguments["global_pool"],
         "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
-        "pretrained_cfg": {k: v for k, v in pretrained_cfg(facts).items() if k != "architecture"},
+        "pretrained_cfg": {k: v for k, v in build_pretrained_cfg(metadata).items() if k != "architecture"},
     }

@@ -1,7 +1,7 @@
-"""The forward passes that prove an export: what it computes for a few fixed images, beside what the checkpoint computes.
+"""Checks the parity of an export: the exported model must compute what the checkpoint computes, for a few fixed images.
 
-Models are made without memory for their weights; each layer is given its own for the moment in which it computes. So a pass
-takes little more memory than the largest tensor, whatever the model.
+Models are built on the meta device, and each layer gets its weights only while it computes. A forward pass therefore needs
+little more memory than the largest tensor.
 """
 
 from __future__ import annotations
@@ -20,21 +20,26 @@ from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import PROBE_EPS
-from scale_mae.weights.classifier_heads import Head
-from scale_mae.weights.export_source import Source
-from scale_mae.weights.metadata import Pool, without_head
-from scale_mae.weights.models import build_encoder, model_from_config
+from scale_mae.weights.classifier_heads import ClassifierHead
+from scale_mae.weights.export_source import ExportSource
+from scale_mae.weights.metadata import Pool, encoder_metadata
+from scale_mae.weights.model_builder import build_encoder, build_meta_mae
 
 Outputs = dict[str, Tensor]
-# Largest difference of an output between the export and the checkpoint, relative to the output's deviation.
+# Largest difference of an output between export and checkpoint, relative to the standard deviation of the output.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25, "fp16": 0.05}
 
 
 @dataclass(frozen=True)
-class Probe:
-    """``images`` ``[B, 3, H, W]``, mask noise ``[B, L]`` and the share it hides, always the same for one size.
+class ParityBatch:
+    """The input of the forward passes, which is always the same for an image size.
 
-    A sixteenth of the patches is seen: a weight that differs shows in any token, and each token costs time.
+    One sixteenth of the patches is visible. That is enough, because a wrong weight shows in every token, and it is fast.
+
+    Attributes:
+        images: ``[B, 3, H, W]``
+        noise: Mask noise ``[B, L]``.
+        mask_ratio: Fraction of patches that is hidden.
     """
 
     images: Tensor
@@ -42,74 +47,71 @@ class Probe:
     mask_ratio: float
 
     @classmethod
-    def of(cls, config: Config, count: int) -> Probe:
-        """``count`` images for a model; every second one is masked the other way round."""
+    def for_config(cls, config: Config, count: int) -> ParityBatch:
+        """Return ``count`` images for a model. Every second image has the inverted mask noise of the one before."""
         m = config.model
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(count, 3, *m.image_size, generator=generator)
         patches = (m.image_size[0] // m.patch[0]) * (m.image_size[1] // m.patch[1])
         noise = torch.rand(count, patches, generator=generator)
         noise[1::2] = 1 - noise[::2][: count // 2]
-        seen = max(1, patches // 16)
-        return cls(images, noise, 1 - (seen + 0.5) / patches)  # half a patch more, as the ratio is rounded down
-
-
-def empty_mae(config: Config) -> MAE:
-    """The model of a run, without memory for its weights."""
-    with torch.device("meta"):
-        return model_from_config(config).eval()
+        visible = max(1, patches // 16)
+        return cls(images, noise, 1 - (visible + 0.5) / patches)  # plus half a patch, because the model rounds down
 
 
 @contextmanager
-def streamed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let an empty model compute with ``weights``, read anew for each use, in fp32.
+def streamed_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model on the meta device compute in fp32. Read the weights of a module anew each time that it computes.
 
     Args:
-        model: on the meta device. What its outermost module owns itself is there all the time.
-        weights: exactly the model's ``state_dict``, by names and shapes.
+        model: A model on the meta device. The tensors of its outermost module stay in memory within the context.
+        weights: A state dict with exactly the keys and shapes of the model.
 
     Raises:
-        CheckpointError: a tensor is missing, superfluous or misshapen.
+        CheckpointError: A tensor is missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
-    if set(wanted) != set(weights):
-        missing, superfluous = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
-        raise CheckpointError(f"its tensors do not fit the model: missing {missing[:3]}, superfluous {superfluous[:3]}")
+    state = model.state_dict()
+    if set(state) != set(weights):
+        missing, unexpected = sorted(set(state) - set(weights)), sorted(set(weights) - set(state))
+        raise CheckpointError(
+            f"the tensors do not match the model: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}"
+        )
 
-    def fill(module: nn.Module, prefix: str) -> None:
+    def load(module: nn.Module, prefix: str) -> None:
         for owned in (module._parameters, module._buffers):
-            for key, hollow in owned.items():
-                if hollow is not None:
+            for key, empty in owned.items():
+                if empty is not None:
                     tensor = weights[prefix + key].float()
-                    if tensor.shape != hollow.shape:
-                        raise CheckpointError(f"{prefix}{key} is {list(tensor.shape)}, the model needs {list(hollow.shape)}")
+                    if tensor.shape != empty.shape:
+                        shapes = f"{prefix}{key} has shape {list(tensor.shape)}, the model {list(empty.shape)}"
+                        raise CheckpointError(f"the tensors do not match the model: {shapes}")
                     owned[key] = nn.Parameter(tensor, requires_grad=False) if owned is module._parameters else tensor  # type: ignore[assignment]
 
-    def drain(module: nn.Module) -> None:
+    def unload(module: nn.Module) -> None:
         for owned in (module._parameters, module._buffers):
-            for key, full in owned.items():
-                if full is not None:
-                    owned[key] = full.to("meta")  # type: ignore[assignment]
+            for key, tensor in owned.items():
+                if tensor is not None:
+                    owned[key] = tensor.to("meta")  # type: ignore[assignment]
 
-    handles = []
+    hooks = []
     for name, module in model.named_modules():
         if name and any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            handles.append(module.register_forward_pre_hook(lambda m, _, prefix=f"{name}.": fill(m, prefix)))
-            handles.append(module.register_forward_hook(lambda m, *_: drain(m)))
-    fill(model, "")
+            hooks.append(module.register_forward_pre_hook(lambda m, _, prefix=f"{name}.": load(m, prefix)))
+            hooks.append(module.register_forward_hook(lambda m, *_: unload(m)))
+    load(model, "")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a few tokens are sooner computed than shared out
+    torch.set_num_threads(1)  # for a few tokens, one thread is faster than several
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        drain(model)
-        for handle in handles:
-            handle.remove()
+        unload(model)
+        for hook in hooks:
+            hook.remove()
 
 
-class _Probed(nn.Module):
-    """The head of a linear probe as it was trained: BatchNorm, then one of the linear layers of the sweep."""
+class _ProbeHead(nn.Module):
+    """The head of a linear probe as it was trained: BatchNorm, then one of the linear layers."""
 
     def __init__(self, width: int, classes: int, probe: int) -> None:
         super().__init__()
@@ -117,79 +119,91 @@ class _Probed(nn.Module):
         self.probes = nn.ModuleDict({str(probe): nn.Linear(width, classes)})
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """``[B, K]``."""
+        """Return the logits ``[B, K]``."""
         features: Tensor = self.norm(features_BD)
         for layer in self.probes.values():
             features = layer(features)
         return features
 
 
-def empty_classifier(facts: dict[str, Any], head: Head) -> VisionTransformer:
-    """The classifier of a run, with the names that its checkpoint has, without memory for its weights."""
+def build_meta_classifier(metadata: dict[str, Any], head: ClassifierHead) -> VisionTransformer:
+    """Build the classifier of a run on the meta device, with the keys of its checkpoint."""
     with torch.device("meta"):
         if head.probe is None:
-            return build_encoder(facts)
-        model = build_encoder(without_head(facts))
-        model.head = _Probed(model.embed_dim, len(head.classes), head.probe)
+            return build_encoder(metadata)
+        model = build_encoder(encoder_metadata(metadata))
+        model.head = _ProbeHead(model.embed_dim, len(head.classes), head.probe)
         return model.eval()
 
 
-def source_outputs(source: Source, probe: Probe, *, whole: bool) -> Outputs:
-    """What a checkpoint of ours computes: of a classifier ``logits``, of a MAE what :func:`mae_outputs` gives if ``whole``,
-    else its encoder's outputs."""
+def compute_checkpoint_outputs(source: ExportSource, batch: ParityBatch, *, with_decoder: bool) -> Outputs:
+    """Return what a checkpoint of scale_mae computes.
+
+    Returns:
+        The ``logits`` of a classifier. For a MAE: the outputs of :func:`compute_mae_outputs` if ``with_decoder``, else those
+        of :func:`compute_encoder_outputs`.
+    """
     assert source.config
     weights = Reading(source.weights)
     if source.head:
-        classifier = empty_classifier(source.facts, source.head)
-        with streamed(classifier, weights):
-            return timm_outputs(classifier, probe)
-    model = empty_mae(source.config)
-    with streamed(model, weights):
-        return mae_outputs(model, probe) if whole else encoder_outputs(model, probe, source.facts["timm_kwargs"]["global_pool"])
+        classifier = build_meta_classifier(source.metadata, source.head)
+        with streamed_weights(classifier, weights):
+            return compute_timm_outputs(classifier, batch)
+    model = build_meta_mae(source.config)
+    with streamed_weights(model, weights):
+        if with_decoder:
+            return compute_mae_outputs(model, batch)
+        return compute_encoder_outputs(model, batch, source.metadata["timm_kwargs"]["global_pool"])
 
 
 @torch.inference_mode()
-def encoder_outputs(model: MAE, probe: Probe, pool: Pool) -> Outputs:
-    """What a timm encoder makes of whole images: ``tokens`` ``[B, 1 + L, D]`` and ``embedding`` ``[B, D]``.
+def compute_encoder_outputs(model: MAE, batch: ParityBatch, pool: Pool) -> Outputs:
+    """Return what a timm encoder computes for unmasked images: ``tokens`` ``[B, 1 + L, D]`` and ``embedding`` ``[B, D]``.
 
-    With ``avg`` the tokens are those before the final norm, and the embedding is the norm of their mean.
+    With ``avg``, the tokens are those before the final norm, and the embedding is the norm of their mean.
     """
-    before: list[Tensor] = []
-    handle = model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
-    tokens = model.features(probe.images)
-    handle.remove()
+    before_norm: list[Tensor] = []
+    hook = model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+    tokens = model.features(batch.images)
+    hook.remove()
     if pool == "token":
         return {"tokens": tokens, "embedding": tokens[:, 0]}
-    return {"tokens": before[0], "embedding": model.norm(before[0][:, 1:].mean(dim=1))}
+    return {"tokens": before_norm[0], "embedding": model.norm(before_norm[0][:, 1:].mean(dim=1))}
 
 
 @torch.inference_mode()
-def timm_outputs(encoder: VisionTransformer, probe: Probe) -> Outputs:
-    """The same of a timm model; of one with a head ``logits`` ``[B, K]``."""
-    if not isinstance(encoder.head, nn.Identity):
-        return {"logits": encoder(probe.images)}
-    tokens = encoder.forward_features(probe.images)
-    return {"tokens": tokens, "embedding": encoder.forward_head(tokens, pre_logits=True)}
+def compute_timm_outputs(model: VisionTransformer, batch: ParityBatch) -> Outputs:
+    """Return ``tokens`` and ``embedding`` of a timm encoder, or the ``logits`` ``[B, K]`` of a timm classifier."""
+    if not isinstance(model.head, nn.Identity):
+        return {"logits": model(batch.images)}
+    tokens = model.forward_features(batch.images)
+    return {"tokens": tokens, "embedding": model.forward_head(tokens, pre_logits=True)}
 
 
 @torch.inference_mode()
-def mae_outputs(model: MAE, probe: Probe) -> Outputs:
-    """``loss`` and ``pred`` of masked images."""
-    output = model(probe.images, probe.noise, probe.mask_ratio)
+def compute_mae_outputs(model: MAE, batch: ParityBatch) -> Outputs:
+    """Return ``loss`` and ``pred`` for masked images."""
+    output = model(batch.images, batch.noise, batch.mask_ratio)
     return {"loss": output.loss, "pred": output.pred}
 
 
-def require_equal(expected: Outputs, got: Mapping[str, Any], dtype: str, out: object) -> None:
-    """Compare what the checkpoint and the export compute.
+def check_parity(expected: Outputs, outputs: Mapping[str, Any], dtype: str, out: object) -> None:
+    """Compare the outputs of checkpoint and export.
+
+    Args:
+        expected: The outputs of the checkpoint.
+        outputs: The outputs of the export.
+        dtype: The dtype of the export.
+        out: The path of the export, for the error.
 
     Raises:
-        UserError: they differ by more than the dtype explains.
+        UserError: An output differs by more than the tolerance of the dtype.
     """
-    for name, wanted in expected.items():
-        scale = wanted.std() if wanted.numel() > 1 else wanted.abs()
-        difference = ((got[name].float() - wanted).abs().max() / scale).item()
+    for name, reference in expected.items():
+        scale = reference.std() if reference.numel() > 1 else reference.abs()
+        difference = ((outputs[name].float() - reference).abs().max() / scale).item()
         if not difference <= TOLERANCE[dtype]:
             raise UserError(
-                f"{out}: not written; its {name} differs from the checkpoint's by {difference:.2g} of its deviation, more than "
-                f"{TOLERANCE[dtype]} for {dtype}"
+                f"{out}: not written; the export's {name} differ from the checkpoint's by {difference:.2g} of their standard "
+                f"deviation. The limit for {dtype} is {TOLERANCE[dtype]}."
             )

@@ -1,6 +1,7 @@
-"""What the surroundings of weights tell about them: the options of the reference, the config files of timm and transformers.
+"""What is known of weights apart from their tensors: who trained them, attention heads, norm epsilon, pixel statistics.
 
-Shapes tell widths, depths and patches; attention heads, norm epsilon and pixel statistics they do not tell.
+The shapes of the tensors show widths, depths and patch size only. The rest is read from the metadata of scale_mae, the config
+files of timm and transformers, or the options in a checkpoint of the reference repository.
 """
 
 from __future__ import annotations
@@ -18,30 +19,32 @@ import torch
 
 from scale_mae.checkpoint.store import CheckpointError
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
-from scale_mae.weights.metadata import recipe_of
-from scale_mae.weights.weight_files import Opened
+from scale_mae.weights.metadata import training_settings
+from scale_mae.weights.weight_files import WeightFiles
 
-MOCO_HEADS = {"vit_small": 12, "vit_base": 12}  # of MoCo v3, whose small ViT has twice the usual; it writes ``arch`` alone
-Channels = tuple[float, float, float]
-HUGGINGFACE_EPS = 1e-12  # of transformers' ViT and ViTMAE where the config does not say
+# MoCo v3 stores ``arch`` only. Its small ViT has 12 attention heads instead of the usual 6.
+MOCO_HEADS = {"vit_small": 12, "vit_base": 12}
+ChannelValues = tuple[float, float, float]
+HUGGINGFACE_EPS = 1e-12  # the default of transformers' ViT and ViTMAE
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where weights come from and what is known of them; None where nothing says.
+class Provenance:
+    """Where weights come from, and what is known of them. ``None`` means unknown.
 
     Attributes:
-        kind: in words.
-        heads: attention heads of the encoder.
-        decoder_heads: of the decoder.
+        kind: A description, such as ``timm vit_base_patch16_224``.
+        heads: Attention heads of the encoder.
+        decoder_heads: Attention heads of the decoder.
         image_size: (height, width) in pixels.
-        layer_norm_eps: of all norms.
-        mean: channel means (red, green, blue) that images in [0, 1] were normalised with.
-        std: channel deviations.
-        pool: how a classifier of timm makes one vector of the tokens.
-        step: optimizer steps done.
-        seed: of the training.
-        ours: what :func:`scale_mae.weights.metadata.describe` gave, if scale_mae wrote them.
+        layer_norm_eps: Epsilon of all norms.
+        mean: Channel means (red, green, blue) of the normalization, for images in [0, 1].
+        std: Channel standard deviations.
+        pool: How a classifier of timm pools its tokens.
+        step: Number of optimizer steps done.
+        seed: Seed of the training.
+        metadata: The metadata that scale_mae wrote, see :func:`scale_mae.weights.metadata.build_metadata`. ``None`` for
+            third-party weights.
     """
 
     kind: str
@@ -54,107 +57,116 @@ class Origin:
     pool: str | None = None
     step: int | None = None
     seed: int | None = None
-    ours: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
 
     @property
-    def training(self) -> str:
-        """What scale_mae trained, whatever the seed and the machine, as a short digest; empty of others' weights."""
-        if self.ours is None:
+    def training_digest(self) -> str:
+        """A short digest of the training by scale_mae, independent of seed and machine. Empty for third-party weights."""
+        if self.metadata is None:
             return ""
-        config, told = self.ours["config"], {key: self.ours.get(key) for key in ("step", "ema", "probe", "began_with")}
-        told |= {"task": config["run"]["task"], "from_weights": config["model"]["init_from"] is not None}
-        alike = recipe_of(config) | told
-        return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8]
+        config = self.metadata["config"]
+        settings = training_settings(config) | {
+            **{key: self.metadata.get(key) for key in ("step", "ema", "probe", "initialized_from")},
+            "task": config["run"]["task"],
+            "from_weights": config["model"]["init_from"] is not None,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    def summary(self) -> str:
+        """Return kind, step and training digest, which are the same for every seed."""
+        step = [] if self.step is None else [f"step {self.step}"]
+        digest = [f"training {self.training_digest}"] if self.training_digest else []
+        return ", ".join([self.kind, *step, *digest])
 
 
-def origin_of(opened: Opened, huggingface: bool, width: int, decoder_width: int | None) -> Origin:
-    """What is known of the weights in a file or folder.
+def detect_provenance(files: WeightFiles, is_huggingface: bool, width: int, decoder_width: int | None) -> Provenance:
+    """Return what is known of the weights in a file or folder.
 
     Args:
-        opened: the file or folder.
-        huggingface: whether the tensors have transformers' names.
-        width: of the encoder.
-        decoder_width: of a MAE's decoder, 0 if it cannot be told; None: no part of one is there.
+        files: The file or folder.
+        is_huggingface: Whether the tensors have the keys of transformers.
+        width: Width of the encoder.
+        decoder_width: Width of the decoder, 0 if the tensors do not show it, ``None`` if there is no decoder.
 
     Raises:
-        CheckpointError: a config that is damaged, or one of a model that computes otherwise than a plain ViT.
+        CheckpointError: A config is damaged, or belongs to a model that is not a plain ViT.
     """
-    origin, place = _origin(opened, huggingface, decoder_width is not None), opened.files[0].parent
-    for heads, wide in ((origin.heads, width), (origin.decoder_heads, decoder_width)):
-        if heads and wide and wide % heads:
-            raise CheckpointError(f"{place}: what it says of itself is damaged ({heads} attention heads for a width of {wide})")
-    return origin
+    provenance, folder = _read_provenance(files, is_huggingface, decoder_width is not None), files.files[0].parent
+    for heads, dim in ((provenance.heads, width), (provenance.decoder_heads, decoder_width)):
+        if heads and dim and dim % heads:
+            raise CheckpointError(f"{folder}: the metadata are damaged ({heads} attention heads for a width of {dim})")
+    return provenance
 
 
-def _origin(opened: Opened, huggingface: bool, decoder: bool) -> Origin:
+def _read_provenance(files: WeightFiles, is_huggingface: bool, has_decoder: bool) -> Provenance:
     try:
-        if "config" in opened.facts:
-            return of_ours(opened.facts, "scale-mae export")
-        if huggingface:
-            return _of_huggingface(opened.config, opened.processor)
-        if isinstance(opened.config.get("architecture"), str):
-            return _of_timm(opened.config)
+        if "config" in files.metadata:
+            return provenance_from_metadata(files.metadata, "scale-mae export")
+        if is_huggingface:
+            return _from_huggingface(files.config, files.processor)
+        if isinstance(files.config.get("architecture"), str):
+            return _from_timm(files.config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{opened.files[0].parent}: what it says of itself is damaged ({error!r})") from None
-    return _of_reference(opened, decoder)
+        raise CheckpointError(f"{files.files[0].parent}: the metadata are damaged ({error!r})") from None
+    return _from_bare_file(files, has_decoder)
 
 
-def of_ours(facts: Mapping[str, Any], kind: str) -> Origin:
-    """From what :func:`scale_mae.weights.metadata.describe` gave."""
-    model = facts["config"]["model"]
-    return Origin(
+def provenance_from_metadata(metadata: Mapping[str, Any], kind: str) -> Provenance:
+    """Return the provenance of weights that scale_mae trained, from their metadata."""
+    model = metadata["config"]["model"]
+    return Provenance(
         kind,
-        heads=_heads(facts["timm_kwargs"]["num_heads"]),
-        decoder_heads=_heads(model["decoder_heads"]),
-        image_size=_pair(facts["image_size"]),
-        layer_norm_eps=_positive(facts["layer_norm_eps"]),
-        mean=_channels(facts["mean"], _finite),
-        std=_channels(facts["std"], _positive),
-        step=int(facts["step"]),
-        seed=int(facts["config"]["run"]["seed"]),
-        ours=facts,
+        heads=_parse_heads(metadata["timm_kwargs"]["num_heads"]),
+        decoder_heads=_parse_heads(model["decoder_heads"]),
+        image_size=_parse_size(metadata["image_size"]),
+        layer_norm_eps=_parse_positive(metadata["layer_norm_eps"]),
+        mean=_parse_channels(metadata["mean"], _parse_finite),
+        std=_parse_channels(metadata["std"], _parse_positive),
+        step=int(metadata["step"]),
+        seed=int(metadata["config"]["run"]["seed"]),
+        metadata=metadata,
     )
 
 
-def _of_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Origin:
+def _from_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Provenance:
     activation = config.get("hidden_act", "gelu")
     if activation not in ("gelu", "gelu_python"):
-        raise CheckpointError(f"config.json: hidden_act={activation!r} is another activation than a MAE's, gelu")
-    side = config.get("image_size")
-    return Origin(
+        raise CheckpointError(f"config.json: hidden_act={activation!r} is not supported; a MAE uses gelu")
+    size = config.get("image_size")
+    return Provenance(
         f"Hugging Face {(config.get('architectures') or ['ViT'])[0]}",
-        heads=_heads(config.get("num_attention_heads")),
-        decoder_heads=_heads(config.get("decoder_num_attention_heads")),
-        image_size=None if side is None else _pair(side),
-        layer_norm_eps=_positive(config.get("layer_norm_eps", HUGGINGFACE_EPS)),
-        mean=_channels(processor.get("image_mean"), _finite),
-        std=_channels(processor.get("image_std"), _positive),
+        heads=_parse_heads(config.get("num_attention_heads")),
+        decoder_heads=_parse_heads(config.get("decoder_num_attention_heads")),
+        image_size=None if size is None else _parse_size(size),
+        layer_norm_eps=_parse_positive(config.get("layer_norm_eps", HUGGINGFACE_EPS)),
+        mean=_parse_channels(processor.get("image_mean"), _parse_finite),
+        std=_parse_channels(processor.get("image_std"), _parse_positive),
     )
 
 
-def _of_timm(config: Mapping[str, Any]) -> Origin:
-    """From the folder's config; the architecture is built without memory to see what its name stands for."""
+def _from_timm(config: Mapping[str, Any]) -> Provenance:
+    """Read timm's ``config.json``. Build the architecture on the meta device to learn what its name means."""
     import timm
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
-    name, args, pretrained = config["architecture"], config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    name, args, pretrained_cfg = config["architecture"], config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     if not timm.is_model(name):
         raise CheckpointError(f"config.json: timm has no architecture {name!r}")
     with torch.device("meta"):
         model = timm.create_model(name)
     if not isinstance(model, VisionTransformer):
-        more = "; evaluate, knn, logistic and embed take it as it is, nothing else does" if isinstance(model, Beit) else ""
-        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}{more}")
+        advice = ". BEiT is supported by evaluate, knn, logistic and embed only." if isinstance(model, Beit) else ""
+        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}{advice}")
     block = model.blocks[0]
     if not isinstance(block.mlp.act, torch.nn.GELU):
-        raise CheckpointError(f"config.json: timm's {name} has another activation than a MAE's, gelu")
-    side = args.get("img_size")
-    mean, std = channel_statistics(pretrained)
-    return Origin(
+        raise CheckpointError(f"config.json: the activation of timm's {name} is not supported; a MAE uses gelu")
+    size = args.get("img_size")
+    mean, std = read_channel_statistics(pretrained_cfg)
+    return Provenance(
         f"timm {name}",
-        heads=_heads(args.get("num_heads", block.attn.num_heads)),
-        image_size=None if side is None else _pair(side),
+        heads=_parse_heads(args.get("num_heads", block.attn.num_heads)),
+        image_size=None if size is None else _parse_size(size),
         layer_norm_eps=float(block.norm1.eps),
         mean=mean,
         std=std,
@@ -162,66 +174,69 @@ def _of_timm(config: Mapping[str, Any]) -> Origin:
     )
 
 
-def channel_statistics(pretrained: Mapping[str, Any]) -> tuple[Channels | None, Channels | None]:
-    """Channel means and deviations in timm's ``pretrained_cfg``; None where it says nothing.
+def read_channel_statistics(pretrained_cfg: Mapping[str, Any]) -> tuple[ChannelValues | None, ChannelValues | None]:
+    """Return the channel means and standard deviations in timm's ``pretrained_cfg``, or ``None`` for a missing entry.
 
     Raises:
-        ValueError, TypeError: not those of three channels.
+        ValueError, TypeError: An entry does not hold valid values for three channels.
     """
-    return _channels(pretrained.get("mean"), _finite), _channels(pretrained.get("std"), _positive)
+    mean, std = pretrained_cfg.get("mean"), pretrained_cfg.get("std")
+    return _parse_channels(mean, _parse_finite), _parse_channels(std, _parse_positive)
 
 
-def _of_reference(opened: Opened, decoder: bool) -> Origin:
-    """Nothing but a file; the reference's pre-training checkpoints hold its options."""
-    args = opened.beside.get("args")
+def _from_bare_file(files: WeightFiles, has_decoder: bool) -> Provenance:
+    """Read the values that a file without config holds. The reference's pre-training checkpoints hold its options."""
+    args = files.extras.get("args")
     options = vars(args) if isinstance(args, argparse.Namespace) else {}
-    size = re.match(r"(?:mae_)?vit_(\w+)_patch\d+", str(options.get("model")))
-    known = SIZES.get(size[1]) if size else None
+    size_name = re.match(r"(?:mae_)?vit_(\w+)_patch\d+", str(options.get("model")))
+    size = SIZES.get(size_name[1]) if size_name else None
     side = options.get("input_size")
-    arch = opened.beside.get("arch")
-    moco = MOCO_HEADS.get(arch) if isinstance(arch, str) and not decoder else None
-    if decoder or opened.wrapped:
-        epoch = opened.beside.get("epoch")
-        kind = "ViT of MoCo v3" if moco else "MAE with the reference's names" + ("" if decoder else ", encoder only")
+    arch = files.extras.get("arch")
+    moco_heads = MOCO_HEADS.get(arch) if isinstance(arch, str) and not has_decoder else None
+    if has_decoder or files.state_dict_key:
+        epoch = files.extras.get("epoch")
+        kind = "ViT of MoCo v3" if moco_heads else "MAE with the reference's names" + ("" if has_decoder else ", encoder only")
         kind += f", epoch {epoch}" if isinstance(epoch, int) else ""
     else:
         kind = "ViT with timm's names"
-    image_size = _pair(side) if isinstance(side, int) and side > 0 else None
-    seed = options.get("seed") if isinstance(options.get("seed"), int) else None
-    # a DeepSpeed checkpoint of others that was converted holds its step and nothing else
-    heads = known.heads if known else moco
-    return Origin(kind, heads, image_size=image_size, step=opened.facts.get("step"), seed=seed)
+    return Provenance(
+        kind,
+        heads=size.heads if size else moco_heads,
+        image_size=_parse_size(side) if isinstance(side, int) and side > 0 else None,
+        step=files.metadata.get("step"),  # a converted third-party DeepSpeed checkpoint has this entry only
+        seed=options.get("seed") if isinstance(options.get("seed"), int) else None,
+    )
 
 
-def _heads(count: Any) -> int | None:
+def _parse_heads(count: Any) -> int | None:
     if count is not None and (type(count) is not int or count < 1):
         raise ValueError(f"{count!r} attention heads")
     return count
 
 
-def _pair(side: Any) -> tuple[int, int]:
-    height, width = (side, side) if isinstance(side, int) else side
+def _parse_size(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
     if int(height) < 1 or int(width) < 1:
-        raise ValueError(f"images of {height} x {width}")
+        raise ValueError(f"images of {height} x {width} pixels")
     return int(height), int(width)
 
 
-def _channels(values: Any, number: Callable[[Any], float]) -> Channels | None:
+def _parse_channels(values: Any, parse: Callable[[Any], float]) -> ChannelValues | None:
     if values is None:
         return None
     if len(values) != 3:
-        raise ValueError(f"{len(values)} channels")
-    red, green, blue = map(number, values)
+        raise ValueError(f"{len(values)} channels instead of 3")
+    red, green, blue = map(parse, values)
     return red, green, blue
 
 
-def _finite(value: Any) -> float:
+def _parse_finite(value: Any) -> float:
     if not math.isfinite(float(value)):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not finite")
     return float(value)
 
 
-def _positive(value: Any) -> float:
-    if _finite(value) <= 0:
+def _parse_positive(value: Any) -> float:
+    if _parse_finite(value) <= 0:
         raise ValueError(f"{value} is not positive")
     return float(value)

@@ -72,7 +72,7 @@ def random_crop(data, rng):
 
 
 def whole(data):
-    width, height, _ = pillow.read_header(data, verify=False)
+    width, height, _ = pillow.read_image_header(data, verify=False)
     return Crop(0, 0, height, width, flip=False)
 
 

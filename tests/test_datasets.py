@@ -91,7 +91,7 @@ def test_nothing_is_scaled_without_a_crop_share():
     image.save(data, "PNG")
     theirs = np.asarray(transforms.CenterCrop(32)(image))
     assert np.array_equal(decode_center_crop(data.getvalue(), 32, None), theirs)
-    with pytest.raises(ImageError, match="44 x 41 pixels, smaller than the 224 x 224 to cut out"):
+    with pytest.raises(ImageError, match="44 x 41 pixels, smaller than the crop of 224 x 224"):
         decode_center_crop(data.getvalue(), 224, None)
 
 

@@ -170,12 +170,18 @@ def test_fourteen_million_images_open_at_once(tmp_path):
 
 def test_bad_images_are_quarantined_with_their_cause(tmp_path):
     index = build_index(str(make_damaged(tmp_path / "data")), tmp_path / "x.index")
-    assert index.quarantine_counts() == {"no bytes": 1, "unreadable": 1, "not an image": 1, "damaged": 1, "too many pixels": 1}
+    assert index.quarantine_counts() == {
+        "empty file": 1,
+        "unreadable": 1,
+        "not an image": 1,
+        "damaged": 1,
+        "too many pixels": 1,
+    }
     assert len(index) == 9
     assert max(index.entries["status"]) == ImageStatus.DECODED
     named = dict(line.split("\t") for line in (tmp_path / "x.index.quarantined.txt").read_text().splitlines())
     assert {Path(path).name: cause for path, cause in named.items()} == {
-        "0.jpg": "no bytes",
+        "0.jpg": "empty file",
         "1.jpg": "not an image",
         "2.jpg": "damaged",
         "3.png": "too many pixels",
@@ -193,7 +199,7 @@ def test_headers_alone_find_less(tmp_path):
 def test_a_source_without_usable_images_is_an_error(tmp_path):
     (tmp_path / "data" / "c").mkdir(parents=True)
     (tmp_path / "data" / "c" / "1.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"none of 1 images can be used; .*1\.jpg: not an image"):
+    with pytest.raises(DataError, match=r"none of the 1 images is usable. .*1\.jpg: not an image"):
         build_index(str(tmp_path / "data"), tmp_path / "x.index")
     assert not (tmp_path / "x.index").exists()
 
@@ -246,15 +252,15 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
 def test_an_image_that_ends_the_decoder_costs_only_itself(tmp_path, monkeypatch):
     root = make_folders(tmp_path / "data")
     (root / "class1" / "2.jpg").write_bytes(b"poison")
-    original = building.read_header
+    original = building.read_image_header
 
     def end(data):
         if data == b"poison":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(building, "read_header", lambda data, verify: end(data) or original(data, verify))
+    monkeypatch.setattr(building, "read_image_header", lambda data, verify=False: end(data) or original(data, verify=verify))
     index = build_index(str(root), tmp_path / "x.index")
-    assert index.quarantine_counts() == {"ends the decoder": 1}
+    assert index.quarantine_counts() == {"crashes the decoder": 1}
     assert len(index) == 11
 
 
@@ -292,7 +298,7 @@ def test_a_damaged_unfinished_index_is_no_source_of_images(tmp_path):
         build_index(root, tmp_path / "x.index", progress=lambda done, total: exec("raise KeyboardInterrupt"))
     partial = tmp_path / "x.index.partial"
     partial.write_bytes(partial.read_bytes()[:-600])
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match="truncated"):
         build_index(root, tmp_path / "x.index")
 
 
@@ -316,7 +322,7 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
     assert pauses == sorted(pauses)
     assert len(pauses) == 3
     failures += [errno.EIO] * 9
-    with pytest.raises(ImageError, match=r"unreadable \(storage sulks, 4 tries") as caught:
+    with pytest.raises(ImageError, match=r"unreadable \(storage sulks, 4 attempts") as caught:
         storage.read(str(path), 0, 4)
     assert caught.value.cause is ImageStatus.UNREADABLE
     assert len(failures) == 5
@@ -327,11 +333,11 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
 
 def test_shards_stay_open_in_bounded_number(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    for i in range(2 * storage.OPEN_SHARDS):
+    for i in range(2 * storage.MAX_OPEN_SHARDS):
         (tmp_path / f"{i}").write_bytes(b"abcdef")
         assert storage.read(str(tmp_path / f"{i}"), 2, 3) == b"cde"
         assert storage.read(str(tmp_path / f"{i}"), 0, 3) == b"abc"
-    assert len(os.listdir("/proc/self/fd")) <= before + storage.OPEN_SHARDS
+    assert len(os.listdir("/proc/self/fd")) <= before + storage.MAX_OPEN_SHARDS
 
 
 # ---------------------------------------------------------------- packing
@@ -424,7 +430,7 @@ def test_packing_names_what_it_cannot_use(tmp_path, capsys):
     assert main(["pack", str(root), "--out", str(tmp_path / "out"), "--short-side", "20"]) == 0
     text = capsys.readouterr()
     assert "class1/1.jpg: damaged" in text.err
-    assert "class1/2.jpg: no bytes" in text.err
+    assert "class1/2.jpg: empty file" in text.err
     assert "10 images in 1 shards" in text.out
     assert decode(open_index(str(tmp_path / "out")).read(0), (0, 0, 20, 20, False), (8, 8)).shape == (8, 8, 3)
 
@@ -434,7 +440,7 @@ def test_index_command_reports(tmp_path, capsys):
     assert main(["index", str(tmp_path / "data"), "--out", str(tmp_path / "x.index"), "--workers", "2"]) == 0
     text = capsys.readouterr()
     assert "9 images, 3 named classes" in text.out
-    assert "1 no bytes" in text.err
+    assert "1 empty file" in text.err
     assert "14 of 14 images" in text.err
     for words, message in (
         (["index", "demo:val", "--out", str(tmp_path / "x")], "ends in .index"),

@@ -26,7 +26,7 @@ from scale_mae.data.errors import DataError, ImageError, ImageStatus
 from scale_mae.data.failure_counter import WINDOW, DecodeFailure, FailureCounter
 from scale_mae.data.index_builder import open_index
 from scale_mae.data.loader import BatchShard, Loader, default_prefetch
-from scale_mae.data.pillow import Crop, center_square, decode, read_header
+from scale_mae.data.pillow import Crop, center_square, decode, read_image_header
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.transforms import color_jitter, denormalize, normalize
 from scale_mae.system import resources
@@ -50,7 +50,7 @@ def test_orientation_is_honoured(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(40, 20, exif=exif)
-    header = read_header(data, verify=False)
+    header = read_image_header(data, verify=False)
     assert header[:2] == ((20, 40) if 5 <= orientation <= 8 else (40, 20))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     whole = decode(data, Crop(0, 0, header.height, header.width, flip=False), (header.height, header.width))
@@ -91,7 +91,7 @@ def test_one_pixel_and_very_large_images():
     wide = saved(Image.new("L", (65000, 40), 77), "PNG")
     assert (decode(wide, Crop(0, 30000, 40, 40, False), (8, 8)) == 77).all()
     with pytest.raises(ImageError, match="too many pixels") as caught:
-        read_header(saved(Image.new("1", (20000, 20000)), "PNG"), verify=False)
+        read_image_header(saved(Image.new("1", (20000, 20000)), "PNG"), verify=False)
     assert caught.value.cause is ImageStatus.TOO_LARGE
 
 
@@ -313,14 +313,14 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
     monkeypatch.setattr(loader, "PATIENCE", (0.3, 0.3, 0.3))
     index = open_index(str(make_folders(tmp_path)))
     slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
-    answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._Shard
+    answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._OpenFile
 
     def hang(path):
         if path in answers:
             answers[path].wait()
         return original(path)
 
-    monkeypatch.setattr(storage, "_Shard", hang)
+    monkeypatch.setattr(storage, "_OpenFile", hang)
     threading.Timer(0.5, answers[str(slow)].set).start()
     warnings = []
     batches = list(make_loader(index, threads=2, warn=warnings.append).batches(0, 3))
@@ -337,7 +337,7 @@ def test_a_process_ends_though_storage_still_hangs(tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
         "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_index(sys.argv[1]);"
-        "import time; from scale_mae.data import storage; storage._Shard = lambda path: time.sleep(1000);"
+        "import time; from scale_mae.data import storage; storage._OpenFile = lambda path: time.sleep(1000);"
         "next(test_loader.make_loader(index).batches(0, 3))"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]

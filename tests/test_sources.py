@@ -12,8 +12,9 @@ import tarfile
 import pytest
 
 from scale_mae.data.errors import DataError
-from scale_mae.data.sources import NO_LABEL, list_images
-from scale_mae.data.storage import read, size
+from scale_mae.data.image_list import NO_LABEL
+from scale_mae.data.sources import list_images
+from scale_mae.data.storage import file_size, read
 
 
 def put(root, *names, content=b"x"):
@@ -46,7 +47,7 @@ def labels(source):
 def contents(listing):
     columns = zip(listing.shard, listing.offset, listing.length, strict=True)
     places = [(os.path.join(listing.root, listing.shards[s]), offset, length) for s, offset, length in columns]
-    return [read(path, offset, length or (0 if offset else size(path))) for path, offset, length in places]
+    return [read(path, offset, length or (0 if offset else file_size(path))) for path, offset, length in places]
 
 
 def refused(source, *words):
@@ -107,11 +108,11 @@ def test_an_end_mark_that_is_not_the_end_is_told(tmp_path):
     for number, content in enumerate(cases):
         put(tmp_path, f"{number}/s.tar", content=content)
         listing = list_images(str(tmp_path / str(number)))
-        assert "not the end" in listing.problems[0]
+        assert "an end mark, but more data follows" in listing.problems[0]
     link = tarfile.TarInfo("l.jpg")
     link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
     put(tmp_path, "l/s.tar", content=one[:2560] + link.tobuf() + bytes(1024))
-    assert "1 links and sparse files are left out" in list_images(str(tmp_path / "l")).problems[0]
+    assert "skipped links and sparse files: 1" in list_images(str(tmp_path / "l")).problems[0]
 
 
 def test_names_and_numbers_of_classes(tmp_path):
@@ -121,8 +122,8 @@ def test_names_and_numbers_of_classes(tmp_path):
     put(tmp_path, "classes.txt", content="Äsche\ndog\n")
     assert labels(tmp_path) == ([1, NO_LABEL, 0, NO_LABEL], ["Äsche", "dog"])
     told = "\n".join(list_images(str(tmp_path)).problems)
-    assert "labels left out that name no class: 12 (1 in all)" in told
-    assert "labels are numbers but for dog (2 in all); taken as names" in told
+    assert "labels without a class: 1 of 3, such as 12" in told
+    assert "labels that are not numbers: 2 of 3, such as dog" in told
     put(tmp_path, "n/classes.txt", content="cat\ndog\n")
     put(tmp_path, "n/n.tar", content=tar_bytes(("1.jpg", b"1"), ("1.cls", b"1"), ("2.jpg", b"2"), ("2.cls", b"2")))
     assert labels(tmp_path / "n") == ([1, NO_LABEL], ["cat", "dog"])
@@ -144,7 +145,9 @@ def test_a_tar_cut_anywhere_gives_the_images_that_are_whole(tmp_path):
         else:
             assert contents(list_images(str(path))) == expected
             [problem] = list_images(str(path)).problems
-            assert re.fullmatch(rf"{path}: damaged after byte \d+ .*; its first {len(expected)} images are used", problem)
+            assert re.fullmatch(
+                rf"{path}: damaged after byte \d+ .*\. Only the {len(expected)} images before it are used\.", problem
+            )
 
 
 def test_a_tar_of_random_damage_is_listed_or_refused(tmp_path):
@@ -174,7 +177,7 @@ def test_damaged_shards_beside_whole_ones(tmp_path):
     listing = list_images(str(tmp_path))
     assert contents(listing) == [b"one", b"", b"two", b"one", b"two", b"one"]
     assert list(listing.label) == [NO_LABEL] * 3 + [0, NO_LABEL, NO_LABEL]
-    starts = "a.tar: 1 l|b.tar: damaged after byte 0 (empty|c.tar: dam|d.tar.gz: damaged (|e.tar/n00000001.tar: dam|f.tar: dam"
+    starts = "a.tar: skip|b.tar: damaged after byte 0 (empty|c.tar: dam|d.tar.gz: damaged (|e.tar/n00000001.tar: dam|f.tar: dam"
     assert all(p.startswith(f"{tmp_path}/{s}") for p, s in zip(listing.problems, starts.split("|"), strict=True))
 
 
@@ -196,7 +199,7 @@ def test_imagenets_tars_of_a_class_and_of_tars(tmp_path):
         assert len(listing) == len(set(contents(listing)) & {i for c in classes.values() for i in c}) == images
         assert "img_train.tar/n0000000" in listing.problems[0]
     put(tmp_path, "21k/x.jpg", "21k/folder/1.jpg", "imagenet21k_train/n00000002/1.JPEG", "imagenet21k_val/n00000002/9.JPEG")
-    assert "1 folders and 1 images beside tar shards" in list_images(str(tmp_path / "21k")).problems[0]
+    assert "contains tar shards, so 1 folders and 1 images are skipped" in list_images(str(tmp_path / "21k")).problems[0]
     assert listed(f"imagenet21k:train:{tmp_path}") == [("n00000002/1.JPEG", 0)]
 
 
@@ -243,7 +246,7 @@ def test_imagenet1k(tmp_path):
         put(root, *(f"{folder}train/{name}" for name in train), *(f"{folder}val/{name}" for name in val))
         assert labels(f"imagenet1k:train:{root}") == ([0, 1], ["n00000001", "n00000002"])
         assert labels(f"imagenet1k:val:{root}") == ([NO_LABEL] * 2, [])
-        assert "put there LOC_val_solution.csv" in list_images(f"imagenet1k:val:{root}").problems[0]
+        assert "Put LOC_val_solution.csv or val_map.txt there" in list_images(f"imagenet1k:val:{root}").problems[0]
         texts = {"val.txt": "{} 1\n{} 0\n", "val_map.txt": "{}\tn00000002\n{}\tn00000001\n", "LOC_val_solution.csv": solution}
         for name, text in texts.items():
             put(root, name, content=text.format(*val))
@@ -296,14 +299,14 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
         ("torn.csv", 'path,label\nl/1.jpg,"3\n', "torn.csv, line 2", "malformed"),
         ("short.csv", "label,path\n3,l/1.jpg\n4\n", "short.csv, line 3", "no path in column 2"),
         ("torn.json", '{"images": [\n{"id": 1', "torn.json, line 2", "not JSON"),
-        ("key.json", '{"images": [{"id": 1}]}', "key.json: 'file_name' is missing", "expected images"),
+        ("key.json", '{"images": [{"id": 1}]}', "key.json: 'file_name' is missing", "Expected images"),
         ("list.json", "[1, 2]", "list.json: malformed"),
         ("deep.tar", tar_bytes(("a.tar", tar_bytes(("b.tar", tar_bytes(("1.jpg", b"x")))))), "no images found"),
         ("x.tar", "x" * 5000, "no images found", "x.tar: damaged after byte 0"),
-        (f"{here}/film.mp4", None, "no kind of source", ".csv"),
-        (f"{here}/f", None, "no images found", "expected root/class"),
+        (f"{here}/film.mp4", None, "not a source of images", ".csv"),
+        (f"{here}/f", None, "no images found", "Expected root/class"),
         ("demo:nothing", None, "no such shard"),
-        ("imagenet:train:/data", None, "no layout imagenet", "imagenet1k", "places365", "demo"),
+        ("imagenet:train:/data", None, "no data set layout imagenet", "imagenet1k", "places365", "demo"),
         ("coco:train2016:/data", None, "coco has no split 'train2016'", "train2017"),
         ("places365:val", None, "no such folder", "places365:val:ROOT"),
         (f"imagenet1k:train:{here}", None, f"{here}: training images are missing", "ILSVRC2012_img_train.tar"),

@@ -28,8 +28,8 @@ def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "brings no index; built" in text
     assert "headers of 23 images" in text
-    assert "left out of the index: 1 no bytes" in text
-    assert "class1/3.jpg\tno bytes" in (tmp_path / "run" / "data.index.quarantined.txt").read_text()
+    assert "left out of the index: 1 empty file" in text
+    assert "class1/3.jpg\tempty file" in (tmp_path / "run" / "data.index.quarantined.txt").read_text()
 
 
 def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):

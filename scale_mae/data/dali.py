@@ -212,7 +212,7 @@ def plain_jpeg(data: bytes) -> Header | None:
                 return None
             header = Header(width, height, orientation=1)
         elif start == 0xFF and marker == 0xDA:
-            return pillow.read_header(data, verify=False) if header and tagged else header
+            return pillow.read_image_header(data, verify=False) if header and tagged else header
         elif start != 0xFF or marker not in SKIPPED:
             return None
         tagged |= marker == 0xE1  # EXIF or XMP, which may tell an orientation

@@ -1,4 +1,4 @@
-"""Errors of sources and images."""
+"""Errors of sources and images, and the status that an index records for every image."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from scale_mae.config import UserError
 
 
 class DataError(UserError):
-    """A source that cannot be used, or an image of it that cannot be done without."""
+    """A source that cannot be used, or an unreadable image that cannot be skipped."""
 
 
 class ImageStatus(IntEnum):
-    """What an index knows of an image: nothing yet, that it can be trained on, or, from ``EMPTY`` on, why it cannot."""
+    """Status of an image in an index.
+
+    Below ``DECODED`` the image is not checked yet. ``DECODED`` and ``HEADER_READ`` images are usable. From ``EMPTY`` on, the
+    status is the reason why the image is in quarantine.
+    """
 
     PENDING = 0
     BEGUN = 1
@@ -27,12 +31,18 @@ class ImageStatus(IntEnum):
 
     @property
     def text(self) -> str:
-        """For people."""
-        return {16: "no bytes", 20: "too many pixels", 21: "ends the decoder"}.get(self, self.name.lower().replace("_", " "))
+        """The status in words."""
+        texts = {16: "empty file", 20: "too many pixels", 21: "crashes the decoder"}
+        return texts.get(self, self.name.lower().replace("_", " "))
 
 
 class ImageError(Exception):
-    """An image that cannot be had; ``cause`` counts it, the text says what exactly."""
+    """An unreadable image.
+
+    Attributes:
+        cause: The kind of failure.
+        reason: What exactly failed, in one line.
+    """
 
     def __init__(self, cause: ImageStatus, reason: str) -> None:
         super().__init__(cause, reason)
@@ -43,5 +53,5 @@ class ImageError(Exception):
 
 
 def escape_unprintable(text: str) -> str:
-    """One line that any terminal and any log takes, whatever the files are called."""
+    """Escape characters that a terminal or log cannot show. The result is one line, whatever a file is called."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,10 +1,11 @@
-"""What exists: one file with a row for every image of a source, built once, memory-mapped by every process.
+"""The index of a data set: one file with a row for every image, built once and memory-mapped by every process.
 
-A row (:data:`ENTRY_DTYPE`) says where an image's bytes are (shard, offset, length), its upright size (width, height,
-after its EXIF orientation), its label, and its :class:`~scale_mae.data.storage.ImageStatus`. Usable images come first, in the
-order of the source; those that cannot be decoded follow and are never trained on. The file is in safetensors format: rows,
-paths, and the rest in the metadata. Paths are kept relative to the index where the images lie below it, so that both can
-be moved together.
+A row (:data:`ENTRY_DTYPE`) contains the location of the image (shard, offset, length), its upright size (width and height
+after its EXIF orientation is applied), its label and its :class:`~scale_mae.data.errors.ImageStatus`. The usable images come
+first, in the order of the source. The quarantined images follow; they are never trained on.
+
+The file is in safetensors format. Its tensors are the rows and the shard paths; everything else is metadata. Paths are
+relative to the index if the images lie below its folder, so that both can be moved together.
 """
 
 from __future__ import annotations
@@ -40,26 +41,26 @@ ENTRY_DTYPE = np.dtype(
 )
 FORMAT = "scale_mae.index.1"
 TENSORS = ("entries", "paths", "path_ends")
-INDEX_NAME = "data.index"  # in a folder of shards, the index of these shards
+INDEX_NAME = "data.index"  # the file name of an index inside a folder of packed shards, or inside a run directory
 INDEX_SUFFIX = ".index"
 Entries = NDArray[np.void]
 
 
 class ShardPaths(Sequence[str]):
-    """Absolute paths of shards, looked up in the mapped file, so that any number of them opens at once.
+    """Absolute paths of shards, read from the mapped file on access, so that opening an index takes the same time for any size.
 
     Attributes:
-        root: absolute folder they are relative to.
-        text: all relative paths, one after the other.
-        ends: where each ends in ``text``.
+        root: Absolute folder to which the paths are relative.
+        text: All relative paths, concatenated.
+        ends: End of each path in ``text``.
     """
 
     def __init__(self, root: str, text: NDArray[np.uint8], ends: NDArray[np.uint64]) -> None:
         self.root, self.text, self.ends = root, text, ends
 
     @classmethod
-    def of(cls, root: str, paths: Sequence[str]) -> ShardPaths:
-        """From relative paths."""
+    def from_strings(cls, root: str, paths: Sequence[str]) -> ShardPaths:
+        """Encode paths relative to ``root``."""
         encoded = [os.fsencode(path) for path in paths]
         ends = np.cumsum([len(path) for path in encoded], dtype=np.uint64)
         return cls(root, np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -70,7 +71,7 @@ class ShardPaths(Sequence[str]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # counts from the end, and out of range, as sequences do
+        number = range(len(self))[number]  # supports negative numbers and raises IndexError
         begin = int(self.ends[number - 1]) if number else 0
         return os.path.join(self.root, os.fsdecode(self.text[begin : int(self.ends[number])].tobytes()))
 
@@ -80,13 +81,13 @@ class Index:
     """The images of a source.
 
     Attributes:
-        entries: the usable images, structured array of dtype :data:`ENTRY_DTYPE`, ``[N]``.
-        quarantined: the others, likewise, ``[Q]``.
-        shards: absolute path of each shard; an image file that is in no shard is its own.
-        classes: names of the labels, possibly empty.
-        source: what was indexed.
-        problems: what could not be listed, one line each.
-        digest: sixteen hexadecimal digits that change with any row or path.
+        entries: The usable images, a structured array of dtype :data:`ENTRY_DTYPE`, ``[N]``.
+        quarantined: The unusable images, in the same format, ``[Q]``.
+        shards: Absolute path of each shard. An image file outside a shard is its own shard.
+        classes: Class names in the order of the labels; possibly empty.
+        source: The indexed source.
+        problems: One line for each problem that was found while the source was listed.
+        digest: Sixteen hexadecimal digits that change with any row or path.
     """
 
     entries: Entries
@@ -101,59 +102,66 @@ class Index:
         return len(self.entries)
 
     def read(self, sample: int) -> bytes:
-        """The encoded bytes of one image.
+        """Read the encoded bytes of one image.
 
         Raises:
-            ImageError: storage does not give them.
+            ImageError: UNREADABLE: the storage failed.
         """
         entry = self.entries[sample]
         path, offset, length = self.shards[entry["shard"]], int(entry["offset"]), int(entry["length"])
-        return storage.read(path, offset, length or (0 if offset else storage.size(path)))
+        return storage.read(path, offset, length or (0 if offset else storage.file_size(path)))
 
     def location(self, sample: int) -> str:
-        """Path, and byte offset inside a shard, of one image, for messages."""
+        """Return the path of one image for messages, with ``@offset`` if it is inside a shard."""
         return format_location(self.shards, self.entries[sample])
 
     def quarantine_counts(self) -> dict[str, int]:
-        """How many images are quarantined for which cause."""
+        """Return the number of quarantined images for each cause."""
         counts = collections.Counter(self.quarantined["status"].tolist())
         return {ImageStatus(status).text: number for status, number in sorted(counts.items())}
 
     def quarantined_images(self) -> Iterator[tuple[str, str]]:
-        """Place and cause of each quarantined image."""
+        """Yield the location and the cause of each quarantined image."""
         return ((format_location(self.shards, row), ImageStatus(row["status"]).text) for row in self.quarantined)
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
-        """Memory-map an index; costs the same for any number of images.
+        """Memory-map an index. This takes the same time for any number of images.
 
         Raises:
-            DataError: missing, damaged, or of another kind.
+            DataError: The file is missing, damaged or not an index.
         """
         metadata, rows, paths = map_index(Path(path), "r")
         usable = metadata["usable"]
         return cls(
-            rows[:usable],
-            rows[usable:],
-            paths,
-            metadata["classes"],
-            metadata["source"],
-            metadata["problems"],
-            metadata["digest"],
+            entries=rows[:usable],
+            quarantined=rows[usable:],
+            shards=paths,
+            classes=metadata["classes"],
+            source=metadata["source"],
+            problems=metadata["problems"],
+            digest=metadata["digest"],
         )
 
 
 def format_location(shards: Sequence[str], entry: Any) -> str:
-    """Path, and byte offset inside a shard, of one row."""
+    """Format the location of one row as ``path``, or as ``path@offset`` inside a shard."""
     path = escape_unprintable(shards[entry["shard"]])
     return f"{path}@{entry['offset']}" if entry["offset"] else path
 
 
 def map_index(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, ShardPaths]:
-    """Metadata, rows and paths of an index file, mapped with numpy's ``mode``.
+    """Memory-map an index file.
+
+    Args:
+        path: The index file.
+        mode: numpy's mode, ``r`` or ``r+``.
+
+    Returns:
+        Metadata, rows, and paths of the shards.
 
     Raises:
-        DataError: missing, damaged, or of another kind.
+        DataError: The file is missing, damaged or not an index.
     """
 
     def tensor(name: str, dtype: Any) -> Any:
@@ -167,28 +175,27 @@ def map_index(path: Path, mode: str = "r") -> tuple[dict[str, Any], Entries, Sha
             header = json.loads(file.read(size)) if size < os.path.getsize(path) else {}
         metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
         if metadata.get("format") != FORMAT:
-            raise ValueError("it is no index, or one of another version")
+            raise ValueError(f"not in the format {FORMAT}")
         if os.path.getsize(path) != 8 + size + max(header[name]["data_offsets"][1] for name in TENSORS):
-            raise ValueError("cut short")  # which a map opened for writing would fill up with zeros
+            raise ValueError("truncated")  # a map opened for writing would fill the missing part with zeros
         root = os.path.abspath(os.path.join(path.parent, metadata["root"]))
-        return (
-            metadata,
-            tensor("entries", ENTRY_DTYPE),
-            ShardPaths(root, tensor("paths", np.uint8), tensor("path_ends", np.uint64)),
-        )
+        rows, text, ends = tensor("entries", ENTRY_DTYPE), tensor("paths", np.uint8), tensor("path_ends", np.uint64)
+        return metadata, rows, ShardPaths(root, text, ends)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such index; make it with scale-mae index SOURCE --out {path}") from None
+        raise DataError(f"{path}: no such index. Build it with `scale-mae index SOURCE --out {path}`.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged index ({error}); delete it and build it anew") from None
+        raise DataError(
+            f"{path}: damaged index ({error}). Delete the file and build it again with `scale-mae index`."
+        ) from None
 
 
 def write_index(path: Path, rows: Entries, paths: ShardPaths, metadata: dict[str, Any]) -> None:
-    """Write an index file, whole or not at all: aside, flushed, renamed.
+    """Write an index file atomically: under a temporary name, flushed to disk, then renamed.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: The file cannot be written.
     """
     plain = rows.view(np.uint8).reshape(-1, ENTRY_DTYPE.itemsize)
     digest = hashlib.sha256()
@@ -208,11 +215,11 @@ def write_index(path: Path, rows: Entries, paths: ShardPaths, metadata: dict[str
         staging.rename(path)
     except OSError as error:
         staging.unlink(missing_ok=True)
-        raise DataError(f"{path}: the index cannot be written ({error})") from None
+        raise DataError(f"{path}: the index cannot be written ({error}).") from None
 
 
 def existing_index(source: str) -> Path | None:
-    """The index that a source is or brings: an index file, or one in a folder of shards that were packed with it."""
+    """Return the index that a source already has: the source is an index file, or a packed folder that contains one."""
     if source.endswith(INDEX_SUFFIX) and not os.path.isdir(source):
         return Path(source)
     inside = Path(source) / INDEX_NAME

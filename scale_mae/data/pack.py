@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from scale_mae.data.errors import DataError, ImageError
+from scale_mae.data.image_list import NO_LABEL
 from scale_mae.data.index import INDEX_NAME, Index, existing_index
 from scale_mae.data.index_builder import Progress, build_index, open_index
 from scale_mae.data.pillow import reencode_as_jpeg
 from scale_mae.data.sample_plan import SamplePlan
-from scale_mae.data.sources import CLASSES, NO_LABEL
+from scale_mae.data.tar_shards import CLASSES_FILE
 from scale_mae.system.lock import exclusive_lock
 from scale_mae.system.process_pool import map_unordered, shared_state
 from scale_mae.system.resources import available_cores
@@ -115,13 +116,13 @@ def _begin(packing: _Packing, settings: dict[str, Any]) -> int:
         if there != settings:
             raise DataError(f"{folder} holds another packing ({there}); name another folder")
         return per_shard
-    if any(path.name not in (CLASSES, f"{INDEX_NAME}.lock") for path in folder.iterdir()):
+    if any(path.name not in (CLASSES_FILE, f"{INDEX_NAME}.lock") for path in folder.iterdir()):
         raise DataError(f"{folder} is not empty; name another folder")
     classes = packing.index.classes
     if any("\n" in name for name in classes):
         raise DataError("a class has a line break in its name; rename it")
     if classes:
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8", errors="surrogateescape")
+        (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in classes), "utf-8", errors="surrogateescape")
     per_shard = _images_per_shard(packing, settings["shard_mb"] * 1e6)
     staging = described.with_suffix(".tmp")
     staging.write_text(json.dumps(settings | {"images_per_shard": per_shard}), "utf-8")

@@ -1,4 +1,4 @@
-"""Bytes of images: read from (shard, offset, length), retried when storage falters; and what can be wrong with them."""
+"""Reads the bytes of an image from its file or shard, and retries when the storage fails."""
 
 from __future__ import annotations
 
@@ -15,75 +15,77 @@ from typing import TypeVar
 from scale_mae.data.errors import ImageError, ImageStatus
 
 T = TypeVar("T")
-BACK_OFF = (0.2, 1.0, 5.0)  # seconds before each further attempt
-PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
-MAX_BYTES = 1 << 30  # of an encoded image
-OPEN_SHARDS = 128  # kept open by a process; opening one is a round trip on network storage
+RETRY_PAUSES = (0.2, 1.0, 5.0)  # seconds before each further attempt
+PERMANENT_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+MAX_IMAGE_BYTES = 1 << 30  # of an encoded image
+MAX_OPEN_SHARDS = 128  # per process; opening a shard is a round trip on network storage
 
 
-class _Shard:
-    """An open file that closes itself when nobody reads from it any more."""
+class _OpenFile:
+    """An open file. It closes itself when the last reference to it is gone."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
-        if not stat.S_ISREG(os.fstat(self.number).st_mode):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without it, a pipe waits for a writer
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
             raise OSError(errno.EISDIR, "not a regular file")
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes; fewer where the file ends."""
-        data = os.pread(self.number, length, offset)
-        while len(data) < length and (more := os.pread(self.number, length - len(data), offset + len(data))):
-            data += more  # network storage may give less at a time
+        """Read ``length`` bytes, or fewer if the file ends before."""
+        data = os.pread(self.descriptor, length, offset)
+        while len(data) < length and (more := os.pread(self.descriptor, length - len(data), offset + len(data))):
+            data += more  # network storage may return less than requested
         return data
 
 
-_opened = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
+_open_cached = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(_OpenFile)
 
 
 def read(path: str, offset: int, length: int) -> bytes:
-    """Part of a file. Transient errors are tried again with growing pauses.
+    """Read a range of a file. Transient errors are retried with growing pauses.
 
     Raises:
-        ImageError: UNREADABLE; the file is gone, shorter than it was, or storage kept failing.
+        ImageError: UNREADABLE: the file is missing, shorter than indexed, or the storage failed every time.
     """
     if path.endswith("gz"):
         data = decompress(path)[offset : offset + length]
     else:
-        data = _patiently(path, _opened if offset else _Shard, lambda shard: shard.read(offset, length))
+        data = _retry(path, _open_cached if offset else _OpenFile, lambda file: file.read(offset, length))
     if len(data) < length:
-        raise ImageError(ImageStatus.UNREADABLE, f"the file ends at byte {offset + len(data)}; it changed since it was indexed")
+        raise ImageError(
+            ImageStatus.UNREADABLE, f"the file ends at byte {offset + len(data)}; it has changed since it was indexed"
+        )
     return data
 
 
-def size(path: str) -> int:
-    """Bytes of a file.
+def file_size(path: str) -> int:
+    """Return the size of a file in bytes.
 
     Raises:
-        ImageError: UNREADABLE, as for :func:`read`.
+        ImageError: UNREADABLE, as in :func:`read`.
     """
-    return _patiently(path, _Shard, lambda shard: os.fstat(shard.number).st_size)
+    return _retry(path, _OpenFile, lambda file: os.fstat(file.descriptor).st_size)
 
 
-def _patiently(path: str, open_shard: Callable[[str], _Shard], action: Callable[[_Shard], T]) -> T:
-    for pause in (*BACK_OFF, None):
+def _retry(path: str, open_file: Callable[[str], _OpenFile], action: Callable[[_OpenFile], T]) -> T:
+    for pause in (*RETRY_PAUSES, None):
         try:
-            return action(open_shard(path))
+            return action(open_file(path))
         except OSError as error:
-            if pause is None or error.errno in PERMANENT:
-                tries = "" if error.errno in PERMANENT else f", {len(BACK_OFF) + 1} tries"
-                raise ImageError(ImageStatus.UNREADABLE, f"{error.strerror}{tries}") from None
+            if pause is None or error.errno in PERMANENT_ERRORS:
+                attempts = "" if error.errno in PERMANENT_ERRORS else f", {len(RETRY_PAUSES) + 1} attempts"
+                raise ImageError(ImageStatus.UNREADABLE, f"{error.strerror}{attempts}") from None
             time.sleep(pause)
-            open_shard = _Shard  # the one kept open may be stale
+            open_file = _OpenFile  # the cached file may be stale
     raise AssertionError  # the last attempt returns or raises
 
 
 @functools.lru_cache(maxsize=64)
 def decompress(path: str) -> bytes:
-    """A gzipped shard, held in memory: for small sets only.
+    """Return the contents of a gzip-compressed shard. They stay in memory, so this suits small data sets only.
 
     Raises:
         ImageError: UNREADABLE.

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scale_mae.data.errors import DataError, escape_unprintable
+from scale_mae.data.image_list import NO_LABEL
 from scale_mae.data.index import INDEX_SUFFIX, Index, existing_index
 from scale_mae.data.index_builder import list_source
 from scale_mae.data.source_check import check_source
-from scale_mae.data.sources import NO_LABEL
 from scale_mae.evaluation.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
 ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # folders that ImageNet-C's archives may have been unpacked to

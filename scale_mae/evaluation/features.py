@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from scale_mae.data.errors import DataError
+from scale_mae.data.image_list import NO_LABEL
 from scale_mae.data.index import Index, existing_index
 from scale_mae.data.index_builder import list_source
-from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Encoder, Subject

@@ -40,7 +40,7 @@ def whole_view(size: int) -> View:
     """The whole central square of the upright image, scaled to ``size`` pixels."""
 
     def decode(data: bytes) -> NDArray[np.uint8]:
-        header = pillow.read_header(data, verify=False)
+        header = pillow.read_image_header(data, verify=False)
         return pillow.decode(data, pillow.center_square(header.width, header.height), (size, size))
 
     return View(size, decode)

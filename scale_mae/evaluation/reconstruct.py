@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scale_mae.config import Config, UserError
 from scale_mae.data.errors import ImageError
-from scale_mae.data.pillow import center_square, decode, read_header
+from scale_mae.data.pillow import center_square, decode, read_image_header
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.transforms import denormalize, normalize
 from scale_mae.model.mae import MAE
@@ -88,7 +88,7 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
 def _load(path: str, size: tuple[int, int]) -> Tensor:
     try:
         data = Path(path).read_bytes()
-        header = read_header(data, verify=False)
+        header = read_image_header(data, verify=False)
         return torch.from_numpy(decode(data, center_square(header.width, header.height), size).copy())
     except (OSError, ImageError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None

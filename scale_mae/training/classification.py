@@ -16,10 +16,10 @@ from torch import Tensor
 from scale_mae.checkpoint.store import step_of
 from scale_mae.config import Config, UserError
 from scale_mae.data.crop_boxes import reference_crop_pct
+from scale_mae.data.image_list import NO_LABEL
 from scale_mae.data.index import Index
 from scale_mae.data.loader import Batch
 from scale_mae.data.mixup import BatchAugmentation
-from scale_mae.data.sources import NO_LABEL
 from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine

@@ -75,7 +75,7 @@ class Broken:
     failure = "no JPEG engine"
 
     def __init__(self, decoder):
-        self._decoder, self.prepare, self.close = decoder, decoder.prepare_image, decoder.close
+        self._decoder, self.prepare_image, self.close = decoder, decoder.prepare_image, decoder.close
         self.fallbacks = 0
 
     def decode_batch(self, prepared):

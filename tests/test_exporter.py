@@ -24,7 +24,7 @@ from scale_mae.metrics.prometheus_metrics import INFO_LABELS, METRICS, NODE_METR
 from scale_mae.metrics.sinks import Log
 from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.runs import history
-from scale_mae.slurm.status import run_status
+from scale_mae.slurm.status import get_run_status
 
 LONG = {"train.duration": "100000 steps", "checkpoint.interval": "100000 steps"}
 
@@ -206,7 +206,7 @@ def test_counters_do_not_decrease_when_a_killed_run_resumes(tmp_path, damage):
     finally:
         stop(*running)
     assert entries(run_dir) == []
-    assert value(after, "restarts_total") == run_status(run_dir).restarts == 1
+    assert value(after, "restarts_total") == get_run_status(run_dir).restarts == 1
     if damage:  # counters of the checkpoint remain; later steps are not counted
         assert value(after, "steps_total") > saved
         return

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.runs import history
-from scale_mae.slurm.status import METRICS, RunStatus, is_run, run_status
+from scale_mae.slurm.status import METRICS_FILE, RunStatus, get_run_status, is_run_directory
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
@@ -185,7 +185,7 @@ def read_record(run: Path) -> Record:
     Raises:
         UserError: it is none.
     """
-    if not (is_run(run) or (run / METRICS).is_file()):
+    if not (is_run_directory(run) or (run / METRICS_FILE).is_file()):
         raise UserError(f"{run}: no run directory; name one, which holds config.yaml and log.jsonl")
     try:
         config, problem = saved_config(run / "config.yaml"), ""
@@ -194,5 +194,10 @@ def read_record(run: Path) -> Record:
     if config is None:
         problem = problem or "config.yaml is missing or damaged"
     return Record(
-        run, config, read_lines(run / METRICS), [_event(event) for event in history.read(run)], run_status(run), problem
+        run,
+        config,
+        read_lines(run / METRICS_FILE),
+        [_event(event) for event in history.read(run)],
+        get_run_status(run),
+        problem,
     )

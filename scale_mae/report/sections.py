@@ -14,7 +14,7 @@ from scale_mae.report.incidents import logged_seconds, shown, stretches, when
 from scale_mae.report.markup import Markup, disclosure, facts, note, section, table, tag
 from scale_mae.report.reconstructions import Picture, chosen
 from scale_mae.report.record import Record
-from scale_mae.slurm.status import duration
+from scale_mae.system.durations import format_duration
 
 KILOWATT_HOUR = 3.6e6  # joules
 
@@ -37,7 +37,7 @@ def summary(record: Record) -> Markup:
             "loss": _figure(last.get("loss"), "{:.4f}"),
             "loss, smoothed": _figure(float(smoothed) if np.isfinite(smoothed) else None, "{:.4f}"),
             "images/s": _figure(last.get("images_per_s"), "{:,.0f}"),
-            "time left": duration(last["eta_s"]) if last.get("eta_s") else None,
+            "time left": format_duration(last["eta_s"]) if last.get("eta_s") else None,
             "newest log line": f"{when(last.get('time'))} UTC" if last.get("time") else None,
         }
         if total:
@@ -145,7 +145,7 @@ def _shares(record: Record) -> Markup:
     steps = np.diff(record.log.column("step"), prepend=0.0)
     sums = {name: float(np.nansum(values * steps)) for name, values in times.items()}
     whole = sum(sums.values()) or 1.0
-    rows = [[name, duration(total), f"{total / whole:.1%}"] for name, total in sums.items()]
+    rows = [[name, format_duration(total), f"{total / whole:.1%}"] for name, total in sums.items()]
     return table("Where time went, over all logged steps", ["part", "time", "share"], rows)
 
 
@@ -261,11 +261,11 @@ def cost(record: Record, price: float | None) -> Markup:
     if lives:
         seconds = sum(life.seconds for life in lives)
         hours = sum(life.processes * life.seconds for life in lives) / 3600
-        pairs |= {"time": duration(seconds), "process hours (GPU hours on GPUs)": f"{hours:,.4g}"}
+        pairs |= {"time": format_duration(seconds), "process hours (GPU hours on GPUs)": f"{hours:,.4g}"}
         if price is not None:
             pairs["price"] = f"{hours * price:,.2f} at {price:,.4g} an hour"
     else:
-        pairs["time of the steps"] = duration(logged_seconds(record))
+        pairs["time of the steps"] = format_duration(logged_seconds(record))
         parts.append(note("No process hours: history.jsonl tells of no start, so the number of processes is not known."))
     if joules:
         pairs["energy"] = f"{joules / KILOWATT_HOUR:,.4g} kWh"

@@ -12,13 +12,13 @@ from pathlib import Path
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
-from scale_mae.slurm.status import METRICS
+from scale_mae.slurm.status import METRICS_FILE
 
 
 def version_of(run: Path) -> str:
     """Text that changes when what a report shows has changed."""
     found = []
-    for name in (METRICS, history.FILE, exit_status.FILE):
+    for name in (METRICS_FILE, history.FILE, exit_status.FILE):
         try:
             facts = (run / name).stat()
             found.append(f"{facts.st_mtime_ns:x}.{facts.st_size:x}")

@@ -1,1 +1,1 @@
-"""Jobs on a Slurm cluster. Nothing here needs torch, so that it works on a login node beside a container."""
+"""Slurm jobs: submit, show and cancel runs. This package imports no torch, so it works on a login node without one."""

@@ -1,56 +1,89 @@
-"""Slurm's commands, and which jobs of a run are in its queue."""
+"""Run Slurm's commands and ask its queue for the jobs of a run."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 from scale_mae.config import UserError
+from scale_mae.slurm.paths import job_script_path
 
-FOLDER = "slurm"  # of a run directory
-STOP, SCRIPT = "stop", "job.sh"
+TIMEOUT_SECONDS = 60
+KEPT_VARIABLES = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")
+SLURM_PREFIXES = ("SLURM_", "SRUN_", "SBATCH_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SlurmError(UserError):
-    """Slurm is not there, does not answer, or refuses; or a job that cannot be submitted."""
+    """Slurm is not installed, does not answer, or rejects a request; or a run cannot become a job."""
 
 
-def clean_environment() -> dict[str, str]:
-    """Without what an allocation or a launcher around this process left, and what would go before the script's own options."""
-    kept = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")
-    ours = ("SLURM_", "SRUN_", "SBATCH_")
-    return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith(ours) or k in RANK_VARIABLES)}
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in Slurm's queue.
+
+    Attributes:
+        state: Slurm's name of the job's state, such as ``RUNNING`` or ``PENDING``.
+        reason: Why the job waits, such as ``Priority``.
+    """
+
+    state: str
+    reason: str
 
 
-def queued(run_dir: Path) -> dict[int, tuple[str, str]]:
-    """The jobs of a run that are in the queue, however they were submitted: their states and why they wait.
+def get_queued_jobs(run_dir: Path) -> dict[int, QueuedJob]:
+    """Return the jobs of a run that run or wait, by job number in ascending order.
+
+    A job belongs to the run if it executes the job script of the run directory. ``scale-mae submit`` and a plain ``sbatch``
+    of that script make no difference.
 
     Raises:
-        SlurmError: there is no Slurm here, or it does not answer.
+        SlurmError: Slurm is not installed or does not answer.
     """
-    script = str(run_dir.absolute() / FOLDER / SCRIPT)
-    found: dict[int, tuple[str, str]] = {}
-    for line in call("squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o").splitlines():
+    script = str(job_script_path(run_dir.absolute()))
+    jobs: dict[int, QueuedJob] = {}
+    for line in run_slurm_command("squeue", "--noheader", "--me", "--sort=i", "--format=%i|%T|%r|%o").splitlines():
         number, state, reason, command = line.split("|", 3)
         if number.isdigit() and (command == script or command.startswith(f"{script} ")):
-            found[int(number)] = (state, reason)
-    return found
+            jobs[int(number)] = QueuedJob(state, reason)
+    return jobs
 
 
-def call(*command: str, env: dict[str, str] | None = None) -> str:
-    """What one of Slurm's commands prints.
+def run_slurm_command(*command: str, env: dict[str, str] | None = None) -> str:
+    """Run one of Slurm's commands and return its standard output.
+
+    Args:
+        command: The command and its arguments.
+        env: Environment of the command. ``None`` means the environment of this process.
 
     Raises:
-        SlurmError: it is not there, or fails.
+        SlurmError: The command does not exist, fails, or does not end in time.
     """
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not on the PATH: no Slurm here? (pretrain runs without one)") from None
+        raise SlurmError(
+            f"{command[0]} is not on the PATH. Run this command on a host with Slurm, or train without Slurm: "
+            "scale-mae pretrain RECIPE"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} gave no answer in 60 s; is the Slurm controller up?") from None
+        raise SlurmError(
+            f"{command[0]} did not answer in {TIMEOUT_SECONDS} s. Check the Slurm controller: scontrol ping"
+        ) from None
     if done.returncode:
         raise SlurmError(f"{command[0]}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def get_submission_environment() -> dict[str, str]:
+    """Return the environment for ``sbatch``: the current one without variables of an outer job or launcher.
+
+    Slurm's variables of an outer job would take precedence over the options in the job script.
+    """
+    return {name: value for name, value in os.environ.items() if name in KEPT_VARIABLES or not _belongs_to_launcher(name)}
+
+
+def _belongs_to_launcher(name: str) -> bool:
+    return name.startswith(SLURM_PREFIXES) or name in RANK_VARIABLES

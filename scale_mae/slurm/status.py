@@ -1,14 +1,12 @@
-"""How runs stand, and stopping them: from their directories and, where there is Slurm, its queue."""
+"""Show the status of runs, from their directories and from Slurm's queue if there is one."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import signal
-import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +20,33 @@ from rich.text import Text
 from scale_mae.checkpoint.store import checkpoints
 from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
-from scale_mae.slurm.queue import FOLDER, STOP, SlurmError, call, queued
+from scale_mae.slurm.paths import cancelled_jobs_path, job_config_path
+from scale_mae.slurm.queue import SlurmError, get_queued_jobs
+from scale_mae.system.durations import format_duration
 from scale_mae.system.lock import lock_holder
 
-METRICS, LOCK = "log.jsonl", "run.lock"
-STATE_WIDTH = 80  # of several runs
+METRICS_FILE, LOCK_FILE = "log.jsonl", "run.lock"
+TAIL_BYTES = 65536  # the end of the metrics file that is searched for the last complete line
+STATE_WIDTH = 80  # characters of the state in the table of several runs
+TABLE_WIDTH = 200  # characters of that table if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands.
+    """The status of a run.
 
     Attributes:
-        run: its directory.
-        state: such as ``running (job 12)``, ``waiting (job 12: Priority)``, ``finished``, ``stopped by SIGTERM after step 40``.
-        step: optimizer steps done at the last log line; None before the first.
-        total_steps: of the schedule.
-        loss: at that line.
-        images_per_s: likewise.
-        eta_s: likewise.
-        checkpoint: newest; None: there is none.
-        checkpoint_age_s: since it was committed.
-        restarts: times that it was started again, as its history tells; None: that tells of no start, though steps were logged.
+        run: Run directory.
+        state: For instance ``running (job 12)``, ``pending (job 12: Priority)``, ``finished`` or
+            ``stopped by SIGTERM after step 40``.
+        step: Optimizer steps done at the last log line. ``None`` means that no line exists.
+        total_steps: Optimizer steps of the whole run.
+        loss: Loss in the last log line.
+        images_per_s: Images per second in the last log line.
+        eta_s: Estimated seconds to the end of the run in the last log line.
+        checkpoint: Name of the newest checkpoint. ``None`` means that no checkpoint exists.
+        checkpoint_age_s: Seconds since that checkpoint was committed.
+        restarts: Number of starts after the first one. ``None`` means that the history does not contain it.
     """
 
     run: Path
@@ -58,114 +61,87 @@ class RunStatus:
     restarts: int | None = 0
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory."""
-    return (folder / "config.yaml").is_file() or (folder / FOLDER / "config.yaml").is_file()
+def is_run_directory(folder: Path) -> bool:
+    """Return whether a folder is a run directory."""
+    return (folder / "config.yaml").is_file() or job_config_path(folder).is_file()
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The run directory itself, or all below a folder.
+    """Return ``path`` if it is a run directory, and otherwise the run directories directly in it.
 
     Raises:
-        UserError: none.
+        UserError: There is no run directory.
     """
-    found = [path] if is_run(path) else sorted(f for f in path.glob("*") if is_run(f)) if path.is_dir() else []
-    if not found:
-        raise UserError(f"{path}: no run directory here; name one, or a folder of them")
-    return found
+    runs = [path] if is_run_directory(path) else sorted(folder for folder in path.glob("*") if is_run_directory(folder))
+    if not runs:
+        raise UserError(
+            f"{path}: not a run directory, and contains none. Name a run directory, or a folder that contains some."
+        )
+    return runs
 
 
-def run_status(run: Path) -> RunStatus:
-    """How a run stands."""
-    last, kept = _last_metrics(run), checkpoints(run)
-    facts: dict[str, Any] = {key: last.get(key) for key in ("step", "total_steps", "loss", "images_per_s", "eta_s")}
-    if kept:
-        facts |= {"checkpoint": kept[-1].name, "checkpoint_age_s": time.time() - kept[-1].stat().st_mtime}
-    return RunStatus(run, _state(run), **facts, restarts=_restarts(run, logged=bool(last)))
+def get_run_status(run: Path) -> RunStatus:
+    """Return the status of a run."""
+    metrics, saved = _read_last_metrics(run), checkpoints(run)
+    return RunStatus(
+        run=run,
+        state=_get_state(run),
+        **{key: metrics.get(key) for key in ("step", "total_steps", "loss", "images_per_s", "eta_s")},
+        checkpoint=saved[-1].name if saved else None,
+        checkpoint_age_s=time.time() - saved[-1].stat().st_mtime if saved else None,
+        restarts=_count_restarts(run, has_metrics=bool(metrics)),
+    )
 
 
-def _restarts(run: Path, *, logged: bool) -> int | None:
+def _count_restarts(run: Path, *, has_metrics: bool) -> int | None:
     try:
-        told = [event.get("restarts") for event in history.read(run) if event["event"] == "start"]
-    except OSError:  # not ours to read
+        counts = [event.get("restarts") for event in history.read(run) if event["event"] == "start"]
+    except OSError:  # for instance a file of another user
         return None
-    return next((number for number in reversed(told) if type(number) is int), None if logged else 0)
+    return next((count for count in reversed(counts) if type(count) is int), None if has_metrics else 0)
 
 
-def _state(run: Path) -> str:
-    with suppress(SlurmError):  # no Slurm here
-        live = queued(run)
-        if live:
-            number, (state, reason) = next(iter(live.items()))
-            stopping = ", stopping" if str(number) in _lines(run / FOLDER / STOP) else ""
-            if state == "PENDING":
-                return f"waiting (job {number}: {reason})"
-            return f"{state.lower()} (job {number}{stopping})"
-    if who := lock_holder(run / LOCK):
-        return f"running ({who})"
+def _get_state(run: Path) -> str:
+    with suppress(SlurmError):  # a host without Slurm
+        for number, job in get_queued_jobs(run).items():  # the first job of the run decides
+            if job.state == "PENDING":
+                return f"pending (job {number}: {job.reason})"
+            stopping = ", stopping" if str(number) in _read_words(cancelled_jobs_path(run)) else ""
+            return f"{job.state.lower()} (job {number}{stopping})"
+    if holder := lock_holder(run / LOCK_FILE):
+        return f"running ({holder})"
     try:
         return (run / exit_status.FILE).read_text().strip() or "unknown"
     except OSError:
-        return "ended without a word" if (run / METRICS).exists() else "not started"
+        return "crashed or killed (no exit status)" if (run / METRICS_FILE).exists() else "not started"
 
 
-def _last_metrics(run: Path) -> dict[str, Any]:
-    """The last whole line of the metrics; empty where there is none."""
+def _read_last_metrics(run: Path) -> dict[str, Any]:
+    """Return the last complete line of the metrics, or an empty dict if there is none."""
     try:
-        with open(run / METRICS, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        with open(run / METRICS_FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
         return {}
     for line in reversed(lines):
         with suppress(ValueError, RecursionError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                return found
+            metrics = json.loads(line)
+            if isinstance(metrics, dict):
+                return metrics
     return {}
 
 
-def _lines(path: Path) -> list[str]:
+def _read_words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
     except OSError:
         return []
 
 
-def cancel(run: Path) -> str:
-    """Stop a run after a checkpoint, and keep its jobs from starting again; what was done.
-
-    Raises:
-        UserError: nothing of it runs or waits, or only where it cannot be reached from here.
-    """
-    try:
-        live = queued(run)
-    except SlurmError:
-        live = {}
-    if live:
-        with (run / FOLDER / STOP).open("a") as file:
-            file.write("".join(f"{number}\n" for number in live))
-        running = [number for number, (state, _) in live.items() if state == "RUNNING"]
-        others = [number for number in live if number not in running]
-        if others:
-            call("scancel", *map(str, others))
-        for number in running:  # the steps of the job, not its script, which sees the file and lets the job end
-            call("scancel", "--signal=TERM", str(number))
-        told = [f"job {number} stops after a checkpoint" for number in running]
-        return "; ".join(told + [f"job {number} taken from the queue" for number in others])
-    who = lock_holder(run / LOCK) or ""
-    found = re.match(r"process (\d+) on (\S+?)(,|$)", who)
-    if not found:
-        raise UserError(f"{run}: nothing of this run is running or waiting")
-    if found[2] != socket.gethostname():
-        raise UserError(f"{run}: {who} has it, which cannot be reached from here; send that process SIGTERM")
-    os.kill(int(found[1]), signal.SIGTERM)
-    return f"{who} stops after a checkpoint"
-
-
-def show(found: list[RunStatus]) -> None:
-    """Print a table, or for a single run a line a fact."""
-    rows = [_row(one) for one in found]
+def print_status(runs: Sequence[RunStatus]) -> None:
+    """Print one run as a list of fields, and several runs as a table."""
+    rows = [_format_fields(run) for run in runs]
     if len(rows) == 1:
         width = max(map(len, rows[0]))
         print("\n".join(f"{key:<{width}}  {value}" for key, value in rows[0].items()))
@@ -174,30 +150,21 @@ def show(found: list[RunStatus]) -> None:
     for key in rows[0]:
         table.add_column(key, overflow="fold", justify="left" if key in ("run", "state", "checkpoint") else "right")
     for row in rows:
-        row["state"] = shorten(row["state"], STATE_WIDTH, placeholder=" ...")  # alone, a run tells all of its error
+        row["state"] = shorten(row["state"], STATE_WIDTH, placeholder=" ...")  # the list of one run shows the whole error
         table.add_row(*(Text(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table)
 
 
-def _row(s: RunStatus) -> dict[str, str]:
-    share = f" ({s.step / s.total_steps:.0%})" if s.step is not None and s.total_steps else ""
-    age = f"{s.checkpoint}, {duration(s.checkpoint_age_s)} ago" if s.checkpoint and s.checkpoint_age_s is not None else "-"
+def _format_fields(status: RunStatus) -> dict[str, str]:
+    share = f" ({status.step / status.total_steps:.0%})" if status.step is not None and status.total_steps else ""
+    has_checkpoint = status.checkpoint is not None and status.checkpoint_age_s is not None
     return {
-        "run": str(s.run),
-        "state": s.state,
-        "step": f"{s.step} of {s.total_steps}{share}" if s.step is not None else "-",
-        "loss": "-" if s.loss is None else f"{s.loss:.4f}",
-        "images/s": "-" if s.images_per_s is None else f"{s.images_per_s:.0f}",
-        "time left": "-" if s.eta_s is None else duration(s.eta_s),
-        "checkpoint": age,
-        "restarts": "-" if s.restarts is None else str(s.restarts),
+        "run": str(status.run),
+        "state": status.state,
+        "step": f"{status.step} of {status.total_steps}{share}" if status.step is not None else "-",
+        "loss": f"{status.loss:.4f}" if status.loss is not None else "-",
+        "images/s": f"{status.images_per_s:.0f}" if status.images_per_s is not None else "-",
+        "time left": format_duration(status.eta_s) if status.eta_s is not None else "-",
+        "checkpoint": f"{status.checkpoint}, {format_duration(status.checkpoint_age_s or 0)} ago" if has_checkpoint else "-",
+        "restarts": str(status.restarts) if status.restarts is not None else "-",
     }
-
-
-def duration(seconds: float) -> str:
-    """``2 d 3 h``, ``3 h 20 min``, ``5 min`` or ``12 s``."""
-    whole = int(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{whole} s"

@@ -90,9 +90,9 @@ def config() -> str:
 
 def site() -> str:
     """Return the keys of a Slurm site file."""
-    from scale_mae.slurm.site import ContainerConfig, Site
+    from scale_mae.slurm.site_config import ContainerConfig, SiteConfig
 
-    rows = [*key_rows(Site, ""), *key_rows(ContainerConfig, "container.")]
+    rows = [*key_rows(SiteConfig, ""), *key_rows(ContainerConfig, "container.")]
     return table(["key", "type", "default", "meaning"], [row[:3] + row[4:] for row in rows if row[0] != "`container`"])
 
 

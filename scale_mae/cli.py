@@ -131,9 +131,9 @@ def recipes(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """``scale-mae doctor``."""
-    from scale_mae.doctor import examine
+    from scale_mae.doctor import check_machine
 
-    return examine()
+    return check_machine()
 
 
 def schema(args: argparse.Namespace) -> int:

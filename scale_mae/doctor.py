@@ -1,4 +1,4 @@
-"""A look at the machine before a run does: one line a finding, and what to do about each problem."""
+"""``scale-mae doctor``: checks the machine before a run uses it, and prints one line per finding with advice on problems."""
 
 from __future__ import annotations
 
@@ -19,80 +19,87 @@ import torch
 from scale_mae.system.resources import available_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "nvidia-dali-cuda130", "safetensors", "prometheus-client")
-DEEPSPEED_FLOOR = (0, 19, 8)  # older ones are not tested, and some take a gradient norm that is none for one
+# Older versions are not tested, and some take the value -1, which means "no gradient norm", for a norm.
+OLDEST_DEEPSPEED = (0, 19, 8)
 GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """``level`` is ok, note or problem; ``advice`` says what to do."""
+    """The result of one check.
+
+    Attributes:
+        level: ``ok``, ``note`` or ``problem``.
+        what: What was found.
+        advice: What to do about it.
+    """
 
     level: str
     what: str
     advice: str = ""
 
 
-def examine() -> int:
-    """Print all findings; 0 when none is a problem, else 1."""
-    return report(find())
+def check_machine() -> int:
+    """Check this machine and print the findings. Return 0 if none of them is a problem, otherwise 1."""
+    return print_findings(run_checks())
 
 
-def report(findings: Iterable[Finding]) -> int:
-    """Print findings and how many are problems; 0 when none is, else 1."""
+def print_findings(findings: Iterable[Finding]) -> int:
+    """Print findings and the number of problems. Return 0 if none of them is a problem, otherwise 1."""
     findings = list(findings)
     for finding in findings:
         mark = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}[finding.level]
         print(f"{mark}  {finding.what}{': ' + finding.advice if finding.advice else ''}")
-    problems = sum(f.level == "problem" for f in findings)
-    print(f"{problems} problems" if problems else "no problems")
+    problems = sum(finding.level == "problem" for finding in findings)
+    print(f"{problems or 'no'} {'problem' if problems == 1 else 'problems'}")
     return 1 if problems else 0
 
 
-def find() -> Iterator[Finding]:
-    """Every finding, cheapest first."""
-    yield from _python()
-    yield from _packages()
-    yield from _accelerators()
-    yield from _imports()
-    yield from _room()
-    yield from _cluster()
+def run_checks() -> Iterator[Finding]:
+    """Yield every finding, starting with the fastest checks."""
+    yield from _check_python()
+    yield from _check_packages()
+    yield from _check_accelerators()
+    yield from _check_imports()
+    yield from _check_limits()
+    yield from _check_launcher()
 
 
-def _python() -> Iterator[Finding]:
+def _check_python() -> Iterator[Finding]:
     what = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {available_cores()} cores"
     yield Finding("ok", what)
 
 
-def _packages() -> Iterator[Finding]:
+def _check_packages() -> Iterator[Finding]:
     for package in PACKAGES:
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             yield Finding("problem", f"{package} is not installed", f"pip install {package}")
             continue
-        numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:3] if n.isdigit())
-        if package == "deepspeed" and numbers < DEEPSPEED_FLOOR:
-            yield Finding("problem", f"deepspeed {found} is too old", "pip install 'deepspeed>=0.19.8'")
+        numbers = tuple(int(n) for n in installed.split("+")[0].split(".")[:3] if n.isdigit())
+        if package == "deepspeed" and numbers < OLDEST_DEEPSPEED:
+            yield Finding("problem", f"deepspeed {installed} is too old", "pip install 'deepspeed>=0.19.8'")
         else:
-            yield Finding("ok", f"{package} {found}")
+            yield Finding("ok", f"{package} {installed}")
 
 
-def _accelerators() -> Iterator[Finding]:
+def _check_accelerators() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(number)
-            what = f"GPU {number}: {facts.name}, {facts.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+            gpu = torch.cuda.get_device_properties(number)
+            what = f"GPU {number}: {gpu.name}, {gpu.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
             if torch.cuda.is_bf16_supported():
                 yield Finding("ok", what)
             else:
-                yield Finding("note", what, "no bf16; set train.precision=fp16")
+                yield Finding("note", what, "it does not support bf16; set train.precision=fp16")
     elif driver := _nvidia_driver():
         yield Finding(
             "problem",
-            f"NVIDIA driver {driver} is there, but PyTorch sees no GPU",
-            f"check CUDA_VISIBLE_DEVICES and that the driver is new enough for CUDA {torch.version.cuda}",
+            f"NVIDIA driver {driver} is installed, but PyTorch finds no GPU",
+            f"check CUDA_VISIBLE_DEVICES, and that the driver supports CUDA {torch.version.cuda}",
         )
     else:
-        yield Finding("note", "no GPU", "runs use the CPU, which is enough for the demo and for tests")
+        yield Finding("note", "no GPU", "training uses the CPU, which is fast enough for the demo and the tests only")
 
 
 def _nvidia_driver() -> str | None:
@@ -101,43 +108,43 @@ def _nvidia_driver() -> str | None:
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # NVML raises errors of its own for every way in which there is no driver
+    except Exception:  # NVML has many errors for a missing driver
         return None
 
 
-def _imports() -> Iterator[Finding]:
+def _check_imports() -> Iterator[Finding]:
     for module, use in (("deepspeed", "training"), ("nvidia.dali", "decoding on the GPU")):
-        # in a process of its own, because a broken native library can take the process with it
-        tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
-        if tried.returncode:
-            reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+        # in a process of its own, because a broken native library can end the process
+        result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
             yield Finding("problem", f"{module}, for {use}, cannot be imported ({reason})", "reinstall it")
         else:
             yield Finding("ok", f"{module} can be imported")
 
 
-def _room() -> Iterator[Finding]:
-    for what, free, wanted, advice in (
-        ("disk in this folder", shutil.disk_usage(".").free, 10 * GIB, "a ViT-H checkpoint takes 8 GiB; set run.dir elsewhere"),
-        ("memory", psutil.virtual_memory().available, 4 * GIB, "a process of a small run takes 1 GiB, of ViT-H 12 GiB"),
+def _check_limits() -> Iterator[Finding]:
+    """Check free disk space and memory, shared memory, and the limit of open files."""
+    disk, memory = shutil.disk_usage(".").free, psutil.virtual_memory().available
+    for what, free, needed, advice in (
+        ("of disk space free", disk, 10 * GIB, "a ViT-H checkpoint takes 8 GiB; set run.dir to a folder on a larger disk"),
+        ("of memory free", memory, 4 * GIB, "a process of a small run takes 1 GiB, a process of a ViT-H run takes 12 GiB"),
     ):
-        yield Finding(
-            "problem" if free < wanted else "ok", f"{free / GIB:.1f} GiB of {what} free", advice if free < wanted else ""
-        )
+        too_little = free < needed
+        yield Finding("problem" if too_little else "ok", f"{free / GIB:.1f} GiB {what}", advice if too_little else "")
     if Path("/dev/shm").exists() and (size := shutil.disk_usage("/dev/shm").total) < GIB:
-        advice = "collectives between the GPUs of a node need more; in a container --shm-size=8g"
+        advice = "collectives between the GPUs of a node need more; in a container, set --shm-size=8g"
         yield Finding("problem", f"{size / GIB:.2f} GiB of shared memory", advice)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 1024:
         yield Finding("problem", f"only {files} open files allowed", "ulimit -n 65536")
 
 
-def _cluster() -> Iterator[Finding]:
+def _check_launcher() -> Iterator[Finding]:
     if shutil.which("srun"):
         yield Finding("ok", "Slurm: srun is on the PATH")
     else:
-        yield Finding(
-            "note", "no Slurm here", "several processes on this machine: torchrun --nproc-per-node N -m scale_mae ..."
-        )
+        advice = "to use several processes on this machine, run torchrun --nproc-per-node N -m scale_mae ..."
+        yield Finding("note", "no Slurm", advice)
     if "OMP_NUM_THREADS" in os.environ:
-        yield Finding("note", f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", "limits the threads of each process")
+        yield Finding("note", f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", "it limits the threads of each process")

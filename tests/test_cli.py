@@ -273,9 +273,11 @@ def test_doctor_says_what_to_do(monkeypatch, capsys):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(2**30, 0, 5 * 2**20))
-    assert doctor.examine() == 1
+    assert doctor.check_machine() == 1
     text = capsys.readouterr().out
-    assert "PROBLEM  0.0 GiB of disk in this folder free: a ViT-H checkpoint takes 8 GiB; set run.dir elsewhere" in text
+    assert (
+        "PROBLEM  0.0 GiB of disk space free: a ViT-H checkpoint takes 8 GiB; set run.dir to a folder on a larger disk" in text
+    )
 
 
 # ---------------------------------------------------------------- config

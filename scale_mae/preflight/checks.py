@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from scale_mae.config import UserError
 from scale_mae.distributed.launcher import get_rank_and_world_size
 from scale_mae.distributed.process_group import get_local_device, process_group
-from scale_mae.doctor import report as print_findings
+from scale_mae.doctor import print_findings
 from scale_mae.preflight import diagnosis, measurements
 from scale_mae.preflight.options import PreflightOptions
 from scale_mae.preflight.rendezvous import GRACE, CallResult, LostError, Rendezvous, expected, node_name, within

@@ -1,4 +1,4 @@
-"""A lazy view of any ZeRO checkpoint, ours or a stranger's: fp32 masters and moments by name, only what is asked for."""
+"""Reads any ZeRO checkpoint lazily: fp32 master weights and optimizer states by parameter name, for any slice of a parameter."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
-from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.checkpoint.zero_files import open_files, release
-from scale_mae.checkpoint.zero_layout import Cut, Layout, Partitioned, Unsharded
+from scale_mae.checkpoint.deepspeed_files import MIXED_SAVES, open_deepspeed_files
+from scale_mae.checkpoint.deepspeed_layout import Layout, Stage0Layout, Stage3Layout, Stage12Layout
+from scale_mae.checkpoint.deepspeed_unpickle import release_memory_maps
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 
-# Compared to see that files belong together: so many pieces of each vector, so many values of each.
-PIECES, FEW = 8, 4096
+# To detect files from different saves, this many fragments of each flat tensor are compared, and this many values of each.
+CHECKED_FRAGMENTS, CHECKED_VALUES = 8, 4096
 
 
 class ZeroReader(Mapping[str, Tensor]):
-    """Names to tensors, in the order of the module's ``state_dict``.
+    """Maps names to tensors, in the order of the module's ``state_dict``. Tensors are read when they are requested.
 
-    A trainable parameter is given in fp32, as the optimizer holds it; a frozen parameter or a buffer as the module holds it.
+    A trainable parameter is the fp32 master weight of the optimizer. A frozen parameter or a buffer has the dtype of the module.
+    scale_mae or any other code that uses DeepSpeed may have written the checkpoint.
 
     Args:
-        folder: holds ``*_model_states.pt`` and, for stages 1 to 3, ``*_optim_states.pt``; see :func:`find_folder`.
+        folder: The folder with ``*_model_states.pt`` and, for stages 1 to 3, ``*_optim_states.pt``. See
+            :func:`scale_mae.checkpoint.deepspeed_files.find_deepspeed_folder`.
 
     Attributes:
         stage: ZeRO stage.
-        world_size: processes that wrote it.
-        step: optimizer steps, those skipped for fp16 overflow included (DeepSpeed's ``global_steps``).
-        state: what our training code stored beside the states; empty for others' checkpoints.
-        without_frozen: it was saved with ``exclude_frozen_parameters``. Stages 2 and 3 alone tell, and not which are missing.
-        parameters: names of those with an fp32 master, in the order of iteration; tied ones by all their names.
+        world_size: Number of processes that wrote the checkpoint.
+        step: Optimizer steps, including those that were skipped because of fp16 overflows (DeepSpeed's ``global_steps``).
+        state: What scale_mae stored in addition to the weights and optimizer states. Empty for other checkpoints.
+        without_frozen: Whether the checkpoint was saved with ``exclude_frozen_parameters``. Only stages 2 and 3 record this, and
+            they do not record which parameters are missing.
+        parameters: Names of the parameters with an fp32 master, in the order of iteration. A tied parameter has all its names.
 
     Raises:
-        CheckpointError: files missing, damaged, of different saves, or of an unknown layout.
+        CheckpointError: Files are missing, damaged, from different saves, or have an unsupported layout.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,50 +50,53 @@ class ZeroReader(Mapping[str, Tensor]):
             self._open()
         except CheckpointError:
             raise
-        except Exception as error:  # files that are not what DeepSpeed writes can fail anywhere
+        except Exception as error:  # files that DeepSpeed did not write can fail anywhere
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(f"{folder}: not what DeepSpeed is known to write ({reason[:200]})") from None
+            raise CheckpointError(f"{folder}: the contents of its files are not what DeepSpeed writes ({reason[:200]})") from None
 
     def _open(self) -> None:
-        self._files = open_files(self.folder)
+        self._files = open_deepspeed_files(self.folder)
         model = self._files.models[0]
         self.stage, self.world_size, self.step = self._files.stage, self._files.world_size, int(model["global_steps"])
         self.state: dict[str, Any] = model.get("scale_mae", {})
         self._module: dict[str, Tensor] = {n: t for n, t in model["module"].items() if isinstance(t, Tensor)}
-        self._frozen: dict[str, Any] = (model.get("frozen_param_shapes") or {}) if self.stage == 3 else {}
+        self._frozen_shapes: dict[str, Any] = (model.get("frozen_param_shapes") or {}) if self.stage == 3 else {}
         self.without_frozen = self.stage >= 2 and "frozen_param_shapes" in model and model["frozen_param_shapes"] is None
         buffers = set(model["buffer_names"])
-        self._layout = self._find_layout(buffers)
-        self._own_names = self._untie(buffers)
-        self.parameters = [n for n in self._module if self._own_names.get(n, n) in self._layout.shapes]
+        self._layout = self._build_layout(buffers)
+        self._tied_to = self._find_tied_parameters(buffers)
+        self.parameters = [n for n in self._module if self._tied_to.get(n, n) in self._layout.shapes]
         self._trained = set(self.parameters)
-        self._check_counts()
+        self._check_step_counts()
         if self.stage in (1, 2):
-            self._check_rounding()
+            self._check_rounded_masters()
 
-    def _find_layout(self, buffers: set[str]) -> Layout:
+    def _build_layout(self, buffers: set[str]) -> Layout:
         if self.stage == 0:
-            first: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+            untied: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
             for name in (n for n in self._module if n not in buffers):
-                first.setdefault(_place(self._module[name]), (name, self._module[name]))
-            return Unsharded(self._files, self.folder, dict(first.values()))
-        return Cut(self._files, self.folder) if self.stage == 3 else Partitioned(self._files, self.folder)
+                untied.setdefault(_storage_key(self._module[name]), (name, self._module[name]))
+            return Stage0Layout(self._files, self.folder, dict(untied.values()))
+        return Stage3Layout(self._files, self.folder) if self.stage == 3 else Stage12Layout(self._files, self.folder)
 
-    def _untie(self, buffers: set[str]) -> dict[str, str]:
-        """Further names of tied parameters -> the name by which the parameter is known.
+    def _find_tied_parameters(self, buffers: set[str]) -> dict[str, str]:
+        """Return the further names of tied parameters, and for each the name that the layout uses.
 
-        They are found by their place in the file; DeepSpeed's own list misses a module that has two names.
+        Tied parameters share storage in the file. DeepSpeed's own list of them lacks modules that have two names.
         """
-        known = {_place(self._module[n]): n for n in (*self._frozen, *self._layout.shapes) if n in self._module}
-        ties = {}
+        names = {_storage_key(self._module[n]): n for n in (*self._frozen_shapes, *self._layout.shapes) if n in self._module}
+        tied_to = {}
         for name, tensor in self._module.items():
-            if name in buffers or name in self._layout.shapes or name in self._frozen:
+            if name in buffers or name in self._layout.shapes or name in self._frozen_shapes:
                 continue
-            if _place(tensor) in known:
-                ties[name] = known[_place(tensor)]
+            if _storage_key(tensor) in names:
+                tied_to[name] = names[_storage_key(tensor)]
             elif self.stage == 3:
-                raise CheckpointError(f"{self.folder}: DeepSpeed saved nothing of {name}, as the optimizer was not given it")
-        return ties
+                raise CheckpointError(
+                    f"{self.folder}: DeepSpeed stored no values of {name}, because the optimizer did not have it. "
+                    "Add it to the optimizer, or freeze it, and save again."
+                )
+        return tied_to
 
     def __iter__(self) -> Iterator[str]:
         yield from self._module
@@ -98,118 +105,134 @@ class ZeroReader(Mapping[str, Tensor]):
         return len(self._module)
 
     def __getitem__(self, name: str) -> Tensor:
-        own = self._own_names.get(name, name)
+        layout_name = self._tied_to.get(name, name)
         if name in self._trained:
-            return self.flat(name).reshape(self._layout.shapes[own])
-        if own not in self._frozen:
+            return self.flat(name).reshape(self._layout.shapes[layout_name])
+        if layout_name not in self._frozen_shapes:
             return self._module[name].detach()
         shape = self.shape(name)
-        parts = [model["frozen_param_fragments"][own].detach().reshape(-1) for model in self._files.models]
+        parts = [model["frozen_param_fragments"][layout_name].detach().reshape(-1) for model in self._files.models]
         if {part.dtype for part in parts} != {self.dtype(name)}:
-            raise CheckpointError(f"{self.folder}: {name} is stored quantized, a layout that is not supported")
+            raise CheckpointError(f"{self.folder}: {name} is stored quantized, which is not supported.")
         return torch.cat(parts)[: math.prod(shape)].reshape(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; reads nothing."""
-        own = self._own_names.get(name, name)
-        shapes = next((shapes for shapes in (self._layout.shapes, self._frozen) if own in shapes), None)
-        return tuple(shapes[own] if shapes else self._module[name].shape)
+        """Return the shape of a tensor without reading it."""
+        layout_name = self._tied_to.get(name, name)
+        shapes = next((shapes for shapes in (self._layout.shapes, self._frozen_shapes) if layout_name in shapes), None)
+        return tuple(shapes[layout_name] if shapes else self._module[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of what ``reader[name]`` gives; reads nothing."""
+        """Return the dtype of ``reader[name]`` without reading it."""
         return torch.float32 if name in self._trained else self._module[name].dtype
 
     def flat(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Tensor:
-        """Values ``[start:stop)`` of a trainable parameter, flattened; only these are read.
+        """Return the values ``[start:stop)`` of a flattened trainable parameter. No other values are read.
 
         Args:
-            name: one of ``parameters``.
-            key: ``fp32`` for the master weight, or the optimizer's name of a moment (AdamW: ``exp_avg``, ``exp_avg_sq``).
-            start: first value.
-            stop: end; None is the parameter's own.
+            name: One of ``parameters``.
+            key: ``fp32`` for the master weight, or the optimizer's name of a state (AdamW: ``exp_avg``, ``exp_avg_sq``).
+            start: First value.
+            stop: One past the last value. ``None`` is the end of the parameter.
 
         Returns:
-            One-dimensional, fp32. Where it lies in one piece, a view of the file.
+            fp32, ``[stop - start]``. It is a view of the file if the values are contiguous there.
 
         Raises:
-            CheckpointError: the optimizer has no such state.
-            KeyError: no such parameter.
+            CheckpointError: The optimizer has no such state.
+            KeyError: There is no such parameter.
         """
-        found = list(self._stretches(name, key, start, stop))
-        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+        chunks = list(self._read_chunks(name, key, start, stop))
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks) if chunks else torch.empty(0)
 
-    def stretches(self, name: str, key: str = "fp32") -> Iterator[Tensor]:
-        """All values of any tensor, flattened, in order, in the stretches in which they lie in the files: nothing is copied.
+    def chunks(self, name: str, key: str = "fp32") -> Iterator[Tensor]:
+        """Yield all values of a flattened tensor, in order, as views of the files. Nothing is copied.
 
-        Of a trainable parameter ``key`` chooses, see :meth:`flat`; all else has but its own values.
+        Args:
+            name: Any tensor.
+            key: See :meth:`flat`. It applies to trainable parameters only.
         """
-        yield from self._stretches(name, key) if name in self._trained else [self[name].reshape(-1)]
+        yield from self._read_chunks(name, key) if name in self._trained else [self[name].reshape(-1)]
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor that is read when asked for."""
-        return LazyTensor(self.shape(name), self.dtype(name), partial(self.stretches, name))
+        """Return a tensor that is read later."""
+        return LazyTensor(self.shape(name), self.dtype(name), partial(self.chunks, name))
 
-    def _stretches(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        own = self._own_names.get(name, name)
-        start, stop, _ = slice(start, stop).indices(math.prod(self._layout.shapes[own]))
+    def _read_chunks(self, name: str, key: str = "fp32", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield the values ``[start:stop)`` of a trainable parameter, one view for each fragment that contains some of them."""
+        layout_name = self._tied_to.get(name, name)
+        start, stop, _ = slice(start, stop).indices(math.prod(self._layout.shapes[layout_name]))
         begin = 0
-        for rank, group, place, size in self._layout.pieces(own):
-            low, high = max(start, begin), min(stop, begin + size)
+        for fragment in self._layout.fragments(layout_name):
+            low, high = max(start, begin), min(stop, begin + fragment.size)
             if low < high:
-                vector = self._layout.master(rank, group) if key == "fp32" else self._layout.state(rank, group).get(key)
-                if vector is None:
-                    raise CheckpointError(f"{self.folder}: its optimizer holds no {key} of {name}")
-                yield vector.detach().reshape(-1).narrow(0, place + low - begin, high - low).float()
-            begin += size
+                flat = self._flat_tensor(fragment.rank, fragment.group, key)
+                if flat is None:
+                    raise CheckpointError(f"{self.folder}: its optimizer has no state {key} for {name}.")
+                yield flat.detach().reshape(-1).narrow(0, fragment.start + low - begin, high - low).float()
+            begin += fragment.size
+
+    def _flat_tensor(self, rank: int, group: int, key: str) -> Tensor | None:
+        if key == "fp32":
+            return self._layout.masters(rank, group)
+        return self._layout.optimizer_state(rank, group).get(key)
 
     def optimizer_step(self, name: str) -> float | None:
-        """The optimizer's own count of a parameter's updates; None before the first.
+        """Return the optimizer's count of updates of a parameter. It is ``None`` before the first update.
 
         Raises:
-            KeyError: no such parameter.
+            KeyError: There is no such parameter.
         """
-        rank, group, *_ = next(self._layout.pieces(self._own_names.get(name, name)))
-        step = self._layout.state(rank, group).get("step")
+        fragment = next(self._layout.fragments(self._tied_to.get(name, name)))
+        step = self._layout.optimizer_state(fragment.rank, fragment.group).get("step")
         return None if step is None else float(step)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups of parameters: their settings, ``weight_decay`` for instance, not their parameters."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._layout.settings()]
+        """The settings of the optimizer's parameter groups, such as ``weight_decay``, without the parameters."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._layout.param_groups()]
 
     def release(self) -> None:
-        """Give the memory of what was read back to the system.
+        """Return the memory of the values that were read to the operating system.
 
-        Tensors that are views of the files stay valid and are read anew; what was written into them is lost.
+        Tensors that are views of the files stay valid, and their values are read again when used. Values that were written to
+        such a view are lost.
         """
-        release(self._files.maps)
+        release_memory_maps(self._files.maps)
 
-    def _check_counts(self) -> None:
-        """All processes' optimizers have made as many updates."""
-        for group in range(self._layout.groups if self.stage else 0):
-            steps = [self._layout.state(rank, group).get("step") for rank in range(self.world_size)]
+    def _check_step_counts(self) -> None:
+        """Check that the optimizers of all ranks have made the same number of updates."""
+        for group in range(self._layout.group_count if self.stage else 0):
+            steps = [self._layout.optimizer_state(rank, group).get("step") for rank in range(self.world_size)]
             counts = [None if step is None else float(step) for step in steps]
             for rank, count in enumerate(counts):
                 if count != counts[0]:
-                    made = f"rank 0's optimizer has made {counts[0]} updates, rank {rank}'s {count}"
-                    raise CheckpointError(f"{self.folder}: {made}: different saves")
+                    raise CheckpointError(
+                        f"{self.folder}: the optimizer of rank 0 has made {counts[0]} updates, but that of rank {rank} has made "
+                        f"{count}. {MIXED_SAVES}"
+                    )
 
-    def _check_rounding(self) -> None:
-        """The module's weights are the rounded masters, in some small pieces of every process's every vector."""
-        left = {(rank, group): PIECES for rank in range(self.world_size) for group in range(self._layout.groups)}
+    def _check_rounded_masters(self) -> None:
+        """Check that the module's weights equal the rounded masters, in a few fragments of every rank's flat tensors."""
+        unchecked = {(rank, group): CHECKED_FRAGMENTS for rank in range(self.world_size) for group in range(self._layout.group_count)}
         for name in sorted(self._layout.shapes, key=lambda n: math.prod(self._layout.shapes[n])):
             begin = 0
-            for rank, group, _, size in self._layout.pieces(name):
-                left[rank, group] -= 1
-                if left[rank, group] >= 0:
-                    weight = self._module[name].detach().reshape(-1)[begin : begin + min(size, FEW)]
+            for rank, group, _, size in self._layout.fragments(name):
+                unchecked[rank, group] -= 1
+                if unchecked[rank, group] >= 0:
+                    weight = self._module[name].detach().reshape(-1)[begin : begin + min(size, CHECKED_VALUES)]
                     master = self.flat(name, start=begin, stop=begin + weight.numel()).to(weight.dtype)
                     if not torch.equal(weight.nan_to_num(), master.nan_to_num()):
-                        differ = f"{name} in *_model_states.pt is not the rounded master of rank {rank}"
-                        raise CheckpointError(f"{self.folder}: {differ}: different saves")
+                        raise CheckpointError(
+                            f"{self.folder}: {name} in *_model_states.pt differs from the rounded master weight of rank {rank}. "
+                            f"{MIXED_SAVES}"
+                        )
                 begin += size
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that were one when saved; ZeRO-3 leaves of a parameter an empty tensor, still one for all its names."""
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a key that is equal for tied parameters.
+
+    Under ZeRO-3 the module contains an empty tensor for each parameter, which tied parameters still share.
+    """
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)

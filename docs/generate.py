@@ -328,7 +328,7 @@ def attributes(documented: Any) -> str:
 
 def manifest() -> str:
     """Return the keys of a checkpoint's manifest."""
-    from scale_mae.checkpoint.store import Manifest
+    from scale_mae.checkpoint.manifest import Manifest
 
     return attributes(Manifest)
 

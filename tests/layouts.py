@@ -8,7 +8,8 @@ import torch
 from ranks import run_ranks
 from test_trainer import make_config
 
-from scale_mae.checkpoint.store import MANIFEST, checkpoint_name, read_manifest
+from scale_mae.checkpoint.manifest import read_manifest
+from scale_mae.checkpoint.paths import MANIFEST_FILE, checkpoint_name
 
 LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
 
@@ -52,5 +53,5 @@ def make_runs(folder):
 def copy_as(checkpoint, step):
     """A copy beside a checkpoint that passes for one of another step."""
     copy = Path(shutil.copytree(checkpoint, checkpoint.with_name(checkpoint_name(step))))
-    (copy / MANIFEST).write_text(replace(read_manifest(checkpoint), step=step).to_text())
+    (copy / MANIFEST_FILE).write_text(replace(read_manifest(checkpoint), step=step).to_json())
     return copy

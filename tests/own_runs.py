@@ -7,7 +7,8 @@ from classifiers import class_folders
 from ranks import run_ranks
 
 from scale_mae import load_config
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, locate
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.weights.classifier_initialization import build_classifier_from_config
 
@@ -68,7 +69,7 @@ def make_own_runs(folder):
     run_ranks(2, _train_all, list(several.values()))
     made = {}
     for name, config in several.items():
-        reader = ZeroReader(locate(config.run.dir, print) / DEEPSPEED_TAG)
+        reader = ZeroReader(locate_checkpoint(config.run.dir, print) / DEEPSPEED_TAG)
         model = build_classifier_from_config(config, len(CLASSES))
         if name == "probe":
             model.probe(SWEEP)

@@ -10,7 +10,7 @@ from classifiers import WNIDS, class_folders, classes_file, vit, write_timm
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.cli import main
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.evaluation.evaluate import _view

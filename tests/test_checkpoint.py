@@ -18,15 +18,18 @@ from safetensors.torch import load_file
 from test_trainer import make_config, train
 
 from scale_mae import UserError, load_encoder
-from scale_mae.checkpoint import store
-from scale_mae.checkpoint.safetensors_io import TensorFiles
-from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate, newest_good, verify
+from scale_mae.checkpoint.discovery import latest_valid, locate_checkpoint
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.manifest import read_config, read_manifest
+from scale_mae.checkpoint.paths import checkpoint_name, list_checkpoints
+from scale_mae.checkpoint.verification import verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
 from scale_mae.weights.metadata import build_metadata
 from scale_mae.weights.model_loader import load_mae
+from scale_mae.weights.safetensors_io import TensorFiles
 from scale_mae.weights.weight_import import locate_weights, read_weights
 
 
@@ -39,7 +42,7 @@ def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tm
     model = timm.create_model(metadata["timm_name"], **metadata["timm_kwargs"])
     model.load_state_dict(weights, strict=True)
     mae = build_mae("nano", image_size=(32, 32), patch_size=(8, 8), decoder_width=64, decoder_depth=1, decoder_heads=2)
-    reader = ZeroReader(locate(run_dir, print) / "deepspeed")
+    reader = ZeroReader(locate_checkpoint(run_dir, print) / "deepspeed")
     state = {name: torch.from_numpy(value) for name, value in live.items()}
     if layout == ("zero0", "bf16"):
         state = {name: reader[name] for name in live}
@@ -67,7 +70,7 @@ def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, d
     assert metadata["patch_size"] == [8, 8]
     assert metadata["step"] == 3
     assert metadata["dtype"] == dtype
-    assert metadata["config_digest"] == store.read_config(locate(run_dir, print)).digest()
+    assert metadata["config_digest"] == read_config(locate_checkpoint(run_dir, print)).digest()
     assert load_encoder(out).pretrained_cfg["mean"] == (0.286,) * 3
 
 
@@ -137,11 +140,11 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victi
     with pytest.raises(CheckpointError, match=path.name):
         verify(newest)
     warnings = []
-    assert newest_good(run_dir, warnings.append).name == checkpoint_name(3)
+    assert latest_valid(run_dir, warnings.append).name == checkpoint_name(3)
     assert path.name in warnings[0]
     with pytest.raises(CheckpointError, match=path.name):
-        locate(newest, print)
-    assert load_mae(locate(run_dir, print))
+        locate_checkpoint(newest, print)
+    assert load_mae(locate_checkpoint(run_dir, print))
 
 
 def spoil_a_weight(path):
@@ -175,7 +178,7 @@ def test_a_damaged_manifest_is_found(run_dir, content):
     manifest.unlink() if content is None else manifest.write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError, match="manifest.json"):
         verify(manifest.parent)
-    assert newest_good(run_dir, lambda _: None).name == checkpoint_name(3)
+    assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
 
 
 def test_every_bit_of_a_manifest_counts(run_dir):
@@ -211,8 +214,8 @@ def test_every_bit_of_a_manifest_counts(run_dir):
 )
 def test_a_manifest_whose_own_checksum_holds_is_looked_at_all_the_same(run_dir, changes):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
-    content = replace(store.read_manifest(checkpoint), **changes)
-    (checkpoint / "manifest.json").write_text(content.to_text())
+    content = replace(read_manifest(checkpoint), **changes)
+    (checkpoint / "manifest.json").write_text(content.to_json())
     with pytest.raises(CheckpointError, match="manifest.json: damaged"):
         verify(checkpoint)
 
@@ -230,7 +233,7 @@ def test_what_the_disk_refuses_counts_as_damage(run_dir, monkeypatch, number):
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(CheckpointError, match=f"config.yaml: cannot be read .{os.strerror(number)}"):
         verify(victim.parent)
-    assert newest_good(run_dir, lambda _: None).name == checkpoint_name(3)
+    assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
 
 
 def test_a_bit_anywhere_in_any_file_is_found(run_dir):
@@ -250,13 +253,13 @@ def test_a_bit_anywhere_in_any_file_is_found(run_dir):
 
 
 def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
-    for checkpoint in store.checkpoints(run_dir):
+    for checkpoint in list_checkpoints(run_dir):
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        newest_good(run_dir, print)
-    assert newest_good(tmp_path / "new", print) is None
+        latest_valid(run_dir, print)
+    assert latest_valid(tmp_path / "new", print) is None
     with pytest.raises(CheckpointError, match="no such run directory or checkpoint"):
-        locate(tmp_path / "new", print)
+        locate_checkpoint(tmp_path / "new", print)
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "manifest.json config.yaml"])
@@ -270,9 +273,13 @@ def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, 
         "load": load_encoder,
         "init": lambda path: read_weights(locate_weights(path, print)),
     }
-    with pytest.raises(CheckpointError, match=r"step-00000009: not a checkpoint \(no readable manifest.json\)"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000009: not a complete checkpoint \(manifest.json is missing or unreadable\)"
+    ):
         uses[use](checkpoint)
-    with pytest.raises(CheckpointError, match=rf"checkpoints: holds checkpoints; give one of them, or {run_dir}$"):
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoints: a folder of checkpoints. Give one of them, or the run directory {run_dir}\.$"
+    ):
         uses[use](run_dir / "checkpoints")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -280,7 +287,7 @@ def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, 
 def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):
     config = make_config(tmp_path, **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     run_ranks(2, train, config)
-    assert [p.name for p in store.checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
     assert (tmp_path / "checkpoints" / "latest").read_text() == checkpoint_name(10)
     manifest = verify(tmp_path / "checkpoints" / checkpoint_name(10))
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (10, 2, 2)
@@ -294,7 +301,7 @@ def test_files_that_run_code_when_read_are_not_run(runs, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    checkpoint = shutil.copytree(locate(runs["zero2", "fp32"][0], print), tmp_path / "c")
+    checkpoint = shutil.copytree(locate_checkpoint(runs["zero2", "fp32"][0], print), tmp_path / "c")
     victim = next((checkpoint / "deepspeed").glob("*model_states.pt"))
     torch.save({"module": Evil()}, victim, pickle_module=pickle)
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -303,7 +310,7 @@ def test_files_that_run_code_when_read_are_not_run(runs, tmp_path):
 
 
 def test_a_missing_part_is_named(run_dir):
-    folder = locate(run_dir, print) / "deepspeed"
+    folder = locate_checkpoint(run_dir, print) / "deepspeed"
     next(folder.glob("*rank_1*optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match="1 of 2"):
         ZeroReader(folder)

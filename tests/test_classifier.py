@@ -9,7 +9,7 @@ from classifiers import vit, write_timm
 from safetensors.torch import save_file
 
 from scale_mae import load_config
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.evaluation.classifier import load_classifier, load_subject
 from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.weights.metadata import METADATA_KEY, build_metadata

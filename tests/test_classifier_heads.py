@@ -13,7 +13,8 @@ from test_export import slightly_wrong
 from torch import nn
 
 from scale_mae import UserError, load_config, load_encoder
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, locate
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import saved_config
@@ -115,7 +116,7 @@ def test_another_probe_and_the_moving_average(own, tmp_path):
     run, model = own["mean"]
     out = tmp_path / "ema"
     assert main(["convert", str(run), "--to", "timm", "--out", str(out), "--ema"]) == 0
-    ours, reader = load_classifier(out).model.state_dict(), ZeroReader(locate(run, print) / DEEPSPEED_TAG)
+    ours, reader = load_classifier(out).model.state_dict(), ZeroReader(locate_checkpoint(run, print) / DEEPSPEED_TAG)
     for tensor, parameter in model.named_parameters():
         assert torch.equal(ours[tensor].reshape(-1), reader.flat(tensor, "ema"))
         assert not torch.equal(ours[tensor], parameter)
@@ -252,7 +253,7 @@ def test_a_classifier_begins_with_the_encoder_of_another(own, tmp_path, name):
 
 def test_pictures_of_a_classifier_are_refused(own, tmp_path, capsys):
     with pytest.raises(UserError, match=r"a classifier \(run.task=finetune\); it has no decoder"):
-        load_mae(locate(own["mean"][0], print))
+        load_mae(locate_checkpoint(own["mean"][0], print))
     told = []
     assert draw_missing(own["mean"][0], saved_config(own["mean"][0] / "config.yaml"), [], told.append) == told == []
     assert main(["reconstruct", str(own["probe"][0]), "x.jpg", "--out", str(tmp_path / "x.png")]) == 2
@@ -260,7 +261,7 @@ def test_pictures_of_a_classifier_are_refused(own, tmp_path, capsys):
 
 
 def test_inspect_tells_what_it_is(own, tmp_path):
-    report = inspect(locate(own["probe"][0], print))
+    report = inspect(locate_checkpoint(own["probe"][0], print))
     assert (report["task"], report["pooling"], report["best probe"]) == ("linprobe", "class token", own["probe"][1].best)
     assert report["classes"] == "10 (n00000000, n00000001, n00000002, ...)"
     assert "best probe" in render(report)

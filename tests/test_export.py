@@ -9,18 +9,18 @@ import timm
 import torch
 
 from scale_mae import UserError
-from scale_mae.checkpoint.safetensors_io import TensorFiles
-from scale_mae.checkpoint.store import locate
+from scale_mae.checkpoint.discovery import locate_checkpoint
 from scale_mae.weights import convert as module
 from scale_mae.weights.convert import convert
 from scale_mae.weights.export_formats import FORMATS
 from scale_mae.weights.model_loader import load_mae
+from scale_mae.weights.safetensors_io import TensorFiles
 
 
 @pytest.fixture(scope="module")
 def live(runs):
     run_dir, _ = runs["zero3", "bf16"]
-    return run_dir, load_mae(locate(run_dir, print))
+    return run_dir, load_mae(locate_checkpoint(run_dir, print))
 
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -88,7 +88,7 @@ def slightly_wrong(tensor):
         values.view(torch.int16).view(-1)[-1] ^= 1
         return values
 
-    return replace(tensor, stretches=lambda: [read().reshape(-1)])
+    return replace(tensor, chunks=lambda: [read().reshape(-1)])
 
 
 WRONG = [(to, dtype) for to in FORMATS for dtype in ("fp32", "bf16", "fp16") if to != "onnx" or dtype == "fp32"]

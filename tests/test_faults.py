@@ -19,8 +19,9 @@ from images import demo_index
 from ranks import RankError, collect, run_ranks, start_ranks
 from test_trainer import log, make_config, train, weights
 
-from scale_mae.checkpoint import store
-from scale_mae.checkpoint.store import checkpoint_name
+from scale_mae.checkpoint.discovery import latest_valid, rename_as_damaged
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.paths import checkpoint_name, list_checkpoints, step_of
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
 
@@ -155,8 +156,8 @@ def with_local(config, folder):
 
 
 def newest(run_dir):
-    found = store.newest_good(run_dir, lambda text: pytest.fail(f"a checkpoint was left damaged: {text}"))
-    return store.step_of(found) if found else 0
+    found = latest_valid(run_dir, lambda text: pytest.fail(f"a checkpoint was left damaged: {text}"))
+    return step_of(found) if found else 0
 
 
 def check_equal(run_dir, whole):
@@ -248,7 +249,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_befo
     for name, run_dir in runs.items():
         damaged = "latest" not in name
         assert log(run_dir, "loss", "lr", "grad_norm") == ({STEPS: right[STEPS]} if damaged else {}), name
-        assert (f"set aside as {run_dir}/checkpoints/damaged-" in (run_dir / "log.txt").read_text()) == damaged, name
+        assert (f"Renamed it to {run_dir}/checkpoints/damaged-" in (run_dir / "log.txt").read_text()) == damaged, name
         assert [p.name for p in (run_dir / "checkpoints").glob("damaged-*")] == [f"damaged-{checkpoint_name(STEPS)}"] * damaged
         assert newest(run_dir) == STEPS
         for key, tensor in weights(whole, STEPS).items():
@@ -257,15 +258,17 @@ def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_one_befo
 
 def test_a_run_whose_checkpoints_are_all_bad_never_starts_anew(expected, tmp_path):
     run_dir = shutil.copytree(expected[0], tmp_path / "run")
-    for checkpoint in store.checkpoints(run_dir):
+    for checkpoint in list_checkpoints(run_dir):
         empty(checkpoint / "config.yaml")
     for _ in range(2):  # the same the next time
-        with pytest.raises(RankError, match="all 2 checkpoints are damaged; .*to start anew, move .* away") as caught:
+        with pytest.raises(
+            RankError, match="all 2 checkpoints are damaged .*To start again from step 0, move .* away"
+        ) as caught:
             run_ranks(2, train, train_config(run_dir))
         assert caught.value.kinds == ["CheckpointError"] * 2
-    store.move_aside(store.checkpoints(run_dir)[0])
-    store.move_aside(store.checkpoints(run_dir)[0])
-    with pytest.raises(RankError, match="all 2 checkpoints are damaged; to start anew"):
+    rename_as_damaged(list_checkpoints(run_dir)[0])
+    rename_as_damaged(list_checkpoints(run_dir)[0])
+    with pytest.raises(RankError, match="all 2 checkpoints are damaged. To start again"):
         run_ranks(1, train, train_config(run_dir, **{"train.micro_batch": 8}))
 
 
@@ -315,7 +318,7 @@ def train_with_a_failing_publication(config, step, bad_image):
     def fail(self, world, now, write):
         if now == step:
             time.sleep(2)
-            raise store.CheckpointError("the disk is gone")
+            raise CheckpointError("the disk is gone")
         return commit(self, world, now, write)
 
     def end(self, *args):
@@ -360,12 +363,14 @@ def train_with_a_flip(config):
 def test_what_differs_from_its_local_copy_gets_no_name(tmp_path):
     config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
     assert run_ranks(2, train_with_a_flip, config)[0].finished
-    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [4, 10]
-    assert "differs from what was copied" in (tmp_path / "run" / "log.txt").read_text()
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
+    assert "differs from the file that it was copied from" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_local_folder_that_cannot_be_is_named_by_its_key(tmp_path):
-    with pytest.raises(RankError, match=r"checkpoint\.local_dir=/dev/null/x: cannot be written \(Not a directory\); name a"):
+    with pytest.raises(
+        RankError, match=r"checkpoint\.local_dir=/dev/null/x: cannot be written \(Not a directory\)\. Set it to a"
+    ):
         run_ranks(1, train, with_local(make_config(tmp_path, **{"train.micro_batch": 16}), "/dev/null/x"))
 
 
@@ -404,10 +409,10 @@ def test_a_pointer_that_cannot_be_renewed_loses_no_checkpoint(tmp_path, local):
     config = make_config(tmp_path / "run", **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     config = with_local(config, tmp_path / "local") if local else config
     assert run_ranks(2, train, config)[0].finished
-    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [8, 10]
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [8, 10]
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "checkpoint lost" not in text
-    assert text.count("latest: not renewed (Directory not empty); nothing relies on it") == 5
+    assert text.count("latest: not updated (Directory not empty)") == 5
     (place / "mine").unlink()
     assert log(tmp_path / "run", "checkpoint_failures")[10] == (0,)
 
@@ -448,7 +453,7 @@ def test_a_rank_that_cannot_begin_a_local_save_holds_up_no_other(tmp_path, rank)
     config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
     results = run_ranks(2, train_with_a_blocked_folder, config, rank, timeout=60)
     assert [result.finished for result in results] == [True] * 2
-    assert [store.step_of(c) for c in store.checkpoints(tmp_path / "run")] == [4, 10]
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
     assert log(tmp_path / "run", "checkpoint_failures")[9] == (1,)
     assert "File exists" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -504,7 +509,7 @@ def strike_local_disk(folder, index, nbytes):
     with pytest.raises(RankError) as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["CheckpointError"] * 2
-    assert not store.checkpoints(folder / "run")
+    assert not list_checkpoints(folder / "run")
     mount("-o", f"remount,size={2 * nbytes}", disk)
     assert run_ranks(2, train, config)[0].finished
     assert not list(disk.iterdir())

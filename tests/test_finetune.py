@@ -14,7 +14,7 @@ from ranks import RankError, run_ranks
 from torch import nn
 
 import scale_mae
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, checkpoints
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG, list_checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import ConfigError, UserError, load_config
@@ -269,7 +269,7 @@ def losses(run):
 
 
 def weights(run):
-    reader = ZeroReader(checkpoints(Path(run))[-1] / DEEPSPEED_TAG)
+    reader = ZeroReader(list_checkpoints(Path(run))[-1] / DEEPSPEED_TAG)
     return {name: reader[name].clone() for name in reader}
 
 
@@ -298,7 +298,7 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     scores = [result["scores"] for result in results]
     assert scores[0] == scores[1]
     assert results[0]["protocol"] == results[1]["protocol"]
-    training = read_weights(checkpoints(encoder)[-1]).provenance.training_digest
+    training = read_weights(list_checkpoints(encoder)[-1]).provenance.training_digest
     # also after resuming, which reads no weights
     assert results[0]["protocol"]["initialized_from"] == f"scale-mae checkpoint, step 4, training {training}"
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()

@@ -20,7 +20,8 @@ from test_model import golden_weights, tiny
 from test_trainer import log, make_config, train, weights
 
 from scale_mae import UserError, load_encoder
-from scale_mae.checkpoint.store import CheckpointError, locate
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.cli import main
 from scale_mae.config import load_config
 from scale_mae.model.mae import build_mae
@@ -549,9 +550,11 @@ def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path
 )
 def test_our_runs_and_exports_are_taken_too(runs, tmp_path, form):
     run_dir, live = runs["zero3", "bf16"]
-    path = {"run": run_dir, "checkpoint": locate(run_dir, print), "deepspeed folder": locate(run_dir, print) / "deepspeed"}.get(
-        form
-    )
+    path = {
+        "run": run_dir,
+        "checkpoint": locate_checkpoint(run_dir, print),
+        "deepspeed folder": locate_checkpoint(run_dir, print) / "deepspeed",
+    }.get(form)
     if path is None:
         suffix = {"state_dict": "", "mae": ".pth", "vit_mae": "", "vit": ""}.get(form, ".safetensors")
         pool = "avg" if form == "avg" else "token"

@@ -11,7 +11,9 @@ from layouts import copy_as
 from safetensors.torch import save_file
 from third_party_checkpoints import AwkwardModel
 
-from scale_mae.checkpoint.store import CheckpointError, checkpoint_name, locate
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.paths import checkpoint_name
 from scale_mae.cli import main
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
@@ -50,7 +52,7 @@ def complains(path, capsys, message):
 
 
 def test_a_checkpoint(runs):
-    checkpoint = locate(runs["zero3", "bf16"][0], print)
+    checkpoint = locate_checkpoint(runs["zero3", "bf16"][0], print)
     report = inspect(checkpoint)
     model = build_mae("nano", **NANO)
     assert report["kind"] == "scale-mae checkpoint"
@@ -91,19 +93,21 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
 
 
 def test_a_folder_of_checkpoints_points_to_the_run(run_dir, capsys):
-    complains(run_dir / "checkpoints", capsys, f"holds checkpoints; give one of them, or {run_dir}")
+    complains(run_dir / "checkpoints", capsys, f"a folder of checkpoints. Give one of them, or the run directory {run_dir}.")
 
 
 @pytest.mark.parametrize("victim", ["manifest.json", "config.yaml", "deepspeed/zero_pp_rank_1_mp_rank_00_model_states.pt"])
 def test_a_damaged_checkpoint_still_tells_what_it_can(run_dir, victim, capsys):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
     (checkpoint / victim).unlink()
-    text = complains(checkpoint, capsys, f"{victim}: missing" if victim != "manifest.json" else "no readable manifest.json")
+    text = complains(
+        checkpoint, capsys, f"{victim}: missing" if victim != "manifest.json" else "manifest.json is missing or unreadable"
+    )
     assert ("ZeRO stage" in text) == (victim != "manifest.json")
 
 
 def test_a_folder_of_deepspeed(runs, tmp_path, capsys):
-    folder = shutil.copytree(locate(runs["zero2", "bf16"][0], print) / "deepspeed", tmp_path / "global_step3")
+    folder = shutil.copytree(locate_checkpoint(runs["zero2", "bf16"][0], print) / "deepspeed", tmp_path / "global_step3")
     report = inspect(folder)
     assert report["kind"] == "DeepSpeed checkpoint"
     assert (report["step"], report["ZeRO stage"], report["processes"]) == (3, 2, 2)

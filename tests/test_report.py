@@ -377,7 +377,7 @@ def test_values_of_wrong_types_are_missing(tmp_path, wrong):
         "rollback": ["time", "number", "reason", "detected", "to", "skipped_steps", "positions", "samples"],
         "steps_skipped": ["time", "steps", "total"],
         "stop": ["time", "step", "reason"],
-        "checkpoint": ["time", "step", "seconds", "stalled", "bytes", "error"],
+        "checkpoint": ["time", "step", "seconds", "blocked_seconds", "bytes", "error"],
         "export": ["time", "step", "path", "format"],
     }
     events = [{"event": kind, key: wrong} for kind, keys in facts.items() for key in keys]

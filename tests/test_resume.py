@@ -16,7 +16,7 @@ import torch
 from ranks import RankError, run_ranks
 from torch import nn
 
-from scale_mae.checkpoint.store import DEEPSPEED_TAG
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, ConfigError
 from scale_mae.engine.schedule import LRSchedule
@@ -109,10 +109,10 @@ def check_weights(engine, folder):
 
 def check_padding(engine, ranks):
     """What belongs to no parameter is zero; what belongs to one is there once, over all ranks."""
-    from scale_mae.checkpoint.resume import holdings
+    from scale_mae.checkpoint.partitions import local_partitions
 
     held = []
-    for holder, slices in holdings(engine._engine, ranks.rank):
+    for holder, slices in local_partitions(engine._engine, ranks.rank):
         state = engine._engine.basic_optimizer.state[holder]
         for values in (holder, *(state[key] for key in KEYS[1:] if state)):
             rest = values.detach().clone().view(-1)
@@ -490,11 +490,11 @@ def spoil_missing(folder):
 @pytest.mark.parametrize(
     ("spoil", "rank", "message"),
     [
-        (spoil_name, None, r"holds no prime, which the model has$"),
-        (spoil_shape, None, r"prime is \[11, 7\], the model's is \[7, 11\]$"),
-        (spoil_state, None, r"holds no counters"),
+        (spoil_name, None, r"prime is missing, but the model has it"),
+        (spoil_shape, None, r"prime has shape \[11, 7\], but \[7, 11\] in the model"),
+        (spoil_state, None, r"contains no counters"),
         (spoil_pickle, 1, r"optim_states\.pt: cannot be read"),
-        (spoil_missing, 1, r"1 of 2 \*_optim_states\.pt files are there, none of rank 1$"),
+        (spoil_missing, 1, r"1 of 2 \*_optim_states\.pt files are missing: rank 1\."),
     ],
 )
 def test_what_does_not_fit_is_one_line_on_every_rank_and_changes_nothing(written, tmp_path, monkeypatch, spoil, rank, message):

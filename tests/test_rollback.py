@@ -27,10 +27,10 @@ from scale_mae.training.anomaly_detector import Anomaly, AnomalyDetector
 
 
 def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further(tmp_path, monkeypatch):
-    def newest_good(run_dir, warn, *, set_aside, last):
-        return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= last), None)
+    def latest_valid(run_dir, warn, *, rename_damaged, max_step):
+        return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= max_step), None)
 
-    monkeypatch.setattr(rollback.store, "newest_good", newest_good)
+    monkeypatch.setattr(rollback, "latest_valid", latest_valid)
     recovery = object.__new__(rollback.RollbackController)
     recovery._dir = tmp_path
     for past, chosen in (([], 30), ([30], 15), ([30, 15], 30), ([30, 15, 30], 15)):  # after 15, step 30 was saved anew

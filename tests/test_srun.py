@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import pytest
 from slurm_cluster import SlurmCluster
 
-from scale_mae.checkpoint.store import checkpoints, read_manifest
+from scale_mae.checkpoint.manifest import read_manifest
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import UserError
 from scale_mae.distributed.launcher import first_host, get_ranks, tasks_on_node
 
@@ -69,8 +70,8 @@ def test_srun_trains_as_one_process_does(cluster, tmp_path):
     records = log_records(both)
     assert [r["step"] for r in records] == list(range(1, 11))
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log_records(alone)], rel=1e-5)
-    assert [read_manifest(c).world_size for c in checkpoints(both)] == [2, 2]
-    assert [read_manifest(c).world_size for c in checkpoints(alone)] == [1, 1]
+    assert [read_manifest(c).world_size for c in list_checkpoints(both)] == [2, 2]
+    assert [read_manifest(c).world_size for c in list_checkpoints(alone)] == [1, 1]
 
 
 @service
@@ -78,7 +79,7 @@ def test_srun_trains_as_one_process_does(cluster, tmp_path):
 def test_scancel_saves_once_and_the_same_command_resumes(cluster, tmp_path):
     run_dir = tmp_path / "run"
     first = stop_after_some_steps(cluster, run_dir)
-    (checkpoint,) = checkpoints(run_dir)
+    (checkpoint,) = list_checkpoints(run_dir)
     assert checkpoint.name == f"step-{first:08d}"
     assert read_manifest(checkpoint).world_size == 2
     text = (run_dir / "log.txt").read_text()
@@ -89,7 +90,7 @@ def test_scancel_saves_once_and_the_same_command_resumes(cluster, tmp_path):
     text = (run_dir / "log.txt").read_text()
     assert f"resumed from {checkpoint}\n" in text
     assert f"after step {second}\n" in text
-    assert [read_manifest(c).step for c in checkpoints(run_dir)] == [first, second]
+    assert [read_manifest(c).step for c in list_checkpoints(run_dir)] == [first, second]
     assert [r["step"] for r in log_records(run_dir)] == list(range(1, second + 1))  # none lost, none twice
 
 

@@ -17,7 +17,8 @@ import pytest
 from slurm_cluster import SlurmCluster
 from test_trainer import log
 
-from scale_mae.checkpoint.store import checkpoints, read_manifest
+from scale_mae.checkpoint.manifest import read_manifest
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.cli import main
 from scale_mae.config import load_config
 from scale_mae.distributed.launcher import rendezvous_port
@@ -168,7 +169,7 @@ def test_run_resumes_to_the_same_losses_however_its_job_ends(cluster, undisturbe
     assert "stopped by SIGUSR1 after" in text
     assert "and wrote no exit status (see " in text
     assert len(attempts(run)) >= 6
-    assert {read_manifest(c).world_size for c in checkpoints(run)} == {2}
+    assert {read_manifest(c).world_size for c in list_checkpoints(run)} == {2}
 
 
 @service
@@ -228,7 +229,7 @@ def test_run_saves_and_stops_before_the_time_limit(cluster, here, capsys):
     wait(cluster, run, "the job runs", lambda: attempts(run))
     limit = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()
     wait(cluster, run, "the job restarts", lambda: len(attempts(run)) > 1)
-    (checkpoint,) = checkpoints(run)
+    (checkpoint,) = list_checkpoints(run)
     assert checkpoint.stat().st_mtime < datetime.fromisoformat(limit).timestamp()
     assert f"stopped by the time limit after step {read_manifest(checkpoint).step}. The job requeues itself.\n" in log_text(run)
     assert attempts(run)[-1].endswith(f"checkpoint={checkpoint.name}")
@@ -253,7 +254,7 @@ def test_run_resumes_on_fewer_nodes_if_a_node_is_gone(cluster, undisturbed, here
     assert {step: loss for step, (loss,) in losses.items()} == pytest.approx(
         {step: loss for step, (loss,) in undisturbed.items()}, rel=1e-5
     )
-    assert read_manifest(checkpoints(run)[-1]).world_size == 1
+    assert read_manifest(list_checkpoints(run)[-1]).world_size == 1
     assert [line.split("nodes=")[1].split()[0] for line in attempts(run)] == ["127.0.0.[1-2]", "127.0.0.1"]
 
 
@@ -364,11 +365,11 @@ def test_chain_resumes_and_cancel_saves_a_checkpoint_and_ends_it(cluster, here, 
     (shown,) = json.loads(capsys.readouterr().out)
     assert shown["state"] == f"running (job {second})"
     assert (shown["total_steps"], shown["restarts"]) == (400, 1)
-    assert shown["checkpoint"] == checkpoints(run)[-1].name
+    assert shown["checkpoint"] == list_checkpoints(run)[-1].name
     assert main(["cancel", str(run)]) == 0
     assert f"Job {second} saves a checkpoint and stops. Job {third} is removed from the queue." in capsys.readouterr().out
     wait(cluster, run, "the end", queue_is_empty(cluster))
-    assert read_manifest(checkpoints(run)[-1]).step == last_step(run) < 400
+    assert read_manifest(list_checkpoints(run)[-1]).step == last_step(run) < 400
     assert f"job {second}: Cancelled (stopped by SIGTERM after step {last_step(run)})" in log_text(run)
     assert len(attempts(run)) == 2
     assert main(["cancel", str(run)]) == 2
@@ -403,7 +404,7 @@ def test_variables_of_an_outer_job_or_launcher_do_not_reach_the_job(cluster, her
         monkeypatch.delenv(name)
     finish(cluster, run)
     assert "2 processes on cpu" in log_text(run)
-    assert read_manifest(checkpoints(run)[-1]).world_size == 2
+    assert read_manifest(list_checkpoints(run)[-1]).world_size == 2
 
 
 @service

@@ -14,7 +14,7 @@ from ranks import RankError, run_ranks
 from test_engine import Waits
 from trainable_models import SmallClassifier, labelled
 
-from scale_mae.checkpoint.store import DEEPSPEED_TAG
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config
 from scale_mae.engine import lars as optimizers
@@ -53,10 +53,10 @@ def build(config, ranks):
 
 def copies(engine, ranks, key=None):
     """This process's masters, or one of the optimizer's states."""
-    from scale_mae.checkpoint.resume import holdings
+    from scale_mae.checkpoint.partitions import local_partitions
 
     states = engine._engine.basic_optimizer.state
-    return [(states[p][key] if key else p).detach().clone() for p, _ in holdings(engine._engine, ranks.rank)]
+    return [(states[p][key] if key else p).detach().clone() for p, _ in local_partitions(engine._engine, ranks.rank)]
 
 
 def weights(engine):
@@ -291,7 +291,7 @@ def missing(folder, source):
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes(written):
-    with pytest.raises(RankError, match=r"its optimizer holds no exp_avg of ") as caught:
+    with pytest.raises(RankError, match=r"its optimizer has no state exp_avg for ") as caught:
         run_ranks(1, missing, written[0], "zero0-fp32-True-2")
     assert caught.value.kinds == ["CheckpointError"]
 

@@ -11,7 +11,7 @@ import pytest
 from ranks import RankError, collect, run_ranks, start_ranks
 from test_trainer import log, make_config, train
 
-from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.exit_status import FILE
 from scale_mae.system.process_pool import map_unordered
@@ -107,7 +107,7 @@ def test_a_run_stops_in_time_before_its_job_does(tmp_path):
     assert [r.finished for r in results] == [False, False]
     assert results[0].stopped == f"stopped by the time limit after step {results[0].step}"
     assert results[0].step > 0
-    assert [c.name for c in checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]
+    assert [c.name for c in list_checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]
     assert (tmp_path / FILE).read_text() == results[0].stopped + "\n"
 
 
@@ -161,7 +161,7 @@ def test_a_signal_to_any_rank_stops_all_after_one_save(tmp_path, number):
     assert 1 <= results[0].step < 10
     assert results[1].stopped == f"stopped by {number.name} after step {results[1].step}"
     assert results[0].stopped.startswith("stopped by a signal on another process")
-    assert [c.name for c in checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]
+    assert [c.name for c in list_checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]
     assert max(log(tmp_path, "loss")) == results[0].step
 
 

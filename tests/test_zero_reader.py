@@ -15,12 +15,13 @@ import torch
 from layouts import LAYOUTS
 from third_party_checkpoints import TABLE, make_third_party_checkpoints
 
-from scale_mae.checkpoint.safetensors_io import TensorFiles
-from scale_mae.checkpoint.store import CheckpointError, locate
-from scale_mae.checkpoint.zero_files import find_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.convert import convert
+from scale_mae.weights.safetensors_io import TensorFiles
 
 # ---------------------------------------------------------------- ours
 
@@ -28,7 +29,7 @@ from scale_mae.weights.convert import convert
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reader_gives_every_weight_of_the_live_model(runs, layout):
     run_dir, live = runs[layout]
-    reader = ZeroReader(find_folder(locate(run_dir, print)))
+    reader = ZeroReader(find_deepspeed_folder(locate_checkpoint(run_dir, print)))
     assert (reader.stage, reader.world_size, reader.step) == (int(layout[0][-1]), 2, 3)
     assert reader.state["step"] == 3
     assert set(reader) == set(live) | {"pos_embed", "decoder_pos_embed"}
@@ -51,7 +52,7 @@ def test_reader_agrees_with_deepspeeds_own_conversion(runs):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for layout in (("zero2", "bf16"), ("zero3", "bf16")):
-        checkpoint = locate(runs[layout][0], print)
+        checkpoint = locate_checkpoint(runs[layout][0], print)
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
         ours = ZeroReader(checkpoint / "deepspeed")
         for name, tensor in theirs.items():
@@ -79,7 +80,7 @@ def assert_equal(reader, live):
 @pytest.mark.parametrize("layout", others.LAYOUTS)
 def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, layout):
     live = third_party_checkpoints[layout]
-    reader = ZeroReader(find_folder(live.folder))
+    reader = ZeroReader(find_deepspeed_folder(live.folder))
     assert_equal(reader, live)
     assert (reader.stage, reader.world_size, reader.step, reader.state) == (int(layout[4]), 2, others.STEPS, {})
     assert reader["table"].dtype == torch.float32
@@ -90,7 +91,7 @@ def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, 
         assert torch.equal(reader[name], reader[other])
     if "overflow" in layout:
         assert {reader.optimizer_step(name) for name in reader.parameters} == {None}
-        with pytest.raises(CheckpointError, match=r"its optimizer holds no exp_avg of scale$"):
+        with pytest.raises(CheckpointError, match=r"its optimizer has no state exp_avg for scale\.$"):
             reader.flat("scale", "exp_avg")
     else:  # this test would be of nothing if the masters were 16-bit numbers, or the moments all alike
         assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live.moments)
@@ -101,14 +102,14 @@ def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, 
 def test_any_number_of_ranks(tmp_path, ranks):
     names = ["zero1-bf16-wrapper", "zero2-fp32", "zero2-round-robin", "zero3-bf16", "zero3-sub-groups"]
     for live in make_third_party_checkpoints(tmp_path, {name: others.LAYOUTS[name] for name in names}, ranks).values():
-        reader = ZeroReader(find_folder(live.folder))
+        reader = ZeroReader(find_deepspeed_folder(live.folder))
         assert reader.world_size == ranks
         assert_equal(reader, live)
 
 
 @pytest.mark.parametrize("layout", ["zero0-bf16", "zero1-bf16", "zero2-round-robin", "zero3-sub-groups"])
 def test_slices_are_those_of_the_whole(third_party_checkpoints, layout):
-    reader = ZeroReader(find_folder(third_party_checkpoints[layout].folder))
+    reader = ZeroReader(find_deepspeed_folder(third_party_checkpoints[layout].folder))
     for name in reader.parameters:
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
             whole = reader.flat(name, key)
@@ -137,7 +138,7 @@ def copy(third_party_checkpoints, tmp_path):
 
     def copied(layout):
         shutil.rmtree(tmp_path / layout, ignore_errors=True)
-        return shutil.copytree(find_folder(third_party_checkpoints[layout].folder), tmp_path / layout)
+        return shutil.copytree(find_deepspeed_folder(third_party_checkpoints[layout].folder), tmp_path / layout)
 
     return copied
 
@@ -184,7 +185,7 @@ def test_masters_that_have_no_names_are_told_apart_or_refused(copy):
     assert torch.equal(reader["twin"], reader["norm.weight"] * (1 + 1e-6))
     assert not torch.equal(reader["twin"], reader["norm.weight"])
     edit((folder := copy("zero0-bf16")) / MODEL, functools.partial(alike, group=0))
-    with pytest.raises(CheckpointError, match="its masters cannot be told by their values"):
+    with pytest.raises(CheckpointError, match="the values do not identify the parameters"):
         ZeroReader(folder)
 
 
@@ -333,7 +334,7 @@ def test_a_stage_that_is_pickled_by_name_is_read(copy, stage):
 def test_getattr_gives_nothing_else(copy):
     folder = copy("zero2-fp32")
     edit(folder / OPTIM.format(0), lambda content: content.update(args=ByName(Path, "home")))
-    with pytest.raises(CheckpointError, match="it asks to call builtins.getattr"):
+    with pytest.raises(CheckpointError, match="it would call builtins.getattr"):
         ZeroReader(folder)
 
 
@@ -346,7 +347,7 @@ def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong
     edit(folder / MODEL, lambda content: content.update(config=Config()))
     assert_equal(ZeroReader(folder), third_party_checkpoints["zero2-fp32"])
     edit(folder / MODEL, lambda content: content.update(module=Config()))
-    with pytest.raises(CheckpointError, match="not what DeepSpeed is known to write"):
+    with pytest.raises(CheckpointError, match="not what DeepSpeed writes"):
         ZeroReader(folder)
 
 
@@ -388,38 +389,54 @@ def forget(content):
 SAVES, ABSENT = "different saves", "not supported"
 DAMAGE = {
     # missing and superfluous files, other numbers of ranks
-    "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files are there, none of rank 1"),
-    "a shard of stage 3 missing": ("zero3-fp32", drop("*rank_0_*optim*"), "1 of 2 .*_optim_states.pt .* none of rank 0"),
-    "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "0 of 2 .*_optim_states.pt .* none of rank 0, 1"),
-    "all shards of stage 3 missing": ("zero3-bf16", drop("*optim*"), "0 of 2 .*_optim_states.pt .* none of rank 0, 1"),
-    "a part of the model missing": ("zero3-bf16", drop("*rank_1_*model*"), "1 of 2 .*_model_states.pt .* none of rank 1"),
-    "the model missing": ("zero2-fp32", drop("*model*"), r"holds no \*_model_states.pt"),
-    "a shard too many": ("zero2-fp32", again("*rank_1_*", OPTIM.format(2)), "rank_2_.*of another save; 2 processes"),
-    "a part too many": ("zero3-fp32", again("*rank_1_*model*", PART.format(2)), "rank_2_.*of another save; 2 processes"),
-    "a shard of 4": ("zero2-fp32", change("*rank_1_*", optim(partition_count=[4, 4, 4])), f"rank_1_.*4.* but 2 .*{SAVES}"),
-    "a part of 4": ("zero3-fp32", change("*rank_1_*optim*", optim(partition_count=4)), f"rank_1_.*4.* but 2 .*{SAVES}"),
-    "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* none of rank 2, 3"),
+    "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files are missing: rank 1"),
+    "a shard of stage 3 missing": ("zero3-fp32", drop("*rank_0_*optim*"), "1 of 2 .*_optim_states.pt .* missing: rank 0"),
+    "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "2 of 2 .*_optim_states.pt .* missing: rank 0, 1"),
+    "all shards of stage 3 missing": ("zero3-bf16", drop("*optim*"), "2 of 2 .*_optim_states.pt .* missing: rank 0, 1"),
+    "a part of the model missing": ("zero3-bf16", drop("*rank_1_*model*"), "1 of 2 .*_model_states.pt .* missing: rank 1"),
+    "the model missing": ("zero2-fp32", drop("*model*"), r"contains no \*_model_states.pt"),
+    "a shard too many": ("zero2-fp32", again("*rank_1_*", OPTIM.format(2)), "rank_2_.*: 2 processes wrote this"),
+    "a part too many": ("zero3-fp32", again("*rank_1_*model*", PART.format(2)), "rank_2_.*: 2 processes wrote this"),
+    "a shard of 4": (
+        "zero2-fp32",
+        change("*rank_1_*", optim(partition_count=[4, 4, 4])),
+        f"rank_1_.*by .*4.* processes, but .* by 2. .*{SAVES}",
+    ),
+    "a part of 4": (
+        "zero3-fp32",
+        change("*rank_1_*optim*", optim(partition_count=4)),
+        f"rank_1_.*by .*4.* processes, but .* by 2. .*{SAVES}",
+    ),
+    "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* missing: rank 2, 3"),
     # mixed steps
-    "an earlier shard": ("zero2-fp16", put("*rank_1_*"), f"has made 3.0 updates, rank 1's 2.0: {SAVES}"),
-    "an earlier shard, wrapped": ("zero1-bf16-wrapper", put("*rank_1_*"), f"made 3.0 updates, rank 1's 2.0: {SAVES}"),
-    "an earlier shard of stage 3": ("zero3-bf16", put("*rank_1_*optim*"), f"made 3.0 updates, rank 1's 2.0: {SAVES}"),
-    "earlier shards": ("zero2-bf16", put("*optim*"), f"is not the rounded master of rank 0: {SAVES}"),
-    "earlier shards in fp32": ("zero1-fp32", put("*optim*"), f"is not the rounded master of rank 0: {SAVES}"),
-    "an earlier model": ("zero2-fp16", put("*model*"), f"is not the rounded master of rank 0: {SAVES}"),
-    "an earlier part": ("zero3-fp32", put("*rank_1_*model*"), f"global_steps is 3 in .*_0_.*, 2 in .*_1_.*: {SAVES}"),
+    "an earlier shard": ("zero2-fp16", put("*rank_1_*"), f"rank 0 has made 3.0 updates, .* rank 1 has made 2.0. .*{SAVES}"),
+    "an earlier shard, wrapped": (
+        "zero1-bf16-wrapper",
+        put("*rank_1_*"),
+        f"rank 0 has made 3.0 updates, .* rank 1 has made 2.0. .*{SAVES}",
+    ),
+    "an earlier shard of stage 3": (
+        "zero3-bf16",
+        put("*rank_1_*optim*"),
+        f"rank 0 has made 3.0 updates, .* rank 1 has made 2.0. .*{SAVES}",
+    ),
+    "earlier shards": ("zero2-bf16", put("*optim*"), f"differs from the rounded master weight of rank 0. .*{SAVES}"),
+    "earlier shards in fp32": ("zero1-fp32", put("*optim*"), f"differs from the rounded master weight of rank 0. .*{SAVES}"),
+    "an earlier model": ("zero2-fp16", put("*model*"), f"differs from the rounded master weight of rank 0. .*{SAVES}"),
+    "an earlier part": ("zero3-fp32", put("*rank_1_*model*"), f"global_steps is 3 in .*_0_.*, but 2 in .*_1_.* {SAVES}"),
     # mixed stages, precisions, groups
-    "a shard of another stage": ("zero2-fp32", put("*rank_1_*", "zero1-fp32"), f"zero_stage is 2 .*, 1 in .*: {SAVES}"),
-    "shards of another stage": ("zero2-fp32", put("*optim*", "zero3-fp32"), "are of different ZeRO stages"),
-    "a model of another stage": ("zero3-fp32", put("*model*", "zero2-fp32"), f"are of {SAVES}"),
-    "shards of another precision": ("zero2-fp32", put("*optim*", "zero2-bf16"), f"are of {SAVES}"),
+    "a shard of another stage": ("zero2-fp32", put("*rank_1_*", "zero1-fp32"), f"zero_stage is 2 .*, but 1 in .* {SAVES}"),
+    "shards of another stage": ("zero2-fp32", put("*optim*", "zero3-fp32"), "have different ZeRO stages"),
+    "a model of another stage": ("zero3-fp32", put("*model*", "zero2-fp32"), f"from {SAVES}"),
+    "shards of another precision": ("zero2-fp32", put("*optim*", "zero2-bf16"), f"from {SAVES}"),
     "other sub-groups": (
         "zero3-sub-groups",
         put("*rank_1_*optim*", "zero3-init"),
-        r"holds \d+ of \d+ values .*different saves",
+        r"stores \d+ of \d+ values .*different saves",
     ),
     "other groups": ("zero2-bf16", put("*optim*", "zero2-bf16-accumulate"), f"{SAVES}|not what DeepSpeed"),
-    "a name less": ("zero2-bf16", change("*model*", forget), "not what DeepSpeed is known to write"),
-    "a name less in stage 3": ("zero3-bf16", change("*model*", forget), r"holds \d+ of \d+ values .*different saves"),
+    "a name less": ("zero2-bf16", change("*model*", forget), "not what DeepSpeed writes"),
+    "a name less in stage 3": ("zero3-bf16", change("*model*", forget), r"stores \d+ of \d+ values .*different saves"),
     # layouts that are not supported
     "universal": ("zero2-fp32", lambda folder, _: (folder / "zero").mkdir(), f"a universal checkpoint, .*{ABSENT}"),
     "experts": ("zero2-fp32", again("*model*", f"layer_0_expert_0_{MODEL}"), f"expert_0_.*{ABSENT}"),
@@ -428,9 +445,9 @@ DAMAGE = {
     "tensor parallel": ("zero2-fp32", again("*model*", MODEL.replace("0_", "1_")), f"mp_rank_01_.*{ABSENT}"),
     "tensor parallel inside": ("zero2-fp32", change("*model*", lambda c: c.update(mp_world_size=2)), f"parallelism .*{ABSENT}"),
     "pipeline": ("zero2-fp32", again("*model*", "layer_00-model_states.pt"), f"layer_00-model.*{ABSENT}"),
-    "nvme": ("zero3-fp16", change("*optim*", optim(fp32_flat_groups=[torch.empty(0)])), r"holds 0 of \d+ values .*NVMe"),
+    "nvme": ("zero3-fp16", change("*optim*", optim(fp32_flat_groups=[torch.empty(0)])), r"stores 0 of \d+ values .*NVMe"),
     "fused": ("zero0-bf16", change("*", lambda c: c["optimizer"].update(fp32_groups_flat=[])), f"a fused .*{ABSENT}"),
-    "not optimized": ("zero3-fp32", change("*model*", lambda c: c["module"].update(x=torch.empty(0))), "nothing of x,"),
+    "not optimized": ("zero3-fp32", change("*model*", lambda c: c["module"].update(x=torch.empty(0))), "no values of x,"),
     # not DeepSpeed's
     "a model's own file": ("zero2-fp32", lambda folder, _: torch.save({"module": {}}, folder / MODEL), "not what DeepSpeed"),
     "no dictionary": ("zero2-fp32", lambda folder, _: torch.save([1], folder / MODEL), f"{MODEL}: cannot be read"),
@@ -484,17 +501,17 @@ def test_quantized_frozen_weights_are_not_given_as_numbers(copy):
 def test_the_folder_is_found(third_party_checkpoints, runs, tmp_path):
     folder = third_party_checkpoints["zero2-fp32"].folder
     tag = folder / f"global_step{others.STEPS}"
-    assert find_folder(folder) == find_folder(tag) == tag
-    ours = locate(runs["zero2", "fp32"][0], print)
-    assert find_folder(ours) == ours / "deepspeed"
+    assert find_deepspeed_folder(folder) == find_deepspeed_folder(tag) == tag
+    ours = locate_checkpoint(runs["zero2", "fp32"][0], print)
+    assert find_deepspeed_folder(ours) == ours / "deepspeed"
     for path in (tmp_path / "none", tag / MODEL):
         with pytest.raises(CheckpointError, match="no such folder"):
-            find_folder(path)
-    with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint"):
-        find_folder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds no \*_model_states.pt"):
+            find_deepspeed_folder(path)
+    with pytest.raises(CheckpointError, match="not a DeepSpeed checkpoint"):
+        find_deepspeed_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"contains no \*_model_states.pt"):
         ZeroReader(tmp_path)
     for content in (b"global_step9", b"", b"\0", b"\xff\xfe", b"x" * 5000, b"latest", b"..", str(tag).encode()):
         (tmp_path / "latest").write_bytes(content)
-        with pytest.raises(CheckpointError, match="latest: names .* and there is no such folder"):
-            find_folder(tmp_path)
+        with pytest.raises(CheckpointError, match="latest: names .*, which does not exist"):
+            find_deepspeed_folder(tmp_path)

@@ -133,10 +133,10 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
 def resume(folder: Path, jpegs: Path, stage: Stage) -> dict[str, Any]:
     """Remove the last checkpoint and continue: the steps after the one before must come again, with the same losses."""
     from scale_mae import pretrain
-    from scale_mae.checkpoint.store import checkpoints
+    from scale_mae.checkpoint.paths import list_checkpoints
 
     first = _steps(folder)
-    saved = checkpoints(folder)
+    saved = list_checkpoints(folder)
     assert len(saved) == STEPS // SAVE, f"{len(saved)} checkpoints are there, not {STEPS // SAVE}"
     shutil.rmtree(saved[-1])
     decoder = folder.name.removeprefix("run_")

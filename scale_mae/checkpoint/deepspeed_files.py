@@ -4,8 +4,8 @@
     stage 1, 2  the same, and one (bf16_)zero_pp_rank_N_mp_rank_00_optim_states.pt for each process
     stage 3     one zero_pp_rank_N_mp_rank_00_model_states.pt and one ..._optim_states.pt for each process
 
-:mod:`scale_mae.checkpoint.deepspeed_unpickle` reads a file. :mod:`scale_mae.checkpoint.deepspeed_layout` knows where the values of
-a parameter are in these files.
+The files are read by :mod:`scale_mae.checkpoint.deepspeed_unpickle`. Where the values of a parameter are in these files, only
+:mod:`scale_mae.checkpoint.deepspeed_layout` knows.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.deepspeed_unpickle import find_memory_maps, load_file
+from scale_mae.checkpoint.errors import CheckpointError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MIXED_SAVES = "The files are from different saves. Use all files of one save."
-SUPPORTED = "Only checkpoints of ZeRO stages 0 to 3 are supported."
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ def find_deepspeed_folder(path: Path) -> Path:
             f"{path}: not a DeepSpeed checkpoint. It contains neither *_model_states.pt nor a file 'latest'."
         ) from None
     if tag not in os.listdir(path) or not (path / tag).is_dir():
-        raise CheckpointError(f"{path / 'latest'}: names the folder {tag[:100]!r}, which does not exist. Give a folder instead.")
+        raise CheckpointError(
+            f"{path / 'latest'}: names the folder {tag[:100]!r}, which does not exist. Give a folder instead."
+        )
     return path / tag
 
 
@@ -84,7 +85,7 @@ def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
     world_size = int(models[0]["dp_world_size"])
     is_partitioned = model_paths[min(model_paths)].name.startswith("zero_pp_rank_")
     if models[0]["mp_world_size"] != 1 or any("ds_zero_partition_groups" in optimizer for optimizer in optimizers):
-        raise CheckpointError(f"{folder}: uses tensor parallelism or mixture of experts. {SUPPORTED}")
+        raise CheckpointError(f"{folder}: uses tensor parallelism or mixture of experts, which are not supported.")
     if optimizers and is_partitioned != (stage == 3):
         raise CheckpointError(f"{folder}: *_model_states.pt and *_optim_states.pt have different ZeRO stages. {MIXED_SAVES}")
     has_optimizer_files = optimizers or is_partitioned or models[0]["param_shapes"]
@@ -113,7 +114,9 @@ def _find_files(folder: Path) -> tuple[dict[int, Path], dict[int, Path]]:
         model_match, optimizer_match = _MODEL_FILE.fullmatch(path.name), _OPTIMIZER_FILE.fullmatch(path.name)
         match = model_match or optimizer_match
         if not match or int(match.group(2)):
-            raise CheckpointError(f"{path}: belongs to mixture of experts, tensor or pipeline parallelism. {SUPPORTED}")
+            raise CheckpointError(
+                f"{path}: belongs to mixture of experts, tensor or pipeline parallelism, which are not supported."
+            )
         files, rank = models if model_match else optimizers, int(match.group(1) or 0)
         if rank in files:
             raise CheckpointError(f"{folder}: contains both {files[rank].name} and {path.name}. {MIXED_SAVES}")
@@ -132,7 +135,9 @@ def _check_count(folder: Path, kind: str, paths: dict[int, Path], count: int) ->
             f"{folder}: {len(missing)} of {count} *_{kind}.pt files are missing: rank {ranks}. Copy the missing files."
         )
     if len(paths) > count:
-        raise CheckpointError(f"{paths[max(paths)]}: {count} processes wrote this checkpoint, so it has no such rank. {MIXED_SAVES}")
+        raise CheckpointError(
+            f"{paths[max(paths)]}: {count} processes wrote this checkpoint, so it has no such rank. {MIXED_SAVES}"
+        )
 
 
 def _check_equal(folder: Path, paths: dict[int, Path], values: list[Any], key: str) -> None:

@@ -3,8 +3,8 @@
     stage 0     model_states: the module. With bf16 and fp16, its ``optimizer`` contains one fp32 master for each parameter.
     stage 1, 2  optim_states: one flat tensor for each parameter group, split into equal parts, one in each process's file.
                 ``param_shapes`` states the order of the parameters.
-    stage 3     optim_states: one flat tensor for each sub-group in every process's file. Each parameter is padded and split into
-                equal parts, one for each process.
+    stage 3     optim_states: one flat tensor for each sub-group in every process's file. Each parameter is padded and split
+                into equal parts, one for each process.
 
 Stages 1 and 2 also write ``param_slice_mappings``. They are not used: with ``round_robin_gradients``, DeepSpeed 0.19.8 computes
 them for another order than that of the values.
@@ -100,9 +100,7 @@ class Stage12Layout(Layout):
         paddings = [optimizer["group_paddings"][group] if is_trimmed else 0 for optimizer in self.files.optimizers]
         sizes = {size + padding for size, padding in zip(stored, paddings, strict=True)}
         if len(sizes) != 1 or sum(stored) < end or (is_trimmed and sum(stored) != end):
-            raise CheckpointError(
-                f"{self.folder}: group {group} has {end} values, but the ranks store {stored}. {MIXED_SAVES}"
-            )
+            raise CheckpointError(f"{self.folder}: group {group} has {end} values, but the ranks store {stored}. {MIXED_SAVES}")
         return sizes.pop()
 
     def fragments(self, name: str) -> Iterator[Fragment]:

@@ -44,16 +44,16 @@ def latest_valid(
             skipped.append((checkpoint, error))
     else:
         renamed = list((run_dir / CHECKPOINTS_FOLDER).glob(f"{DAMAGED_PREFIX}*")) if max_step is None else []
-        if candidates or renamed:
-            example = f", such as {skipped[0][1]}" if skipped else ""
+        if count := len(candidates) + len(renamed):
+            what = f"all {count} checkpoints are damaged" if count > 1 else "the only checkpoint is damaged"
+            example = f" ({skipped[0][1]})" if skipped else ""
             raise CheckpointError(
-                f"{run_dir}: all {len(candidates) + len(renamed)} checkpoints are damaged{example}. "
-                f"To start again from step 0, move {run_dir / CHECKPOINTS_FOLDER} away."
+                f"{run_dir}: {what}{example}. To start again from step 0, move {run_dir / CHECKPOINTS_FOLDER} away."
             )
         return None
-    for damaged, error in skipped:
+    for damaged, why in skipped:
         target = rename_as_damaged(damaged) if rename_damaged else None
-        warn(f"Skipped a damaged checkpoint: {error}." + (f" Renamed it to {target}." if target else ""))
+        warn(f"Skipped a damaged checkpoint: {why}." + (f" Renamed it to {target}." if target else ""))
     return checkpoint
 
 

@@ -155,9 +155,10 @@ def swap_masters_with_state(engine: Any, rank: int, key: str) -> None:
     states = engine.basic_optimizer.state
     for partition, _ in local_partitions(engine, rank):
         if partition in states:
-            weights = partition.detach().view(-1).split(_SWAP_BLOCK)
-            values = states[partition][key].detach().view(-1).split(_SWAP_BLOCK)
-            for weight_block, value_block in zip(weights, values, strict=True):
+            weights, values = partition.detach().view(-1), states[partition][key].detach().view(-1)
+            for weight_block, value_block in zip(
+                torch.split(weights, _SWAP_BLOCK), torch.split(values, _SWAP_BLOCK), strict=True
+            ):
                 copy = weight_block.clone()
                 weight_block.copy_(value_block)
                 value_block.copy_(copy)

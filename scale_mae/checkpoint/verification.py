@@ -8,9 +8,9 @@ from typing import Any
 
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.manifest import Manifest, read_manifest
-from scale_mae.system.thread_pool import DaemonThreadPool
 from scale_mae.system.files import sha256
 from scale_mae.system.resources import available_cores
+from scale_mae.system.thread_pool import DaemonThreadPool
 
 
 class Verification:

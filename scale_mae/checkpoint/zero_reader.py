@@ -1,4 +1,4 @@
-"""Reads any ZeRO checkpoint lazily: fp32 master weights and optimizer states by parameter name, for any slice of a parameter."""
+"""Reads any ZeRO checkpoint lazily: any slice of the fp32 master weight or of an optimizer state, by parameter name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ CHECKED_FRAGMENTS, CHECKED_VALUES = 8, 4096
 class ZeroReader(Mapping[str, Tensor]):
     """Maps names to tensors, in the order of the module's ``state_dict``. Tensors are read when they are requested.
 
-    A trainable parameter is the fp32 master weight of the optimizer. A frozen parameter or a buffer has the dtype of the module.
-    scale_mae or any other code that uses DeepSpeed may have written the checkpoint.
+    The tensor of a trainable parameter is the optimizer's fp32 master weight. Frozen parameters and buffers have the dtype of
+    the module.
+    The checkpoint may be from scale_mae or from any other code that uses DeepSpeed.
 
     Args:
         folder: The folder with ``*_model_states.pt`` and, for stages 1 to 3, ``*_optim_states.pt``. See
@@ -36,8 +37,8 @@ class ZeroReader(Mapping[str, Tensor]):
         world_size: Number of processes that wrote the checkpoint.
         step: Optimizer steps, including those that were skipped because of fp16 overflows (DeepSpeed's ``global_steps``).
         state: What scale_mae stored in addition to the weights and optimizer states. Empty for other checkpoints.
-        without_frozen: Whether the checkpoint was saved with ``exclude_frozen_parameters``. Only stages 2 and 3 record this, and
-            they do not record which parameters are missing.
+        without_frozen: Whether the checkpoint was saved with ``exclude_frozen_parameters``. Only stages 2 and 3 record this.
+            They do not record which parameters are missing.
         parameters: Names of the parameters with an fp32 master, in the order of iteration. A tied parameter has all its names.
 
     Raises:
@@ -52,7 +53,9 @@ class ZeroReader(Mapping[str, Tensor]):
             raise
         except Exception as error:  # files that DeepSpeed did not write can fail anywhere
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(f"{folder}: the contents of its files are not what DeepSpeed writes ({reason[:200]})") from None
+            raise CheckpointError(
+                f"{folder}: the contents of its files are not what DeepSpeed writes ({reason[:200]})"
+            ) from None
 
     def _open(self) -> None:
         self._files = open_deepspeed_files(self.folder)
@@ -208,13 +211,15 @@ class ZeroReader(Mapping[str, Tensor]):
             for rank, count in enumerate(counts):
                 if count != counts[0]:
                     raise CheckpointError(
-                        f"{self.folder}: the optimizer of rank 0 has made {counts[0]} updates, but that of rank {rank} has made "
-                        f"{count}. {MIXED_SAVES}"
+                        f"{self.folder}: the optimizer of rank 0 has made {counts[0]} updates, but that of rank {rank} has "
+                        f"made {count}. {MIXED_SAVES}"
                     )
 
     def _check_rounded_masters(self) -> None:
         """Check that the module's weights equal the rounded masters, in a few fragments of every rank's flat tensors."""
-        unchecked = {(rank, group): CHECKED_FRAGMENTS for rank in range(self.world_size) for group in range(self._layout.group_count)}
+        unchecked = {
+            (rank, group): CHECKED_FRAGMENTS for rank in range(self.world_size) for group in range(self._layout.group_count)
+        }
         for name in sorted(self._layout.shapes, key=lambda n: math.prod(self._layout.shapes[n])):
             begin = 0
             for rank, group, _, size in self._layout.fragments(name):
@@ -224,8 +229,8 @@ class ZeroReader(Mapping[str, Tensor]):
                     master = self.flat(name, start=begin, stop=begin + weight.numel()).to(weight.dtype)
                     if not torch.equal(weight.nan_to_num(), master.nan_to_num()):
                         raise CheckpointError(
-                            f"{self.folder}: {name} in *_model_states.pt differs from the rounded master weight of rank {rank}. "
-                            f"{MIXED_SAVES}"
+                            f"{self.folder}: {name} in *_model_states.pt differs from the rounded master weight of rank "
+                            f"{rank}. {MIXED_SAVES}"
                         )
                 begin += size
 

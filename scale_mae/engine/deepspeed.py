@@ -16,8 +16,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from scale_mae.checkpoint import resume
-from scale_mae.checkpoint.store import DEEPSPEED_TAG
+from scale_mae.checkpoint.elastic_resume import load_local_partitions, open_matching_checkpoint, read_counters
+from scale_mae.checkpoint.partitions import clear_padding, copy_masters_to_model, swap_masters_with_state
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
@@ -82,7 +83,7 @@ class Engine:
         self._step_skipper = StepSkipper(self._engine.basic_optimizer, norm, world.device)
         if config.optim.ema_decay:
             WeightEMA(self._engine.basic_optimizer, config.optim.ema_decay)
-        resume.clear_padding(self._engine, world.rank)
+        clear_padding(self._engine, world.rank)
 
     @property
     def zero_stage(self) -> int:
@@ -151,8 +152,8 @@ class Engine:
             self.model.eval()
             if ema:
                 # in place: this needs no memory, and DeepSpeed's references to the tensors stay valid
-                resume.exchange(self._engine, self.world.rank, EMA_KEY)
-                restore.callback(resume.exchange, self._engine, self.world.rank, EMA_KEY)
+                swap_masters_with_state(self._engine, self.world.rank, EMA_KEY)
+                restore.callback(swap_masters_with_state, self._engine, self.world.rank, EMA_KEY)
             yield
 
     def weights_are_finite(self) -> bool:
@@ -196,7 +197,7 @@ class Engine:
             patch.object(engine, "_copy_recovery_script"),  # scale-mae convert replaces that script
         ):
             engine.skipped_steps = self.skipped_steps
-            client = {"scale_mae": state | {"engine": resume.counters(engine), "parameter_groups": self._group_names}}
+            client = {"scale_mae": state | {"engine": read_counters(engine), "parameter_groups": self._group_names}}
             engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state=client, save_latest=False)
         for error in errors:
             raise error if isinstance(error, OSError) else OSError(_write_error(error)) from error
@@ -214,9 +215,9 @@ class Engine:
             CheckpointError: The checkpoint cannot be read, or belongs to another model. Raised on all processes.
         """
         engine, rank, keys = self._engine, self.world.rank, optimizer_state_keys(self.config.optim)
-        reader = self.world.run_on_all(lambda: resume.open_for(engine, folder / DEEPSPEED_TAG, keys))
-        self.world.run_on_all(lambda: resume.fill(engine, reader, rank, keys))
-        resume.publish(engine, rank)
+        reader = self.world.run_on_all(lambda: open_matching_checkpoint(engine, folder / DEEPSPEED_TAG, keys))
+        self.world.run_on_all(lambda: load_local_partitions(engine, reader, rank, keys))
+        copy_masters_to_model(engine, rank)
         # a rollback does not reduce the count
         self._step_skipper.total.fill_(max(self.skipped_steps, engine.skipped_steps))
         return reader.state

@@ -16,7 +16,7 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.weights.key_matching import first_of, to_finite_fp32
 from scale_mae.weights.provenance import ChannelValues, read_channel_statistics
 from scale_mae.weights.weight_files import open_weights, read_config_json

@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.evaluation.beit import is_beit, read_beit
 from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.model.sizes import SIZES

@@ -200,11 +200,12 @@ def embed(args: argparse.Namespace) -> int:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
-    from scale_mae.checkpoint.store import locate, read_config, read_manifest
+    from scale_mae.checkpoint.discovery import locate_checkpoint
+    from scale_mae.checkpoint.manifest import read_config, read_manifest
     from scale_mae.evaluation.reconstruct import draw
     from scale_mae.weights.model_loader import load_mae
 
-    checkpoint = locate(args.checkpoint, warn)
+    checkpoint = locate_checkpoint(args.checkpoint, warn)
     step = read_manifest(checkpoint).step
     print(draw(load_mae(checkpoint), read_config(checkpoint), args.images, args.out, args.mask_ratio, step))
     return 0

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor, write_tensors
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.config import UserError
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import list_source
@@ -30,6 +30,7 @@ from scale_mae.distributed.process_group import World
 from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Pool, Progress, features
 from scale_mae.system.lock import exclusive_lock
+from scale_mae.weights.safetensors_io import write_tensors
 
 PIECE = 1024  # images
 PLAN, JOINED = "plan.json", "joined.tmp"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from scale_mae.checkpoint.store import checkpoints, step_of
+from scale_mae.checkpoint.paths import list_checkpoints, step_of
 from scale_mae.config import Config, UserError
 
 FOLDER = "reconstructions"
@@ -100,7 +100,7 @@ def draw_missing(run: Path, config: Config | None, images: Sequence[str], warn: 
         warn(f"no reconstructions at {left_out}: that hides all patches of so small an image")
     there = {(picture.step, picture.hidden) for picture in drawn(folder)}
     missing = {}
-    for checkpoint in checkpoints(run):
+    for checkpoint in list_checkpoints(run):
         ratios = [hidden for hidden in possible if (step_of(checkpoint), hidden) not in there]
         if ratios:
             missing[checkpoint] = ratios
@@ -159,7 +159,8 @@ def _own_images(run: Path, config: Config, scratch: Path) -> list[str]:
 
 
 def _draw(checkpoint: Path, ratios: Sequence[int], paths: Sequence[str], folder: Path, scratch: Path) -> None:
-    from scale_mae.checkpoint.store import read_config, verify
+    from scale_mae.checkpoint.manifest import read_config
+    from scale_mae.checkpoint.verification import verify
     from scale_mae.evaluation.reconstruct import draw
     from scale_mae.weights.model_loader import load_mae
 

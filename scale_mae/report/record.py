@@ -22,7 +22,20 @@ Line = dict[str, Any]
 LARGEST = 1e300  # of a number in a log: one that another may be multiplied with
 LARGEST_FACT = 1e18  # of steps, and of the numbers of an event; what is larger is damage
 NUMBERS = frozenset(  # of an event
-    {"time", "step", "restarts", "world_size", "zero_stage", "number", "detected", "to", "seconds", "stalled", "bytes", "total"}
+    {
+        "time",
+        "step",
+        "restarts",
+        "world_size",
+        "zero_stage",
+        "number",
+        "detected",
+        "to",
+        "seconds",
+        "blocked_seconds",
+        "bytes",
+        "total",
+    }
 )
 LISTS = frozenset({"skipped_steps", "positions", "samples", "steps"})
 SHORTEST, SHARE = 5, 50  # smoothing where a run does not: a mean over 5 log lines, or a 50th of them if that is more

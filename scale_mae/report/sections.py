@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scale_mae.checkpoint.store import checkpoints, step_of
+from scale_mae.checkpoint.paths import list_checkpoints, step_of
 from scale_mae.config import Config
 from scale_mae.report.charts import Chart, Mark, number
 from scale_mae.report.curves import Curves, failure_causes, phase_times
@@ -225,7 +225,7 @@ def files(record: Record) -> Markup:
     written = [event for event in record.events("checkpoint") if not event.get("error")]
     saved = {event.get("step"): event for event in written}
     rows = []
-    for path in checkpoints(record.dir):
+    for path in list_checkpoints(record.dir):
         step = step_of(path)
         event = saved.get(step, {})
         try:

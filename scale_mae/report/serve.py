@@ -9,7 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
 from scale_mae.slurm.status import METRICS_FILE
@@ -24,7 +24,7 @@ def version_of(run: Path) -> str:
             found.append(f"{facts.st_mtime_ns:x}.{facts.st_size:x}")
         except OSError:
             found.append("0")
-    return "-".join([*found, *(path.name for path in checkpoints(run)[-1:])])
+    return "-".join([*found, *(path.name for path in list_checkpoints(run)[-1:])])
 
 
 class Server(ThreadingHTTPServer):

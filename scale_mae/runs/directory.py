@@ -6,7 +6,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from scale_mae.checkpoint import store
+from scale_mae.checkpoint.discovery import latest_valid
+from scale_mae.checkpoint.manifest import read_config
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.data.index import INDEX_NAME, Index, existing_index
 from scale_mae.data.index_builder import build_index
@@ -28,7 +30,7 @@ def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path |
     try:
         before = _config_before(run_dir, notes)
         differences = before.differences(config) if before else []
-        if not store.checkpoints(run_dir) and differences:
+        if not list_checkpoints(run_dir) and differences:
             _forget_index(run_dir)
         elif differences:
             more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -47,7 +49,7 @@ def prepare_directory(run_dir: Path, config: Config, notes: list[str]) -> Path |
                 flush(folder)
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from None
-    return store.newest_good(run_dir, notes.append, set_aside=True)
+    return latest_valid(run_dir, notes.append, rename_damaged=True)
 
 
 def _config_before(run_dir: Path, notes: list[str]) -> Config | None:
@@ -55,10 +57,10 @@ def _config_before(run_dir: Path, notes: list[str]) -> Config | None:
     path = run_dir / "config.yaml"
     if config := saved_config(path):
         return config
-    checkpoint = store.newest_good(run_dir, lambda _: None)
+    checkpoint = latest_valid(run_dir, lambda _: None)
     if checkpoint:
         notes.append(f"{path} was missing, empty or damaged; restored from {checkpoint}")
-        return store.read_config(checkpoint)
+        return read_config(checkpoint)
     if path.exists():
         _forget_index(run_dir)
     return None

@@ -36,7 +36,7 @@ EVENTS = {  # event -> (meaning, field -> meaning); the reference page of the do
         {
             "step": "Step of the checkpoint.",
             "seconds": "Seconds from the start of the save to its commit.",
-            "stalled": "Seconds for which training was blocked.",
+            "blocked_seconds": "Seconds for which training was blocked.",
             "bytes": "Size in bytes.",
             "error": "Why the checkpoint could not be written. Training continues.",
         },

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import UserError
 from scale_mae.runs import exit_status, history
 from scale_mae.slurm.paths import cancelled_jobs_path, job_config_path
@@ -82,7 +82,7 @@ def find_runs(path: Path) -> list[Path]:
 
 def get_run_status(run: Path) -> RunStatus:
     """Return the status of a run."""
-    metrics, saved = _read_last_metrics(run), checkpoints(run)
+    metrics, saved = _read_last_metrics(run), list_checkpoints(run)
     return RunStatus(
         run=run,
         state=_get_state(run),

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_mae.checkpoint.store import checkpoints
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import PACKAGE_DIR, SHIPPED_CONFIGS, Config, ConfigError, saved_config
 from scale_mae.data.errors import DataError, escape_unprintable
 from scale_mae.data.source_check import check_source
@@ -101,7 +101,9 @@ def find_missing_paths(config: Config) -> list[str]:
         except OSError as error:
             problems.append(f"{key}: {error.filename}: cannot be read ({error.strerror})")
     weights = config.model.init_from
-    if weights and not os.path.exists(weights) and not checkpoints(Path(config.run.dir)):  # a checkpoint replaces the weights
+    if (
+        weights and not os.path.exists(weights) and not list_checkpoints(Path(config.run.dir))
+    ):  # a checkpoint replaces the weights
         problems.append(f"model.init_from={weights}: no such file or folder")
     advice = "The nodes may see it although this host does not. If they do not, run scale-mae cancel and correct the path."
     return [escape_unprintable(f"{problem.rstrip('.')}. {advice}") for problem in problems]

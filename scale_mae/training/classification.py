@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.store import step_of
+from scale_mae.checkpoint.paths import step_of
 from scale_mae.config import Config, UserError
 from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.data.image_list import NO_LABEL

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_mae.checkpoint import store
+from scale_mae.checkpoint.manifest import read_manifest
+from scale_mae.checkpoint.paths import MANIFEST_FILE, step_of
 from scale_mae.checkpoint.saver import Saver, SaveResult
 from scale_mae.data.decoders import Decoder
 from scale_mae.data.errors import ImageStatus
@@ -37,9 +38,9 @@ class NewestCheckpoint:
         """What a checkpoint that was found says of itself."""
         if checkpoint is None:
             return cls()
-        files = store.read_manifest(checkpoint).files.values()
-        made = (checkpoint / store.MANIFEST).stat().st_mtime
-        return cls(store.step_of(checkpoint), made, None, sum(int(facts["bytes"]) for facts in files))
+        files = read_manifest(checkpoint).files.values()
+        made = (checkpoint / MANIFEST_FILE).stat().st_mtime
+        return cls(step_of(checkpoint), made, None, sum(int(facts["bytes"]) for facts in files))
 
 
 class MetricsLogger:
@@ -117,12 +118,16 @@ class MetricsLogger:
 
     def saves(self) -> None:
         """Tell of the saves that have ended since the last call."""
-        for saved in self.saver.ended():
+        for saved in self.saver.take_results():
             self.pace.saved(saved.seconds)
-            stall = f"; training stood still for {saved.stalled:.1f} s of it" if saved.stalled < saved.seconds else ""
+            stall = (
+                f"; training stood still for {saved.blocked_seconds:.1f} s of it"
+                if saved.blocked_seconds < saved.seconds
+                else ""
+            )
             told = f"saved {saved.path} in {saved.seconds:.1f} s{stall}"
             self.log.write_message(f"checkpoint lost, {self.saver.failures} so far: {saved.error}" if saved.error else told)
-            for note in saved.notes:
+            for note in saved.messages:
                 self.log.write_message(note)
             self._saved(saved)
             self._persist()  # what a kill must not take back
@@ -253,7 +258,9 @@ class MetricsLogger:
             return
         self._newest = NewestCheckpoint(saved.step, time.time(), saved.seconds, saved.nbytes)
         self._instruments.counters.add("checkpoints")
-        self.record("checkpoint", step=saved.step, seconds=saved.seconds, stalled=saved.stalled, bytes=saved.nbytes)
+        self.record(
+            "checkpoint", step=saved.step, seconds=saved.seconds, blocked_seconds=saved.blocked_seconds, bytes=saved.nbytes
+        )
 
     def _persist(self) -> None:
         if self._world.is_main:

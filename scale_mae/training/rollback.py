@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint import store
+from scale_mae.checkpoint.discovery import latest_valid, rename_as_damaged
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.paths import list_checkpoints, step_of
 from scale_mae.config import UserError
 from scale_mae.config.sections import RollbackConfig
 from scale_mae.data.index import Index
@@ -139,7 +141,7 @@ class RollbackController:
         allowed = self.rollbacks < self._config.max_rollbacks
         checkpoint = self._choose(verdict.first - 1, notes) if allowed else None
         # The step before the first bad one may have spoilt the weights; if the checkpoint holds it, it was found good.
-        to = store.step_of(checkpoint) if checkpoint else 0
+        to = step_of(checkpoint) if checkpoint else 0
         first = max(verdict.first - 1, to + 1)
         rows = (verdict.last - first + 1) * self.plan.global_batch
         positions = self.plan.positions(first - 1, 0, 1, 0, rows)
@@ -176,18 +178,18 @@ class RollbackController:
         none since, what is wrong may be in it: then the one before it, if there is one."""
         checkpoint = None
         try:
-            checkpoint = store.newest_good(self._dir, notes.append, set_aside=True, last=last)
-            if checkpoint and self._past and store.step_of(checkpoint) == self._past[-1]["to"]:  # later ones were set aside
-                older = store.newest_good(self._dir, notes.append, set_aside=True, last=store.step_of(checkpoint) - 1)
+            checkpoint = latest_valid(self._dir, notes.append, rename_damaged=True, max_step=last)
+            if checkpoint and self._past and step_of(checkpoint) == self._past[-1]["to"]:  # later ones were set aside
+                older = latest_valid(self._dir, notes.append, rename_damaged=True, max_step=step_of(checkpoint) - 1)
                 checkpoint = older or checkpoint
-        except store.CheckpointError as error:
+        except CheckpointError as error:
             notes.append(str(error))
         return checkpoint
 
     def _discard_after(self, checkpoint: Path) -> None:
         """A run that is resumed must not find what this one turns its back on."""
-        for newer in store.checkpoints(self._dir):
-            if newer.name > checkpoint.name and store.move_aside(newer) is None:
+        for newer in list_checkpoints(self._dir):
+            if newer.name > checkpoint.name and rename_as_damaged(newer) is None:
                 raise RollbackError(f"{newer}: is of a run gone bad and cannot be renamed; delete it and start again")
 
 

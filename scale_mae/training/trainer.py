@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from scale_mae.checkpoint import store
+from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.checkpoint.saver import Saver
 from scale_mae.checkpoint.size import checkpoint_size
 from scale_mae.config import Config, UserError
@@ -95,8 +95,8 @@ class Trainer:
             notes.append(f"resumed from {checkpoint}")
         nbytes, main_only_nbytes = checkpoint_size(parameters, config.train.precision, self.engine.zero_stage)
         sizes = {"zero_stage": self.engine.zero_stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
-        keep_every = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
-        self.saver = Saver(self.dir, config, world, **sizes, keep_every=keep_every, failures=failed_saves)
+        keep_interval = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
+        self.saver = Saver(self.dir, config, world, **sizes, keep_interval=keep_interval, failures=failed_saves)
         self.pace = StopTimeEstimator(16 * parameters, recent_saves)
 
         # Batches, measurements, and where they are told
@@ -148,7 +148,7 @@ class Trainer:
                     self._go_back(self.recovery.verdict)
             self._save()
             self.watchdog.beat()
-            self.saver.drain()
+            self.saver.wait()
             self.teller.saves()
             self.teller.rest()
             if self.stop.reason or vote is Vote.STOP:
@@ -156,7 +156,7 @@ class Trainer:
                 self.log.write_message(stopped)
             if self.saver.error:
                 raise self.saver.error
-            if self.world.is_main and (saved := store.checkpoints(self.dir)):
+            if self.world.is_main and (saved := list_checkpoints(self.dir)):
                 self.task.saved(saved[-1])
         return TrainingResult(self.dir, self.step, self.step >= total, stopped)
 
@@ -241,7 +241,7 @@ class Trainer:
         notes: list[str] = []
         self.watch.mark("other")
         self.teller.failures(self.step)
-        self.saver.drain()
+        self.saver.wait()
         self.teller.saves()
         self.watchdog.beat()
         try:
@@ -263,10 +263,10 @@ class Trainer:
         if self.step == self.saved:
             return
         self.watch.mark("other")
-        self.saver.drain()  # what the last one came to belongs into this one
+        self.saver.wait()  # what the last one came to belongs into this one
         self.teller.saves()
         if not all(self.world.all_gather(self.engine.weights_are_finite())):
-            whole = [None, *store.checkpoints(self.dir)]  # saves that were lost are none of them
+            whole = [None, *list_checkpoints(self.dir)]  # saves that were lost are none of them
             raise NonFiniteError(
                 f"weights are not finite after step {self.step}; nothing saved from it (last checkpoint: {whole[-1]}); {ADVICE}"
             )

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
 from scale_mae.model.sizes import PROBE_EPS

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.config import Config, ConfigError
 from scale_mae.distributed.process_group import World
 from scale_mae.model.classifier import Classifier, build_classifier

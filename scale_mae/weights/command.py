@@ -53,10 +53,11 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def convert(args: argparse.Namespace) -> int:
     """Run ``scale-mae convert``."""
-    from scale_mae.checkpoint.store import begin, is_ours
+    from scale_mae.checkpoint.discovery import start_verification
+    from scale_mae.checkpoint.paths import is_run_or_checkpoint
 
     sys.setswitchinterval(1e-4)  # seconds; lets the checksum threads run while torch is being imported
-    verification = begin(args.checkpoint) if is_ours(Path(args.checkpoint)) else None
+    verification = start_verification(args.checkpoint) if is_run_or_checkpoint(Path(args.checkpoint)) else None
     gc.disable()  # collecting the objects of torch, during its import and at exit, would take half a second
     from scale_mae.weights.convert import convert
 
@@ -79,7 +80,7 @@ def init(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Run ``scale-mae inspect``."""
-    from scale_mae.checkpoint.store import CheckpointError
+    from scale_mae.checkpoint.errors import CheckpointError
     from scale_mae.weights.inspection import inspect, render
 
     report = inspect(args.path)

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
-from scale_mae.checkpoint.store import FOLDER, Verification, begin, is_ours, locate, step_of
+from scale_mae.checkpoint.discovery import locate_checkpoint, start_verification
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
+from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, is_run_or_checkpoint, step_of
+from scale_mae.checkpoint.verification import Verification
 from scale_mae.config import UserError
 from scale_mae.runs import history
 from scale_mae.weights.atomic_write import write_atomically
@@ -57,7 +59,8 @@ def convert(
         probe: Number of the linear probe, from 0 (default: the best).
         max_shard_gb: The largest file of a ``state_dict`` folder in GB (default: 5).
         warn: Receives messages about damaged checkpoints that were skipped, and about missing frozen parameters.
-        verification: A running verification of ``checkpoint`` (:func:`scale_mae.checkpoint.store.begin`), to save time.
+        verification: A running verification of ``checkpoint``, to save time. See
+            :func:`scale_mae.checkpoint.discovery.start_verification`.
 
     Returns:
         ``out``.
@@ -70,10 +73,10 @@ def convert(
     path, request = Path(checkpoint), ExportRequest(to, dtype, image_size, pool, ema, probe)
     as_folder = _check_request(request, out, max_shard_gb)
     export = partial(_export, to=to, as_folder=as_folder, out=out, max_bytes=(max_shard_gb or DEFAULT_SHARD_GB) * 1e9)
-    if path.is_dir() and not is_ours(path):
+    if path.is_dir() and not is_run_or_checkpoint(path):
         export(open_deepspeed_folder(path, request, warn), verify_checkpoint=lambda: None)
         return out
-    verification = verification or begin(path)
+    verification = verification or start_verification(path)
     # Import timm, which takes seconds, while the checkpoint is read. The pool waits for the import after an error too, because
     # an import must not run while Python exits.
     with ThreadPoolExecutor(1, "import") as importer:
@@ -92,14 +95,14 @@ def _export_valid_checkpoint(
     warn: Callable[[str], None],
 ) -> Path:
     """Export the checkpoint while it is being verified. If it is damaged, export the one before. Return the exported one."""
-    checkpoint, notes = verification.checkpoint, verification.notes
+    checkpoint, notes = verification.checkpoint, verification.messages
     try:
         export(open_checkpoint(checkpoint, request), verify_checkpoint=verification.result)
     except UserError:
         if not verification.failed():
             raise
         notes = []
-        checkpoint = locate(path, notes.append)  # the one before, or an error that names the damaged file
+        checkpoint = locate_checkpoint(path, notes.append)  # the one before, or an error that names the damaged file
         export(open_checkpoint(checkpoint, request), verify_checkpoint=lambda: None)
     for note in notes:
         warn(note)
@@ -108,7 +111,7 @@ def _export_valid_checkpoint(
 
 def _record_export(checkpoint: Path, to: str, out: Path, warn: Callable[[str], None]) -> None:
     """Record the export in the history of the run, if the checkpoint is in a run directory."""
-    if checkpoint.parent.name == FOLDER:
+    if checkpoint.parent.name == CHECKPOINTS_FOLDER:
         run_dir = checkpoint.parent.parent
         try:
             history.append(run_dir, "export", format=to, path=str(out.resolve()), step=step_of(checkpoint))
@@ -209,7 +212,7 @@ def _compare_bits(expected: Mapping[str, LazyTensor], written: Mapping[str, Tens
 
 def _is_same(expected: LazyTensor, read: Tensor) -> bool:
     read, start = read.reshape(-1).view(torch.uint8) if read.numel() else read.reshape(-1), 0
-    for part in expected.stretches():
+    for part in expected.chunks():
         stop = start + part.nbytes
         if not torch.equal(part.contiguous().view(torch.uint8), read[start:stop]):
             return False

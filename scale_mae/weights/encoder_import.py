@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.model.sizes import SIZES
 from scale_mae.weights.key_matching import check_keys, count_blocks, read_matching
 from scale_mae.weights.metadata import POOLING, TIMM_NAMES, encoder_metadata

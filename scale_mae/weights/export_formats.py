@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor, TensorFiles, map_tensors, write_folder, write_tensors
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.config import UserError
 from scale_mae.weights.export_source import ExportSource
 from scale_mae.weights.graph_export import (
@@ -33,6 +33,7 @@ from scale_mae.weights.huggingface import (
     to_huggingface,
 )
 from scale_mae.weights.metadata import METADATA_KEY, build_timm_config
+from scale_mae.weights.safetensors_io import TensorFiles, map_tensors, write_folder, write_tensors
 
 if TYPE_CHECKING:  # importing timm takes seconds; convert() does it in a thread
     from scale_mae.weights.parity import Outputs, ParityBatch

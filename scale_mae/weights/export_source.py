@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, read_config, read_manifest
-from scale_mae.checkpoint.zero_files import find_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
+from scale_mae.checkpoint.manifest import read_config, read_manifest
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
 from scale_mae.model.pos_embed import resize_pos_embed
@@ -106,7 +107,7 @@ def open_deepspeed_folder(path: Path, request: ExportRequest, warn: Callable[[st
     Raises:
         UserError: An option of the request needs a known model.
     """
-    reader = ZeroReader(find_folder(path))
+    reader = ZeroReader(find_deepspeed_folder(path))
     options = {"--image-size": request.image_size, "--ema": request.ema, "--probe": request.probe is not None}
     unsupported = [f"--to {request.to}"] if request.to != "state_dict" else [name for name, value in options.items() if value]
     if unsupported:
@@ -145,16 +146,16 @@ def _lazy_tensors(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor
     """Return a checkpoint's tensors. Reading them releases the pages of earlier ones at intervals, to limit memory."""
     mapped = 0
 
-    def stretches(name: str) -> Iterator[Tensor]:
+    def chunks(name: str) -> Iterator[Tensor]:
         nonlocal mapped
         if mapped >= RELEASE_INTERVAL:
             reader.release()
             mapped = 0
-        for part in reader.stretches(name, key):
+        for part in reader.chunks(name, key):
             mapped += part.nbytes
             yield part
 
-    return {name: replace(reader.lazy(name), stretches=partial(stretches, name)) for name in reader}
+    return {name: replace(reader.lazy(name), chunks=partial(chunks, name)) for name in reader}
 
 
 def _resize(
@@ -169,7 +170,7 @@ def _resize(
 
     def resize(table: LazyTensor) -> LazyTensor:
         shape = (1, 1 + math.prod(new), table.shape[2])
-        return replace(table, shape=shape, stretches=lambda: [resize_pos_embed(table.read(), old, new).reshape(-1)])
+        return replace(table, shape=shape, chunks=lambda: [resize_pos_embed(table.read(), old, new).reshape(-1)])
 
     tables = {key: resize(weights[key]) for key in POSITION_TABLES if key in weights}
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.config import UserError
 from scale_mae.weights.key_matching import count_blocks
 from scale_mae.weights.metadata import METADATA_FILE, METADATA_KEY

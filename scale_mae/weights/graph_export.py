@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.config import UserError
 from scale_mae.weights.metadata import METADATA_KEY
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.config import UserError
 
 ModelType = Literal["vit_mae", "vit"]
@@ -98,9 +98,7 @@ def to_huggingface(tensors: Mapping[str, LazyTensor], model_type: ModelType) -> 
 def _slice_third(tensor: LazyTensor, index: int) -> LazyTensor:
     """Return one third of the rows of ``qkv``."""
     rows = tensor.shape[0] // 3
-    return replace(
-        tensor, shape=(rows, *tensor.shape[1:]), stretches=lambda: [tensor.read()[index * rows :][:rows].reshape(-1)]
-    )
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), chunks=lambda: [tensor.read()[index * rows :][:rows].reshape(-1)])
 
 
 def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

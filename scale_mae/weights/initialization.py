@@ -16,7 +16,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import LazyTensor, TensorFiles, write_tensors
+from scale_mae.checkpoint.lazy_tensor import LazyTensor
 from scale_mae.config import Config, UserError
 from scale_mae.distributed.process_group import World
 from scale_mae.model.mae import MAE, POS_EMBED_NAMES
@@ -28,6 +28,7 @@ from scale_mae.weights.key_matching import check_attention_heads, check_keys, fi
 from scale_mae.weights.metadata import METADATA_KEY, build_metadata
 from scale_mae.weights.model_builder import build_mae_from_config
 from scale_mae.weights.position_tables import fit_position_table, infer_grid
+from scale_mae.weights.safetensors_io import TensorFiles, write_tensors
 from scale_mae.weights.weight_import import ImportedWeights, is_decoder_key, locate_weights, read_weights
 
 

@@ -12,18 +12,11 @@ from typing import Any
 
 import torch
 
-from scale_mae.checkpoint.store import (
-    DAMAGED,
-    DEEPSPEED_TAG,
-    FOLDER,
-    CheckpointError,
-    checkpoints,
-    is_ours,
-    read_config,
-    read_manifest,
-    verify,
-)
-from scale_mae.checkpoint.zero_files import find_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.manifest import read_config, read_manifest
+from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, DAMAGED_PREFIX, DEEPSPEED_TAG, is_run_or_checkpoint, list_checkpoints
+from scale_mae.checkpoint.verification import verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError, saved_config
 from scale_mae.weights.classifier_heads import read_head
@@ -46,9 +39,9 @@ def inspect(path: str | Path) -> Report:
     """
     path = Path(path)
     try:
-        if (path / FOLDER).is_dir():
+        if (path / CHECKPOINTS_FOLDER).is_dir():
             return _inspect_run(path)
-        if is_ours(path):
+        if is_run_or_checkpoint(path):
             return _inspect_checkpoint(path)
         if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
             return _inspect_deepspeed(path)
@@ -62,10 +55,10 @@ def inspect(path: str | Path) -> Report:
 
 def _inspect_run(run_dir: Path) -> Report:
     config = saved_config(run_dir / "config.yaml")
-    rows = [_checkpoint_row(checkpoint) for checkpoint in checkpoints(run_dir)]
+    rows = [_checkpoint_row(checkpoint) for checkpoint in list_checkpoints(run_dir)]
     valid = [row["name"] for row in rows if not row[PROBLEM]]
     problems = [row[PROBLEM] for row in rows if row[PROBLEM]]
-    set_aside = sorted(p.name for p in (run_dir / FOLDER).glob(f"{DAMAGED}*"))
+    set_aside = sorted(p.name for p in (run_dir / CHECKPOINTS_FOLDER).glob(f"{DAMAGED_PREFIX}*"))
     problem = f"{run_dir}: {len(problems)} of {len(rows)} checkpoints damaged; {problems[-1]}" if problems else None
     if set_aside and not rows:
         problem = f"{run_dir}: all checkpoints ({len(set_aside)}) are damaged and set aside"
@@ -163,7 +156,7 @@ def _inspect_checkpoint(checkpoint: Path) -> Report:
 
 
 def _inspect_deepspeed(path: Path) -> Report:
-    folder = find_folder(path)
+    folder = find_deepspeed_folder(path)
     reader = ZeroReader(folder)
     return {
         "kind": "DeepSpeed checkpoint",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.model.sizes import SIZES
 from scale_mae.weights.weight_import import ImportedWeights, is_decoder_key
 

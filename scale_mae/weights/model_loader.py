@@ -7,7 +7,9 @@ from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
 
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, CheckpointError, read_config
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.manifest import read_config
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE

@@ -15,8 +15,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from scale_mae.checkpoint.safetensors_io import Reading
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.lazy_tensor import LazyTensorReader
 from scale_mae.config import Config, UserError
 from scale_mae.model.mae import MAE
 from scale_mae.model.sizes import PROBE_EPS
@@ -144,7 +144,7 @@ def compute_checkpoint_outputs(source: ExportSource, batch: ParityBatch, *, with
         of :func:`compute_encoder_outputs`.
     """
     assert source.config
-    weights = Reading(source.weights)
+    weights = LazyTensorReader(source.weights)
     if source.head:
         classifier = build_meta_classifier(source.metadata, source.head)
         with streamed_weights(classifier, weights):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.model.pos_embed import resize_pos_embed, sincos_pos_embed
 from scale_mae.weights.key_matching import to_finite_fp32
 from scale_mae.weights.weight_import import ImportedWeights

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.model.sizes import LAYER_NORM_EPS, SIZES
 from scale_mae.weights.metadata import training_settings
 from scale_mae.weights.weight_files import WeightFiles

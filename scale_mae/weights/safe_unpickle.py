@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.store import CheckpointError
-from scale_mae.checkpoint.zero_files import reason
+from scale_mae.checkpoint.deepspeed_unpickle import load_error_reason
+from scale_mae.checkpoint.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
 # The keys under which training code stores a state dict next to other values, the most common first.
@@ -70,6 +70,6 @@ def _unpickle(path: Path) -> Any:
                 f"{path}: refused, because unpickling it would call {forbidden[1]}; "
                 "only tensors and plain values are allowed. Save the state dict alone."
             ) from None
-        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)})") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)})") from None

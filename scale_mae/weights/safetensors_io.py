@@ -1,8 +1,8 @@
 """Reads and writes safetensors files one tensor at a time, so that a model of any size passes through little memory.
 
 A file contains the length of its header in eight bytes, a JSON header, and the values of the tensors one after the other. The
-header states the dtype, shape and position of each tensor, and free metadata. A folder with several such files has an index file
-as Hugging Face defines it.
+header contains the dtype, shape and position of each tensor, and free metadata. A folder with several such files has an index
+file as Hugging Face defines it.
 """
 
 from __future__ import annotations

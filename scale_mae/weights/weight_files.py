@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import TensorFiles
-from scale_mae.checkpoint.store import CheckpointError
+from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.config import UserError
 from scale_mae.system.files import sha256
 from scale_mae.weights.metadata import METADATA_FILE, METADATA_KEY
 from scale_mae.weights.safe_unpickle import load_pickled_weights
+from scale_mae.weights.safetensors_io import TensorFiles
 
 ONNX, TORCH_EXPORT = "an ONNX model, not a state dict", "a torch.export program (.pt2), not a state dict"
 DEFAULT_NAMES = ("model.safetensors", "pytorch_model.bin")  # of timm and transformers; a folder may hold other files as well

@@ -17,14 +17,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scale_mae.checkpoint.safetensors_io import Reading, digest_of
-from scale_mae.checkpoint.store import DEEPSPEED_TAG, CheckpointError, is_ours, locate, read_config, read_manifest
-from scale_mae.checkpoint.zero_files import find_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.discovery import locate_checkpoint
+from scale_mae.checkpoint.errors import CheckpointError
+from scale_mae.checkpoint.lazy_tensor import LazyTensorReader
+from scale_mae.checkpoint.manifest import read_config, read_manifest
+from scale_mae.checkpoint.paths import DEEPSPEED_TAG, is_run_or_checkpoint
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.weights.classifier_heads import read_head, to_linear_head
 from scale_mae.weights.huggingface import from_huggingface
 from scale_mae.weights.metadata import build_metadata, is_classifier
 from scale_mae.weights.provenance import Provenance, detect_provenance, provenance_from_metadata
+from scale_mae.weights.safetensors_io import digest_of
 from scale_mae.weights.weight_files import WeightFiles, open_weights
 
 HEAD_PREFIXES = ("head.", "fc_norm.", "classifier.", "pooler.")
@@ -87,7 +91,7 @@ def locate_weights(path: str | Path, warn: Callable[[str], None]) -> Path:
         CheckpointError: The run directory has no valid checkpoint, or the checkpoint is damaged.
     """
     path = Path(path)
-    return locate(path, warn) if is_ours(path) else path
+    return locate_checkpoint(path, warn) if is_run_or_checkpoint(path) else path
 
 
 def read_weights(path: Path) -> ImportedWeights:
@@ -96,10 +100,10 @@ def read_weights(path: Path) -> ImportedWeights:
     Raises:
         CheckpointError: ``path`` holds no usable weights.
     """
-    if is_ours(path):
+    if is_run_or_checkpoint(path):
         return _read_checkpoint(path)
     if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
-        reader = ZeroReader(find_folder(path))
+        reader = ZeroReader(find_deepspeed_folder(path))
         provenance = Provenance(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step)
         return ImportedWeights(path, *_split_timm_keys(reader, path), provenance=provenance, digest=lambda: "")
     files = open_weights(path)
@@ -147,7 +151,7 @@ def _read_checkpoint(checkpoint: Path) -> ImportedWeights:
     tensors: Mapping[str, Tensor] = reader
     head = read_head(config, reader) if is_classifier(config) else None
     if head:
-        tensors = Reading(to_linear_head({key: reader.lazy(key) for key in reader}, head))
+        tensors = LazyTensorReader(to_linear_head({key: reader.lazy(key) for key in reader}, head))
     provenance = provenance_from_metadata(build_metadata(config, manifest.step, head=head), "scale-mae checkpoint")
     split = _split_timm_keys(tensors, checkpoint)
     return ImportedWeights(checkpoint, *split, provenance=provenance, digest=lambda: digest_of(tensors))

@@ -1,4 +1,4 @@
-"""Rules of the code base that a reader may rely on."""
+"""The rules that all code of the package follows."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def name_of(path):
 
 
 def imports(path):
-    """Modules that a file imports, anywhere in it."""
+    """Yield the names of the modules that a file imports, at any place in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -29,7 +29,7 @@ def imports(path):
 
 
 def runtime_imports(path):
-    """Our modules that a file imports when it runs, as dotted names; imports for type checkers only do not count."""
+    """Yield the names of the scale_mae modules that a file imports when it runs, not those for type checkers only."""
     tree = ast.parse(path.read_text())
     blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
     skipped = {id(n) for block in blocks for n in ast.walk(block)}
@@ -46,11 +46,11 @@ def importers(prefix):
 
 NAMES = {name_of(path) for path in MODULES}
 TOP = {"__init__", "__main__", "api", "cli", "demo", "doctor"}
-LAYERS = [  # each imports only from those before it
+LAYERS = [  # a layer imports from the layers before it only
     *("config", "system", "distributed", "model", "data", "checkpoint", "engine", "metrics", "runs", "weights"),
     *("evaluation", "training", "slurm", "report", "doctor", "preflight", "demo", "api", "cli", "__main__"),
 ]
-DATA = {"demo_data", "reference_curves"}  # shipped files
+DATA = {"demo_data", "reference_curves"}  # packages of data files
 
 
 def test_the_top_level_holds_six_modules_and_packages():
@@ -64,7 +64,7 @@ def test_a_module_imports_only_from_its_own_layer_and_lower_ones(path):
     allowed = {"__init__", *LAYERS[: LAYERS.index(own) + 1]} if own in LAYERS else set()
     for module in runtime_imports(path):
         layer = [*module.split("."), "__init__"][1]
-        assert layer in allowed, f"{name_of(path)} imports {module}, which lies above it"
+        assert layer in allowed, f"{name_of(path)} imports {module}, which is in a higher layer"
 
 
 def test_no_modules_import_each_other():
@@ -89,12 +89,22 @@ def test_only_the_api_imports_the_trainer():
     assert importers("scale_mae.cli") <= {"scale_mae.__main__"}
 
 
-def test_importing_the_package_and_asking_for_help_import_nothing_heavy():
-    heavy = "{'torch', 'numpy', 'rich', 'plotly', 'PIL', 'matplotlib'}"
-    program = (
-        f"import sys, scale_mae, scale_mae.cli; scale_mae.cli.build_parser(); sys.exit(bool({heavy} & sys.modules.keys()))"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+@pytest.mark.parametrize(
+    "action",
+    ["build_parser().format_help()", "main(['recipes'])", "main(['schema'])", "complete_override('train.')"],
+    ids=["help", "recipes", "schema", "completion"],
+)
+def test_light_commands_import_no_heavy_package(action):
+    program = f"""
+import sys, scale_mae
+from scale_mae.cli import build_parser, main
+from scale_mae.system.completion import complete_override
+{action}
+heavy = {{"torch", "numpy", "rich", "plotly", "PIL", "matplotlib"}} & sys.modules.keys()
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_public_names_have_docstrings():

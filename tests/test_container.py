@@ -43,7 +43,9 @@ def make_image(tmp_path):
 def test_make_image_without_a_builder_is_one_error(make_image):
     done = make_image(docker=1)  # a client whose daemon does not run
     assert done.returncode
-    assert done.stdout == "make image needs docker with its daemon running, podman or buildah; none works here\n"
+    assert done.stdout == (
+        "docker (with a running daemon), podman or buildah is required, but none works here. Install one of them.\n"
+    )
 
 
 def test_make_image_takes_the_first_builder_that_works(make_image):

@@ -1,4 +1,4 @@
-"""The built wheel carries all that a run needs."""
+"""The built wheel contains everything that a run needs."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_an_installed_wheel_runs_from_an_empty_folder(tmp_path):
-    """Dependencies come from this environment; scale_mae itself from the wheel alone."""
+    """The dependencies come from this environment, scale_mae itself only from the wheel."""
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
@@ -20,13 +20,13 @@ def test_an_installed_wheel_runs_from_an_empty_folder(tmp_path):
     assert (site / "scale_mae" / "ds_configs" / "recipes" / "demo.yaml").exists()
     assert len(list((site / "scale_mae" / "demo_data").glob("*.tar.gz"))) == 5
     environment = os.environ | {"PYTHONPATH": str(site)}
-    where = "import scale_mae; print(scale_mae.__file__)"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=empty, env=environment, capture_output=True, text=True, check=True
+    program = "import scale_mae; print(scale_mae.__file__)"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True, check=True
     )
-    assert found.stdout.startswith(str(site))
-    short = ["train.duration=2 steps", "optim.warmup=1 steps", "data.decoder=auto"]
-    command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", *short]
+    assert imported.stdout.startswith(str(site))
+    overrides = ["train.duration=2 steps", "optim.warmup=1 steps", "data.decoder=auto"]
+    command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", *overrides]
     subprocess.run(command, cwd=empty, env=environment, check=True, timeout=300)
     assert (empty / "runs" / "demo" / "checkpoints" / "step-00000002" / "manifest.json").exists()
     assert "data.decoder=dali_cpu (DALI is here" in (empty / "runs" / "demo" / "log.txt").read_text()

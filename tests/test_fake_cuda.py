@@ -97,7 +97,7 @@ def test_color_jitter(device):
 
 
 def classifier(setting):
-    options = {"image_size": (SIDE, SIDE), "patch": PATCH, "classes": CLASSES, "drop_path": 0.1}
+    options = {"image_size": (SIDE, SIDE), "patch_size": PATCH, "classes": CLASSES, "drop_path": 0.1}
     model = build_classifier(SIZES["nano"], seed=0, scratch=False, **options)
     if setting == "last blocks":
         model.freeze(1.5)

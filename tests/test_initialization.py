@@ -31,7 +31,7 @@ from scale_mae.weights.initialization import load_initial_model, load_initial_we
 from scale_mae.weights.model_loader import load_untrained_encoder
 from scale_mae.weights.weight_import import is_decoder_key, locate_weights, read_weights
 
-NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+NANO = {"image_size": (32, 32), "patch_size": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 TIMM = {"embed_dim": 96, "depth": 6, "num_heads": 3, "img_size": 32, "patch_size": 8}
 
 
@@ -198,7 +198,7 @@ def test_nothing_may_be_missing_or_superfluous(tmp_path, changes, message):
     [
         ({"size": "tiny"}, r"has 12 blocks, the model has 6 .*Set model.size=tiny"),
         (
-            {"patch": (4, 4)},
+            {"patch_size": (4, 4)},
             r"patch_embed.proj.weight has shape \[96, 3, 4, 4\], the model \[96, 3, 8, 8\]. .*patch_size=\[4, 4\]",
         ),
         ({"decoder_width": 32}, r"\[1, 1, 32\], the model \[1, 1, 64\]. Set model.decoder_width=32"),

@@ -19,7 +19,7 @@ from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
 from scale_mae.weights.inspection import inspect, render
 
-NANO = {"image_size": (32, 32), "patch": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+NANO = {"image_size": (32, 32), "patch_size": (8, 8), "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}
 
 

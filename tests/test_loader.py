@@ -287,7 +287,7 @@ def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(b"x" * 2000)
-    with pytest.raises(DataError, match=r"not an image .* none of \d+ other images .* check the storage") as caught:
+    with pytest.raises(DataError, match=r"not an image .* None of \d+ substitutes .* Check the storage") as caught:
         next(make_loader(index).batches(0, 3))
     assert "\n" not in str(caught.value)
 
@@ -310,7 +310,7 @@ def test_failures_of_a_decoders_second_stage_are_replaced_too(tmp_path):
 
 
 def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "PATIENCE", (0.3, 0.3, 0.3))
+    monkeypatch.setattr(storage, "READ_TIMEOUTS", (0.3, 0.3, 0.3))
     index = open_index(str(make_folders(tmp_path)))
     slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
     answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._OpenFile
@@ -335,15 +335,15 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
 def test_a_process_ends_though_storage_still_hangs(tmp_path):
     make_folders(tmp_path)
     program = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; from scale_mae.data import loader;"
-        "loader.PATIENCE = (0.2, 0.2); index = test_loader.open_index(sys.argv[1]);"
-        "import time; from scale_mae.data import storage; storage._OpenFile = lambda path: time.sleep(1000);"
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; import time; from scale_mae.data import storage;"
+        "storage.READ_TIMEOUTS = (0.2, 0.2); index = test_loader.open_index(sys.argv[1]);"
+        "storage._OpenFile = lambda path: time.sleep(1000);"
         "next(test_loader.make_loader(index).batches(0, 3))"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert re.search(r"DataError: .*unreadable \(no answer for 0.2 s\), and none of \d+ other images", done.stderr)
+    assert re.search(r"DataError: .*unreadable \(no answer for 0.2 s\)\. None of \d+ substitutes", done.stderr)
 
 
 def count(tally, images, failures):
@@ -362,12 +362,16 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
         count(tally, images, bad)
     tally = FailureCounter(
         0.001,
-        json.loads(json.dumps(tally.state()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}),
+        json.loads(
+            json.dumps(tally.state_dict()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
+        ),
     )
     for images in range(start + 50_000, start + WINDOW, 1000):  # as before, after a resume
         count(tally, images, bad)
     count(tally, start + WINDOW - 600, [])
-    with pytest.raises(DataError, match=r"101 of the last 100000 images .*600 damaged so far.*0.001.*a.jpg: damaged") as caught:
+    with pytest.raises(
+        DataError, match=r"101 of the last 100000 images .*600 damaged since the start.*0.001.*a.jpg: damaged"
+    ) as caught:
         count(tally, start + WINDOW - 500, bad)
     assert "\n" not in str(caught.value)
     count(tally, start + WINDOW, [])  # no more of them: a run whose data was put right goes on
@@ -384,10 +388,10 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
 def test_the_choice_of_a_decoder_says_why(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(decoders, "_dali_problem", lambda: "")
-    assert decoders.choose_decoder("auto", cpu) == ("dali_cpu", "DALI is here, a GPU is not")
+    assert decoders.choose_decoder("auto", cpu) == ("dali_cpu", "DALI is available, a GPU is not")
     assert decoders.choose_decoder("auto", gpu)[0] == "dali_gpu"
-    assert decoders.choose_decoder("pillow", gpu) == ("pillow", "as asked for")
-    with pytest.raises(DataError, match="data.decoder=dali_gpu cannot be used: there is no GPU"):
+    assert decoders.choose_decoder("pillow", gpu) == ("pillow", "as configured")
+    with pytest.raises(DataError, match="data.decoder=dali_gpu: not available, because there is no GPU"):
         decoders.choose_decoder("dali_gpu", cpu)
     monkeypatch.setattr(decoders, "_dali_problem", lambda: "DALI cannot be imported (no such module)")
     assert decoders.choose_decoder("auto", gpu) == ("pillow", "DALI cannot be imported (no such module)")

@@ -11,7 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from scale_mae.config import ConfigError, load_config
 from scale_mae.config.sections import ClassifyConfig
-from scale_mae.data.mixup import BatchAugmentation, seeds
+from scale_mae.data.mixup import BatchAugmentation, derive_seeds
 from scale_mae.data.transforms import normalize
 
 CLASSES = 10
@@ -31,7 +31,7 @@ def batch(size=6, height=24, width=40):
 
 
 def timms(images, labels, config, seed):
-    boxes, mixes, pixels = seeds(seed)
+    boxes, mixes, pixels = derive_seeds(seed)
     random.seed(boxes)
     np.random.seed(mixes)
     torch.manual_seed(pixels)
@@ -90,7 +90,7 @@ def test_seeds_in_a_row_draw_the_whole_distribution():
     from scipy import stats  # only here, so that the test for GPUs runs without it
 
     n, alpha = 4000, 0.8
-    shares = [np.random.RandomState(mixes).beta(alpha, alpha) for _, mixes, _ in map(seeds, range(n))]
+    shares = [np.random.RandomState(mixes).beta(alpha, alpha) for _, mixes, _ in map(derive_seeds, range(n))]
     assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
     erased = 0
     for seed in range(300):

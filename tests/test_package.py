@@ -29,4 +29,4 @@ def test_an_installed_wheel_runs_from_an_empty_folder(tmp_path):
     command = [sys.executable, "-m", "scale_mae", "pretrain", "demo", *overrides]
     subprocess.run(command, cwd=empty, env=environment, check=True, timeout=300)
     assert (empty / "runs" / "demo" / "checkpoints" / "step-00000002" / "manifest.json").exists()
-    assert "data.decoder=dali_cpu (DALI is here" in (empty / "runs" / "demo" / "log.txt").read_text()
+    assert "data.decoder=dali_cpu (DALI is available" in (empty / "runs" / "demo" / "log.txt").read_text()

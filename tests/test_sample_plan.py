@@ -15,7 +15,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from scale_mae.config.sections import DataConfig
 from scale_mae.data.crop_boxes import fixed_size_crops, random_resized_crops
-from scale_mae.data.sample_plan import SUBSTITUTES, SamplePlan
+from scale_mae.data.sample_plan import NUM_SUBSTITUTES, SamplePlan
 
 SIZE = (224, 224)
 
@@ -257,7 +257,7 @@ def test_substitutes_are_many_and_always_the_same():
     plan = SamplePlan(0, 1000, 8)
     drawn = [plan.substitutes(position) for position in range(500)]
     assert drawn == [SamplePlan(0, 1000, 99).substitutes(position) for position in range(500)]
-    assert {len(numbers) for numbers in drawn} == {SUBSTITUTES}
+    assert {len(numbers) for numbers in drawn} == {NUM_SUBSTITUTES}
     assert stats.kstest(np.ravel(drawn), stats.randint(0, 1000).cdf).pvalue > 1e-3
 
 
@@ -279,7 +279,7 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
         plan = plan.skip(first, first + length)
         skipped |= set(range(first, first + length))
     taken = np.concatenate([plan.positions(s, r, ranks, 0, micro_batch) for s in range(steps) for r in range(ranks)])
-    kept = [position for position in range(500) if position not in skipped]
+    kept = [position for position in range(1000) if position not in skipped]
     assert taken.tolist() == kept[: steps * batch]
     assert {p for first, stop in plan.skipped for p in range(first, stop)} == skipped
     assert all(a[1] < b[0] for a, b in zip(plan.skipped, plan.skipped[1:], strict=False))

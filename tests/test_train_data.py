@@ -78,7 +78,7 @@ def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder)
     assert log(tmp_path / "a", "loss", "grad_norm") == log(tmp_path / "b", "loss", "grad_norm")
     assert sorted(log(tmp_path / "a", "loss")) == list(range(1, 31))
     text = (tmp_path / "a" / "log.txt").read_text()
-    assert f"data.decoder={decoder} (as asked for)" in text
+    assert f"data.decoder={decoder} (as configured)" in text
     last = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
     for cause, image in (("unreadable", "class0/3.jpg"), ("damaged", "class1/7.jpg")):
         assert last[f"decode_failures_{cause}"] == text.count(f"{image}: {cause} (") >= 4  # once an epoch, and as substitutes
@@ -98,7 +98,7 @@ def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_
     whole = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(whole))
     with pytest.raises(
-        RankError, match=r"[34] of the last \d+ images could not be used \([34] not an image so far\)"
+        RankError, match=r"[34] of the last \d+ images were unreadable \([34] not an image since the start\)"
     ) as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["DataError"] * 2
@@ -156,7 +156,7 @@ def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, mo
 def test_auto_falls_back_together_when_dali_does_not_start(tmp_path):
     config = make_config(tmp_path, **{"data.decoder": "auto"})
     assert run_ranks(2, train_with_broken_dali, config)[0].finished
-    assert "data.decoder=pillow (data.decoder=dali_cpu does not start (driver too old)" in (tmp_path / "log.txt").read_text()
+    assert "data.decoder=pillow (data.decoder=dali_cpu: does not start (driver too old)" in (tmp_path / "log.txt").read_text()
 
 
 def train_with_broken_dali(config):

@@ -1,4 +1,4 @@
-"""Crop boxes of many images at once, each from a row of uniform numbers."""
+"""Computes crop boxes for many images at once, from uniform random numbers that are given as arguments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-TRIES = 10  # of torchvision's RandomResizedCrop
-NUMBERS = 2 * TRIES + 2  # that a box may need
-REFERENCE_SIDE = (
-    224  # the reference scales the short side to 256/224 of the model's side up to this size, and to the side itself above it
-)
-_FIXED = 0.875  # share of the short side that a fixed-size crop takes: 224 of 256
+ATTEMPTS = 10  # of torchvision's RandomResizedCrop
+NUM_UNIFORMS = 2 * ATTEMPTS + 2  # random numbers per box
+REFERENCE_SIDE = 224  # pixels; for larger images the reference's evaluation cuts off no border, see reference_crop_pct
+_FIXED_FRACTION = 0.875  # of the short side, for a crop of fixed size: 224 of 256
 
 
 def random_resized_crops(
@@ -24,28 +22,28 @@ def random_resized_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Ints:
-    """Boxes (top, left, height, width) as torchvision's RandomResizedCrop draws them, from given uniform numbers.
+    """Compute the boxes of torchvision's RandomResizedCrop.
 
     Args:
-        u: ``[n, 22]`` in [0, 1): ten tries of (area, aspect ratio), then top and left.
-        widths: of the images in pixels, ``[n]``.
-        heights: likewise.
-        scale: least and largest share of the area.
-        ratio: least and largest width / height.
+        u: ``[n, 22]`` in [0, 1): ten attempts of (area, aspect ratio), then top and left.
+        widths: Widths of the images in pixels, ``[n]``.
+        heights: Heights of the images in pixels, ``[n]``.
+        scale: Smallest and largest fraction of the area.
+        ratio: Smallest and largest width / height.
 
     Returns:
-        ``[n, 4]`` integers.
+        Boxes (top, left, height, width), ``[n, 4]``.
     """
     width, height = widths.astype(np.int64), heights.astype(np.int64)
     boxes = np.empty((len(u), 4), np.int64)
-    w, h, fits = _tries(u[:, :2], width, height, scale, ratio)
-    again = np.flatnonzero(~fits)  # most first tries fit, so the others are drawn for few
+    w, h, fits = _first_fit(u[:, :2], width, height, scale, ratio)
+    again = np.flatnonzero(~fits)  # most first attempts fit, so few boxes need the other attempts
     if len(again):
-        w[again], h[again], fits[again] = _tries(u[again, 2 : 2 * TRIES], width[again], height[again], scale, ratio)
+        w[again], h[again], fits[again] = _first_fit(u[again, 2 : 2 * ATTEMPTS], width[again], height[again], scale, ratio)
     boxes[:, 0] = u[:, -2] * (height - h + 1)
     boxes[:, 1] = u[:, -1] * (width - w + 1)
     boxes[:, 2], boxes[:, 3] = h, w
-    for i in np.flatnonzero(~fits):  # ten misses: the largest centred box within the allowed ratios
+    for i in np.flatnonzero(~fits):  # no attempt fits: take the largest centered box within the allowed ratios
         shape = width[i] / height[i]
         w_i = round(height[i] * ratio[1]) if shape > ratio[1] else width[i]
         h_i = round(width[i] / ratio[0]) if shape < ratio[0] else height[i]
@@ -60,38 +58,40 @@ def clipped_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Ints:
-    """Boxes (top, left, height, width) of random size and shape, cut to the image where they do not fit: one draw, no retry.
+    """Compute boxes of random size and shape with one attempt. A box that does not fit is clipped to the image.
 
-    The recipe of BYOL (Grill et al. 2020), with which the paper's linear probes were trained: area and logarithm of the ratio
-    are uniform, the cut sides are not.
+    This is the crop of BYOL (Grill et al. 2020), with which the paper's linear probes were trained. Area and logarithm of the
+    ratio are uniform before the clipping.
 
     Args:
-        u: ``[n, 22]`` in [0, 1): as there, of which the first two and the last two are looked at.
-        widths: of the images in pixels, ``[n]``.
-        heights: likewise.
-        scale: least and largest share of the area, before the cut.
-        ratio: least and largest width / height, before the cut.
+        u: ``[n, 22]`` in [0, 1), as in :func:`random_resized_crops`. Only the first two and the last two are used.
+        widths: Widths of the images in pixels, ``[n]``.
+        heights: Heights of the images in pixels, ``[n]``.
+        scale: Smallest and largest fraction of the area, before the clipping.
+        ratio: Smallest and largest width / height, before the clipping.
 
     Returns:
-        ``[n, 4]`` integers.
+        Boxes (top, left, height, width), ``[n, 4]``.
     """
     width, height = widths.astype(np.int64), heights.astype(np.int64)
-    w, h = (sides[:, 0] for sides in _shapes(u[:, :2], width, height, scale, ratio))
+    w, h = (sides[:, 0] for sides in _sides(u[:, :2], width, height, scale, ratio))
     w, h = w.clip(1, width), h.clip(1, height)
     top, left = (u[:, -2] * (height - h + 1)).astype(np.int64), (u[:, -1] * (width - w + 1)).astype(np.int64)
     return np.stack([top, left, h, w], axis=1)
 
 
-def _tries(u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Ints, ...]:
-    """The first box that fits among those which ``u``, ``[n, 2 * tries]``, gives: width, height, whether any did."""
-    w, h = _shapes(u, width, height, scale, ratio)
+def _first_fit(
+    u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Ints, ...]:
+    """Return width and height of the first attempt that fits, and whether one does. ``u`` is ``[n, 2 * attempts]``."""
+    w, h = _sides(u, width, height, scale, ratio)
     fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     rows, first = np.arange(len(u)), fits.argmax(axis=1)
     return w[rows, first], h[rows, first], fits[rows, first]
 
 
-def _shapes(u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Ints, Ints]:
-    """Widths and heights, ``[n, tries]``, of areas and ratios from ``u``, ``[n, 2 * tries]``."""
+def _sides(u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Ints, Ints]:
+    """Return widths and heights, ``[n, attempts]``, of the areas and ratios drawn by ``u``, ``[n, 2 * attempts]``."""
     areas = (width * height)[:, None] * (scale[0] + u[:, 0::2] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     ratios = np.exp(low + u[:, 1::2] * (high - low))
@@ -99,26 +99,30 @@ def _shapes(u: Floats, width: Ints, height: Ints, scale: tuple[float, float], ra
 
 
 def fixed_size_crops(
-    place: Floats, widths: NDArray[np.integer], heights: NDArray[np.integer], image_size: tuple[int, int]
+    offsets: Floats, widths: NDArray[np.integer], heights: NDArray[np.integer], image_size: tuple[int, int]
 ) -> Ints:
-    """Boxes (top, left, height, width) with the shape of the result, 7/8 of the largest that fits.
+    """Compute boxes with the aspect ratio of the result and 7/8 of the largest size that fits.
 
     Args:
-        place: ``[n, 2]`` in [0, 1]: vertical and horizontal place, 0.5 is the centre.
-        widths: of the images in pixels, ``[n]``.
-        heights: likewise.
-        image_size: (height, width) whose shape the boxes have.
+        offsets: Vertical and horizontal offset in [0, 1], ``[n, 2]``; 0.5 is the center.
+        widths: Widths of the images in pixels, ``[n]``.
+        heights: Heights of the images in pixels, ``[n]``.
+        image_size: (height, width) of the result, for the aspect ratio.
 
     Returns:
-        ``[n, 4]`` integers.
+        Boxes (top, left, height, width), ``[n, 4]``.
     """
     sizes = np.stack([heights, widths], axis=1).astype(np.int64)
-    share = _FIXED * (sizes / np.array(image_size)).min(axis=1, keepdims=True)
-    box = np.rint(share * np.array(image_size)).astype(np.int64).clip(1, sizes)
-    corner = np.minimum((place * (sizes - box + 1)).astype(np.int64), sizes - box)
+    scale = _FIXED_FRACTION * (sizes / np.array(image_size)).min(axis=1, keepdims=True)
+    box = np.rint(scale * np.array(image_size)).astype(np.int64).clip(1, sizes)
+    corner = np.minimum((offsets * (sizes - box + 1)).astype(np.int64), sizes - box)
     return np.concatenate([corner, box], axis=1)
 
 
 def reference_crop_pct(size: int) -> float:
-    """The share of the scaled short side that the reference's evaluation cuts out for a model of ``size`` pixels."""
+    """Return timm's ``crop_pct`` of the reference's evaluation: the fraction of the scaled short side that is cut out.
+
+    Args:
+        size: Image size of the model in pixels.
+    """
     return 224 / 256 if size <= REFERENCE_SIDE else 1.0

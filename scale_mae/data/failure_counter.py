@@ -1,4 +1,4 @@
-"""Images that could not be had in training: named, counted by cause, and held against a ceiling."""
+"""Counts the unreadable images of a run by cause, and stops the run when there are too many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ WINDOW = 100_000  # images
 
 
 class DecodeFailure(NamedTuple):
-    """An image that was replaced by another one."""
+    """An unreadable image and its substitute.
+
+    Attributes:
+        position: The position in the sample plan.
+        location: Path of the image, with ``@offset`` inside a shard.
+        cause: The kind of failure.
+        reason: What exactly failed.
+        substitute: Location of the image that replaces it.
+    """
 
     position: int
     location: str
@@ -25,24 +33,28 @@ class DecodeFailure(NamedTuple):
 
 
 class FailureCounter:
-    """Failures of all processes of a run; travels in its checkpoints.
+    """Counts the failures of all processes of a run. Checkpoints contain its state.
+
+    Args:
+        max_ratio: Largest fraction of failures among the last 100,000 images.
+        state: A state from :meth:`state_dict`.
 
     Attributes:
-        causes: how many so far, by cause.
+        counts: Number of failures by cause since the start of the run.
     """
 
-    def __init__(self, ceiling: float, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, max_ratio: float, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"causes": {}, "recent": []}
         self.counts = Counter({ImageStatus(cause): number for cause, number in state["causes"].items()})
-        self._ceiling = ceiling
+        self._max_ratio = max_ratio
         self._recent: deque[tuple[int, int]] = deque(map(tuple, state["recent"]))
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         return {"causes": {int(cause): number for cause, number in self.counts.items()}, "recent": list(self._recent)}
 
     def add(self, images: int, failures: Sequence[DecodeFailure]) -> None:
-        """Count failures found until ``images`` images had been seen."""
+        """Count the failures since the last call; ``images`` is the number of images since the start of the run."""
         self.counts.update(failure.cause for failure in failures)
         if failures:
             self._recent.append((images, len(failures)))
@@ -50,15 +62,16 @@ class FailureCounter:
             self._recent.popleft()
 
     def check(self, images: int, failures: Sequence[DecodeFailure]) -> None:
-        """Hold what was last added against the ceiling. Data that was put right is no longer held against a run.
+        """Check the limit after :meth:`add`. Without new failures nothing is raised, so a run with repaired data can continue.
 
         Raises:
-            DataError: more than the ceiling allows among the last 100,000 images.
+            DataError: There are more failures among the last 100,000 images than the limit allows.
         """
-        recent, allowed = sum(count for _, count in self._recent), self._ceiling * WINDOW
+        recent, allowed = sum(count for _, count in self._recent), self._max_ratio * WINDOW
         if failures and recent > allowed:
             counts = ", ".join(f"{number} {cause.text}" for cause, number in self.counts.most_common())
             raise DataError(
-                f"{recent} of the last {min(images, WINDOW)} images could not be used ({counts} so far), more than "
-                f"data.max_failure_ratio={self._ceiling:g} of {WINDOW}; the last one: {failures[-1]}"
+                f"{recent} of the last {min(images, WINDOW)} images were unreadable ({counts} since the start), more than "
+                f"data.max_failure_ratio={self._max_ratio:g} of {WINDOW}. The last one: {failures[-1]}. Check the data and the "
+                "storage."
             )

@@ -1,6 +1,6 @@
-"""What becomes of a classifier's batch on its device: timm's random erasing and mixup or CutMix, and soft targets.
+"""Augments batches of a classifier on their device: random erasing, mixup or CutMix, and label smoothing, as timm does.
 
-Random erasing: Zhong et al. 2017; mixup: Zhang et al. 2018; CutMix: Yun et al. 2019.
+Sources: random erasing, Zhong et al. 2017; mixup, Zhang et al. 2018; CutMix, Yun et al. 2019.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from scale_mae.config.sections import ClassifyConfig
 
 
 class BatchAugmentation:
-    """Changes a batch by what its seed draws, whatever the state of other generators, and without waiting for the device.
+    """Augments a batch. The result depends on the batch and the seed only, and the device is never waited for.
 
-    A batch is mixed with itself in reverse order, so that the result depends on how the images of a step are cut into
-    micro-batches.
+    A batch is mixed with itself in reverse order. The result therefore depends on how a step is split into micro-batches.
 
     Args:
-        config: smoothing, alphas and probabilities.
+        config: Label smoothing, alphas and probabilities.
         classes: C.
     """
 
@@ -38,14 +37,17 @@ class BatchAugmentation:
             self._mixup = Mixup(**alphas, mode="batch", label_smoothing=config.label_smoothing, num_classes=classes)
 
     def __call__(self, images_B3HW: Tensor, labels_B: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and soft targets ``[B, C]`` in fp32, whose rows add up to 1.
+        """Augment a batch.
 
         Args:
-            images_B3HW: normalised; changed in place. B is even where images are mixed.
-            labels_B: classes in [0, C), integers on the images' device.
-            seed: in [0, 2^64), of everything random.
+            images_B3HW: Normalized images. They are changed in place. B must be even for mixup and CutMix.
+            labels_B: Classes in [0, C), integers on the device of the images.
+            seed: In [0, 2^64). It determines all random numbers.
+
+        Returns:
+            Images, and soft targets ``[B, C]`` in fp32 whose rows add up to 1.
         """
-        with _seeded(seed, images_B3HW.device):
+        with _seeded_generators(seed, images_B3HW.device):
             if self._erasing:
                 self._erasing.device = images_B3HW.device
                 images_B3HW = self._erasing(images_B3HW)
@@ -56,29 +58,32 @@ class BatchAugmentation:
 
 
 def smooth_labels(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
-    """``smoothing`` spread over all classes and the rest on the label's (Szegedy et al. 2016): fp32 ``[B, classes]``."""
+    """Spread ``smoothing`` over all classes and give the rest to the label (Szegedy et al. 2016): fp32 ``[B, classes]``."""
     off = smoothing / classes
     targets_BC = torch.full((len(labels_B), classes), off, device=labels_B.device)
     return targets_BC.scatter_(1, labels_B.long().view(-1, 1), 1 - smoothing + off)
 
 
-def seeds(seed: int) -> tuple[int, int, int]:
-    """Seeds of the boxes that are erased, of what is mixed, and of the noise; apart, since two generators are of one kind."""
-    boxes, mixes, pixels = np.random.SeedSequence(seed).generate_state(3).tolist()
-    return boxes, mixes, pixels
+def derive_seeds(seed: int) -> tuple[int, int, int]:
+    """Derive the seeds of Python's, NumPy's and PyTorch's generator: for erased boxes, mixing, and erasing noise.
+
+    They differ, because Python's and NumPy's generators are of the same kind.
+    """
+    boxes, mixing, noise = np.random.SeedSequence(seed).generate_state(3).tolist()
+    return boxes, mixing, noise
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """timm draws from the generators of the whole process: they are seeded for it, and given back as they were."""
-    kept = random.getstate(), np.random.get_state()
-    boxes, mixes, pixels = seeds(seed)
+def _seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators, from which timm draws, and restore their state afterwards."""
+    state = random.getstate(), np.random.get_state()
+    boxes, mixing, noise = derive_seeds(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         random.seed(boxes)
-        np.random.seed(mixes)
-        torch.manual_seed(pixels)
+        np.random.seed(mixing)
+        torch.manual_seed(noise)
         try:
             yield
         finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+            random.setstate(state[0])
+            np.random.set_state(state[1])

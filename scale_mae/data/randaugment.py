@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020) as timm has it, of many images at once, and each image's by its own seeds only."""
+"""RandAugment (Cubuk et al. 2020) as timm implements it, for many images in parallel. Each image has its own seeds."""
 
 from __future__ import annotations
 
@@ -22,102 +22,103 @@ from scale_mae.system.thread_pool import DaemonThreadPool
 
 
 class RandAugment:
-    """Changes 8-bit RGB images by randomly chosen operations; may be called from many threads at once.
+    """Applies randomly chosen operations to 8-bit RGB images. Many threads may call it at the same time.
 
     Args:
-        policy: in timm's notation, as ``data.randaugment``.
-        mean: of the channels in [0, 1]; what an operation moves into the image has this colour.
+        policy: ``data.randaugment``, in timm's notation.
+        mean: Mean of the channels in [0, 1]. Operations fill uncovered pixels with this color.
 
     Raises:
         DataError: timm does not know the policy.
     """
 
     def __init__(self, policy: str, mean: Sequence[float]) -> None:
-        # as timm's create_transform has them for interpolation="bicubic", with which the paper's classifiers were fine-tuned;
-        # the image's size is left out, because shifts are relative in every rand policy
+        # The parameters are those of timm's create_transform with interpolation="bicubic", which the paper's fine-tuning used.
+        # The image size is not needed, because shifts are relative in every "rand" policy.
         hparams = {
             "img_mean": tuple(min(255, round(255 * value)) for value in mean),
             "interpolation": Image.Resampling.BICUBIC,
         }
         try:
-            self._transform = _timms().rand_augment_transform(policy, hparams)
+            self._transform = _thread_safe_timm().rand_augment_transform(policy, hparams)
         except (AssertionError, ValueError) as error:
             raise DataError(
-                f"data.randaugment={policy}: not a policy of timm's ({error}); take one such as rand-m9-mstd0.5-inc1"
+                f"data.randaugment={policy}: not a policy of timm ({error}). Set it to a policy such as rand-m9-mstd0.5-inc1."
             ) from None
 
     def __call__(self, image_HW3: NDArray[np.uint8], seeds: tuple[int, int]) -> NDArray[np.uint8]:
-        """A changed copy, ``[H, W, 3]``: what timm gives when Python's generator has the first seed and NumPy's the second.
+        """Return an augmented copy, ``[H, W, 3]``. It equals timm's result with the same seeds.
 
         Args:
             image_HW3: RGB.
-            seeds: in [0, 2^64) and [0, 2^32). They should differ: both generators are Mersenne twisters.
+            seeds: Seeds of Python's generator, in [0, 2^64), and of NumPy's, in [0, 2^32). They should differ, because both
+                generators are Mersenne twisters.
         """
-        _own.python.seed(seeds[0])
-        _own.numpy.seed(seeds[1])
-        image, timms = Image.fromarray(image_HW3), self._transform
-        weights = timms.choice_weights  # with weights no operation is chosen twice
-        for number in _own.numpy.choice(len(timms.ops), timms.num_layers, replace=weights is None, p=weights):
-            image = timms.ops[number](image)
+        _generators.python.seed(seeds[0])
+        _generators.numpy.seed(seeds[1])
+        image, transform = Image.fromarray(image_HW3), self._transform
+        weights = transform.choice_weights  # with weights, no operation is chosen twice
+        for number in _generators.numpy.choice(len(transform.ops), transform.num_layers, replace=weights is None, p=weights):
+            image = transform.ops[number](image)
         return np.asarray(image)
 
     def start(
         self, images_BHW3: Tensor, seeds_B2: NDArray[np.uint64], pool: DaemonThreadPool, tasks: int
     ) -> list[Future[None]]:
-        """Change the images of a batch in place, in up to ``tasks`` tasks of a pool; done when all that is returned is.
+        """Start to augment the images of a batch in place. The batch is ready when all returned futures are done.
 
         Args:
             images_BHW3: uint8, in host memory.
-            seeds_B2: from :meth:`SamplePlan.augment_seeds`.
-            pool: the threads.
-            tasks: how finely to cut the batch.
+            seeds_B2: From :meth:`SamplePlan.augment_seeds`.
+            pool: The threads.
+            tasks: Largest number of tasks into which the batch is split.
         """
         images, seeds = images_BHW3.numpy(), seeds_B2.tolist()
         size = -(-len(images) // tasks)
         return [
-            pool.submit(self._change, images[first : first + size], seeds[first : first + size])
+            pool.submit(self._augment_in_place, images[first : first + size], seeds[first : first + size])
             for first in range(0, len(images), size)
         ]
 
-    def _change(self, images_BHW3: NDArray[np.uint8], seeds: Sequence[tuple[int, int]]) -> None:
+    def _augment_in_place(self, images_BHW3: NDArray[np.uint8], seeds: Sequence[tuple[int, int]]) -> None:
         for image_HW3, (first, second) in zip(images_BHW3, seeds, strict=True):
             image_HW3[:] = self(image_HW3, (first, second >> 32))
 
 
-class _Generators(threading.local):
-    """A thread's own generators, in the place of the ones of the whole process."""
+class _ThreadGenerators(threading.local):
+    """The generators of one thread. They replace Python's and NumPy's global generators."""
 
     def __init__(self) -> None:
         self.python, self.numpy = random.Random(0), np.random.RandomState(0)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.python, name)  # random.random(), random.gauss() and whatever else timm's operations call
+        return getattr(self.python, name)  # random.random(), random.gauss() and so on, as timm's operations call them
 
 
-_own = _Generators()
+_generators = _ThreadGenerators()
 
 
 @functools.lru_cache
-def _timms() -> ModuleType:
-    """A copy of timm's module that draws from the generators of each thread; timm's own goes on as it is."""
+def _thread_safe_timm() -> ModuleType:
+    """Return a copy of timm's module that draws from the generators of each thread. timm's own module stays unchanged."""
     spec = importlib.util.find_spec("timm.data.auto_augment")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.random = _own  # type: ignore[attr-defined]
-    timms_posterize = module.posterize
+    module.random = _generators  # type: ignore[attr-defined]
+    timm_posterize = module.posterize
 
     def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-        # timm asks for no bits at its highest magnitude, which gave black before Pillow refused it
-        return timms_posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+        # At its highest magnitude timm keeps 0 bits. Old versions of Pillow returned black; new ones raise an error.
+        return timm_posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
-    module.NAME_TO_OP.update({name: posterize for name, op in module.NAME_TO_OP.items() if op is timms_posterize})
+    module.NAME_TO_OP.update({name: posterize for name, op in module.NAME_TO_OP.items() if op is timm_posterize})
     return module
 
 
-def on_host(images: Tensor) -> Tensor:
-    """Images of a GPU in page-locked host memory, without waiting for what else the GPU has to do."""
+def copy_to_pinned_memory(images: Tensor) -> Tensor:
+    """Copy images from a GPU to page-locked host memory. This does not wait for other work on the GPU."""
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     stream: Any = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):

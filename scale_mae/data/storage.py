@@ -15,7 +15,8 @@ from typing import TypeVar
 from scale_mae.data.errors import ImageError, ImageStatus
 
 T = TypeVar("T")
-RETRY_PAUSES = (0.2, 1.0, 5.0)  # seconds before each further attempt
+RETRY_PAUSES = (0.2, 1.0, 5.0)  # seconds before each further attempt after an error
+READ_TIMEOUTS = (30.0, 60.0, 120.0)  # seconds for each attempt when the storage does not answer
 PERMANENT_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 MAX_IMAGE_BYTES = 1 << 30  # of an encoded image
 MAX_OPEN_SHARDS = 128  # per process; opening a shard is a round trip on network storage

@@ -60,3 +60,11 @@ class DaemonThreadPool:
                     future.set_result(function(*args))
                 except BaseException as error:
                     future.set_exception(error)
+
+
+def run_in_new_thread(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Call ``function(*args)`` in a new daemon thread, for when all threads of a pool may be blocked."""
+    pool = DaemonThreadPool(1, "retry")
+    future = pool.submit(function, *args)
+    pool.shutdown()
+    return future

@@ -273,7 +273,7 @@ class Trainer:
         state = {
             "step": self.step,
             "data": self.index.digest,
-            "failures": self.tally.state(),
+            "failures": self.tally.state_dict(),
             "failed_saves": self.saver.failures,
             "recent_saves_s": list(self.pace.saves),
             "metrics": self.teller.state(),

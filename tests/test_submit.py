@@ -27,7 +27,12 @@ from scale_mae.slurm.submit import prepare_job, write_job_files
 
 TIMEOUT = 400  # seconds; the machine may be busy
 ROOT = Path(__file__).parent.parent
-SITE = "preflight: {preflight}\npreflight_options: [--need-gb=1, --min-mbps=1]\nenv: {{OMP_NUM_THREADS: 1}}\ntime: '30'\n"
+SITE = """\
+preflight: {preflight}
+preflight_options: [--min-free-gb=1, --min-storage-speed=1]
+env: {{OMP_NUM_THREADS: 1}}
+time: '30'
+"""
 RUN = ["train.duration=400 steps", "checkpoint.interval=400 steps"]
 service = pytest.mark.service("slurm-wlm", "munge")
 

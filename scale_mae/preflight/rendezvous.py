@@ -1,232 +1,173 @@
-"""Processes that meet at a key-value store and wait for each other a limited time: who does not come can be named.
+"""A rendezvous of all processes at a key-value store, with time limits that identify missing processes.
 
-A collective that waits for a dead process ends, if at all, with an error that names nobody. Here every process posts what it
-found under its own key, rank 0 collects what is there in time, and says how to go on.
-
-Anyone on the network can write to the store. So what is posted is JSON, and is read as the type that is expected or not at all;
-anything else counts as no answer.
+A collective that waits for a dead process ends, if at all, with an error that does not identify the process. Here every
+process posts its results under its own key. Rank 0 collects the results that arrive in time and decides how to continue.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
-from types import NoneType, UnionType
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
 from scale_mae.config import UserError
 from scale_mae.distributed.launcher import expand_host_list, get_rank_and_world_size, tasks_on_node
+from scale_mae.preflight import typed_json
 
-T = TypeVar("T")
+D = TypeVar("D")
 V = TypeVar("V")
-GRACE = 15.0  # seconds that others wait for rank 0 after it has stopped waiting for them
-_hanging: list[threading.Thread] = []
+GRACE_SECONDS = 15.0  # other processes wait for rank 0 this much longer than rank 0 waits for them
 
 
-class LostError(Exception):
-    """Rank 0 cannot be reached, or says nothing."""
-
-
-@dataclass(frozen=True)
-class CallResult(Generic[T]):
-    """What an action gave, or why it gave nothing."""
-
-    value: T | None
-    error: str = ""
-
-
-def within(seconds: float, action: Callable[[], T]) -> CallResult[T]:
-    """Run an action in a thread and wait a limited time. One that hangs is left behind; it ends with the process."""
-    outcomes: queue.Queue[CallResult[T]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            outcomes.put(CallResult(action()))
-        except Exception as error:  # whatever a broken device or file system raises is what was to be found out
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            outcomes.put(CallResult(None, (reason.strip().splitlines() or [""])[0] or type(error).__name__))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        return outcomes.get(timeout=seconds)
-    except queue.Empty:
-        _hanging.append(thread)
-        return CallResult(None, f"no end in {seconds:g} s")
-
-
-def hanging() -> bool:
-    """Whether an action still hangs; the interpreter should then not be left to end in order."""
-    return any(thread.is_alive() for thread in _hanging)
+class RendezvousError(Exception):
+    """Rank 0 cannot be reached or does not answer."""
 
 
 class Rendezvous:
-    """The processes of a job, before and beside any process group.
+    """The connection of this process to all other processes of the job. It needs no process group.
 
     Args:
-        timeout: seconds until rank 0 must have been reached.
+        timeout: Seconds in which rank 0 must be reachable.
 
     Attributes:
-        rank, size: this process among all.
-        store: where they meet.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        store: The key-value store.
 
     Raises:
-        LostError: rank 0 was not there in time.
-        UserError: rank variables that make no sense, or a port in use.
+        RendezvousError: Rank 0 cannot be reached in time.
+        UserError: The rank variables are invalid, or the port of the store is in use.
     """
 
     def __init__(self, timeout: float) -> None:
-        self._since = time.monotonic()
-        self.rank, self.size = get_rank_and_world_size()
-        self.store = self._meet(timedelta(seconds=timeout))
+        self._stage_start = time.monotonic()
+        self.rank, self.world_size = get_rank_and_world_size()
+        self.store = self._open_store(timedelta(seconds=timeout))
 
-    def settle(
-        self, stage: str, value: V, kinds: tuple[type[V], type[T]], judge: Callable[[dict[int, V]], T], seconds: float
-    ) -> T:
-        """Post a value; rank 0 judges those of all that posted in time, by rank; its judgement is returned to every process.
+    def gather_and_decide(
+        self,
+        stage: str,
+        value: V,
+        value_type: type[V],
+        decision_type: type[D],
+        decide: Callable[[dict[int, V]], D],
+        seconds: float,
+    ) -> D:
+        """Post a value and return the decision of rank 0. All processes call this.
 
         Args:
-            kinds: types of a value and of the judgement.
-            seconds: that rank 0 waits, counted from the end of the last stage.
+            stage: Name of the stage; the same in all processes.
+            value: The value of this process.
+            value_type: Type of the value.
+            decision_type: Type of the decision.
+            decide: Rank 0 calls this with the values that arrived in time, by rank.
+            seconds: How long rank 0 waits for the values, from the end of the previous stage.
 
         Raises:
-            LostError: no judgement came.
+            RendezvousError: The decision does not arrive in time.
         """
         self._post(f"{stage}/{self.rank}", value)
         if self.rank:
-            return self._hear(stage, kinds[1], seconds + GRACE)
-        judgement = judge(self._collect(stage, kinds[0], range(self.size), seconds))
-        self.tell(stage, judgement)
-        return judgement
+            return self._receive(stage, decision_type, seconds + GRACE_SECONDS)
+        decision = decide(self._collect(stage, value_type, range(self.world_size), seconds))
+        self.publish_decision(stage, decision)
+        return decision
 
-    def tell(self, stage: str, judgement: Any) -> None:
-        """Rank 0: give every process a judgement."""
-        self._post(f"{stage}/judgement", judgement)
-        self._since = time.monotonic()
+    def publish_decision(self, stage: str, decision: Any) -> None:
+        """Send a decision to all other processes. Only rank 0 calls this."""
+        self._post(f"{stage}/decision", decision)
+        self._stage_start = time.monotonic()
 
-    def hear(self, stage: str, kind: type[T]) -> T:
-        """Others: what rank 0 tells."""
-        return self._hear(stage, kind, GRACE)
+    def receive_decision(self, stage: str, decision_type: type[D]) -> D:
+        """Wait for a decision of rank 0 and return it. All ranks except rank 0 call this.
 
-    def leave(self, value: V, kind: type[V], ranks: list[int]) -> dict[int, V]:
-        """Post a last value. Rank 0, which keeps the store, waits for those of ``ranks`` and gives them."""
-        self._post(f"left/{self.rank}", value)
-        return {} if self.rank else self._collect("left", kind, ranks, GRACE)
+        Raises:
+            RendezvousError: The decision does not arrive in time.
+        """
+        return self._receive(stage, decision_type, GRACE_SECONDS)
 
-    def linger(self) -> None:
-        """Others: end after rank 0 has called this, since a launcher may end a job with its first failed process."""
+    def post_last_value(self, value: V, value_type: type[V], ranks: list[int]) -> dict[int, V]:
+        """Post a last value. On rank 0, wait for the values of ``ranks`` and return them; on other ranks return nothing."""
+        self._post(f"last/{self.rank}", value)
+        return {} if self.rank else self._collect("last", value_type, ranks, GRACE_SECONDS)
+
+    def wait_for_rank_0_to_end(self) -> None:
+        """On rank 0, let the other processes end. On other ranks, wait for that.
+
+        A launcher may end the whole job when the first process fails, so rank 0 must finish first.
+        """
         if self.rank == 0:
-            self.store.set("over", "")
+            self.store.set("ended", "")
             return
         with suppress(RuntimeError):
-            self.store.wait(["over"], timedelta(seconds=GRACE))
+            self.store.wait(["ended"], timedelta(seconds=GRACE_SECONDS))
 
     def _post(self, key: str, value: Any) -> None:
         try:
-            self.store.set(key, json.dumps(value, default=_plain))
+            self.store.set(key, typed_json.encode(value))
         except RuntimeError as error:
-            raise LostError(str(error).splitlines()[0]) from None
+            raise RendezvousError(str(error).splitlines()[0]) from None
 
-    def _hear(self, stage: str, kind: type[T], seconds: float) -> T:
-        key = f"{stage}/judgement"
+    def _receive(self, stage: str, decision_type: type[D], seconds: float) -> D:
+        key = f"{stage}/decision"
         try:
-            self.store.wait([key], timedelta(seconds=max(1.0, self._since + seconds - time.monotonic())))
-            self._since = time.monotonic()
-            return _read(kind, self.store.get(key))
+            self.store.wait([key], self._remaining(seconds))
+            self._stage_start = time.monotonic()
+            return typed_json.decode(decision_type, self.store.get(key))
         except (RuntimeError, ValueError) as error:
-            raise LostError(str(error).splitlines()[0]) from None
+            raise RendezvousError(str(error).splitlines()[0]) from None
 
-    def _collect(self, stage: str, kind: type[V], ranks: Iterable[int], seconds: float) -> dict[int, V]:
+    def _collect(self, stage: str, value_type: type[V], ranks: Iterable[int], seconds: float) -> dict[int, V]:
+        """Return the valid values that arrive in time, by rank."""
         keys = {rank: f"{stage}/{rank}" for rank in ranks}
         try:
-            self.store.wait(list(keys.values()), timedelta(seconds=max(1.0, self._since + seconds - time.monotonic())))
+            self.store.wait(list(keys.values()), self._remaining(seconds))
         except RuntimeError:
             keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
         values = {}
         for rank, key in keys.items():
-            with suppress(ValueError):
-                values[rank] = _read(kind, self.store.get(key))
+            with suppress(ValueError):  # an invalid value counts as a missing one
+                values[rank] = typed_json.decode(value_type, self.store.get(key))
         return values
 
-    def _meet(self, timeout: timedelta) -> Any:
-        if self.size == 1 and "MASTER_ADDR" not in os.environ:
+    def _remaining(self, seconds: float) -> timedelta:
+        return timedelta(seconds=max(1.0, self._stage_start + seconds - time.monotonic()))
+
+    def _open_store(self, timeout: timedelta) -> Any:
+        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:
             return HashStore()
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"MASTER_ADDR or MASTER_PORT is missing or wrong: {error}; use torchrun or srun") from None
-        # torchrun keeps the store itself, through all restarts of its processes
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        keeps = self.rank == 0 and not agent
+            raise UserError(
+                f"MASTER_ADDR or MASTER_PORT is missing or invalid ({error}). Start preflight with srun or torchrun."
+            ) from None
+        # the agent of torchrun keeps the store itself, also when it restarts its processes
+        torchrun_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        keeps_store = self.rank == 0 and not torchrun_keeps_store
         try:
-            store = TCPStore(host, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+            store = TCPStore(host, port, is_master=keeps_store, timeout=timeout, wait_for_workers=False)
         except RuntimeError as error:
-            if keeps:
-                raise UserError(f"{host}:{port} cannot be opened ({str(error).splitlines()[0]}); set MASTER_PORT") from None
-            raise LostError(f"nobody at {host}:{port}") from None
+            if keeps_store:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{host}:{port} cannot be opened ({reason}). Set MASTER_PORT to a free port.") from None
+            raise RendezvousError(f"no process listens at {host}:{port}") from None
         return PrefixStore(f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no form for: bytes as hexadecimal digits, a dataclass as its attributes."""
-    return value.hex() if isinstance(value, bytes) else vars(value)
-
-
-def _read(kind: type[T], posted: bytes) -> T:
-    """The value in what was posted.
-
-    Raises:
-        ValueError: it is malformed, or not of that type.
-    """
-    try:
-        return _typed(kind, json.loads(posted))  # type: ignore[no-any-return]
-    except (ValueError, OverflowError, RecursionError):
-        raise ValueError("something malformed was posted") from None
-
-
-def _typed(kind: Any, plain: Any) -> Any:
-    """What JSON gave, as the type: a simple one or one of those that tell what they hold (``list[int]``, a dataclass).
-
-    Raises:
-        ValueError: it is not of that type.
-    """
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, UnionType):  # with None
-        return None if plain is None else _typed(next(one for one in inner if one is not NoneType), plain)
-    if type(plain) is dict and origin is dict:
-        return {key: _typed(inner[1], value) for key, value in plain.items()}
-    if type(plain) is dict and is_dataclass(origin) and plain.keys() == (hints := get_type_hints(origin)).keys():
-        kinds = {name: hint[inner] if getattr(hint, "__parameters__", ()) else hint for name, hint in hints.items()}
-        return origin(**{name: _typed(kinds[name], value) for name, value in plain.items()})  # type: ignore[operator]
-    if origin in (list, tuple) and type(plain) is list:
-        each = inner if origin is tuple and inner[-1] is not ... else inner[:1] * len(plain)
-        return origin(_typed(one, value) for one, value in zip(each, plain, strict=True))
-    if kind is bytes and type(plain) is str:
-        return bytes.fromhex(plain)
-    number = kind is float and type(plain) in (int, float) and math.isfinite(plain)
-    if not number and not (kind in (bool, int, str, NoneType) and type(plain) is kind):
-        raise ValueError(f"not of type {kind}")
-    return plain
-
-
-def node_name() -> str:
-    """What Slurm calls this machine, else its host name."""
+def get_node_name() -> str:
+    """Return Slurm's name of this node, or its host name without Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def expected() -> dict[str, int]:
-    """Processes that Slurm starts on each node, by name; empty where that cannot be known."""
+def get_expected_tasks() -> dict[str, int]:
+    """Return the number of processes that Slurm starts on each node, by name. Without Slurm the dict is empty."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
     try:

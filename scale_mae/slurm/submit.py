@@ -101,9 +101,8 @@ def find_missing_paths(config: Config) -> list[str]:
         except OSError as error:
             problems.append(f"{key}: {error.filename}: cannot be read ({error.strerror})")
     weights = config.model.init_from
-    if (
-        weights and not os.path.exists(weights) and not list_checkpoints(Path(config.run.dir))
-    ):  # a checkpoint replaces the weights
+    resumes = bool(list_checkpoints(Path(config.run.dir)))  # the run then reads its checkpoint and not these weights
+    if weights and not resumes and not os.path.exists(weights):
         problems.append(f"model.init_from={weights}: no such file or folder")
     advice = "The nodes may see it although this host does not. If they do not, run scale-mae cancel and correct the path."
     return [escape_unprintable(f"{problem.rstrip('.')}. {advice}") for problem in problems]

@@ -7,7 +7,7 @@ nice -n 15 python benchmarks/reference_curves.py demo --runs DIR --out scale_mae
 
 Trains the recipe with each seed, one process, one after the other; a run that is in DIR already is not repeated, and an
 interrupted one goes on. The schedule is cut into stretches of equal length, and each run's logged losses are averaged within
-each (scale_mae.report.reference). The band is the seeds' mean plus and minus what `band` there documents.
+each (scale_mae.report.reference). The band is the seeds' mean plus and minus what `compute_band` there documents.
 
 Two checks go into the result: each seed against the band of the others, which it must be inside; and runs with a wrong value,
 trained for at least a part of the schedule, which are outside the band if the value changes the loss.
@@ -32,18 +32,18 @@ from report import save, versions
 import scale_mae
 from scale_mae.config import Config
 from scale_mae.data.index import INDEX_NAME, Index, existing_index
-from scale_mae.report.record import Record, read_record
-from scale_mae.report.reference import FORMAT, Reference, band, judge, setting_value, stretch_means
+from scale_mae.report.reference_band import FORMAT, ReferenceCurve, check_band, compute_band, interval_means, setting_value
+from scale_mae.report.run_record import RunRecord, read_run_record
 
 MODEL = ("size", "image_size", "patch_size", "target", "mask_ratio")
 KEYS = (*(f"model.{key}" for key in MODEL), "train.global_batch", "train.duration")
 
 
-def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -> Record:
+def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -> RunRecord:
     """Pre-train in ``folder``, or go on there, to this share of the schedule."""
 
     def done() -> float:
-        line = read_record(folder).log.lines[-1:] if (folder / "log.jsonl").exists() else []
+        line = read_run_record(folder).log.lines[-1:] if (folder / "log.jsonl").exists() else []
         return line[0]["step"] / line[0]["total_steps"] if line else 0.0
 
     if done() < share:
@@ -56,11 +56,11 @@ def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -
                 time.sleep(1)
             if process.wait():
                 sys.exit(f"{folder}: pre-training failed")
-    return read_record(folder)
+    return read_run_record(folder)
 
 
-def means(record: Record, ends: np.ndarray) -> np.ndarray:
-    return stretch_means(record.images(record.log.lines), record.log.column("loss"), ends)
+def means(record: RunRecord, ends: np.ndarray) -> np.ndarray:
+    return interval_means(record.images(record.log.lines), record.log.column("loss"), ends)
 
 
 def main() -> None:
@@ -86,19 +86,19 @@ def main() -> None:
     ends = np.round(np.arange(1, args.stretches + 1) * total / args.stretches)
     losses = np.stack([means(record, ends) for record in records])
     setting = {key: setting_value(config, key) for key in KEYS} | {"data": [args.data or config.data.source, index.digest]}
-    low, high = band(losses)
+    low, high = compute_band(losses)
     name = args.name or args.recipe
-    reference = Reference(name, setting, ends, low, high)
+    reference = ReferenceCurve(name, setting, ends, low, high)
 
     main_only_nbytes = {}
     for number, seed in enumerate(args.seeds):
-        edges = dict(zip(("low", "high"), band(np.delete(losses, number, 0)), strict=True))
-        main_only_nbytes[str(seed)] = str(judge(records[number], replace(reference, **edges)))
+        edges = dict(zip(("low", "high"), compute_band(np.delete(losses, number, 0)), strict=True))
+        main_only_nbytes[str(seed)] = str(check_band(records[number], replace(reference, **edges)))
     wrong = {}
     for override in args.wrong:
         record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", *args.set, override], args.wrong_share)
         losses_of = [None if np.isnan(mean) else round(mean, 5) for mean in means(record, ends).tolist()]
-        wrong[override] = {"verdict": str(judge(record, reference)), "loss": losses_of}
+        wrong[override] = {"verdict": str(check_band(record, reference)), "loss": losses_of}
 
     kept = [override for override in args.set if not override.startswith("data.source=")]
     content = {

@@ -1,4 +1,4 @@
-"""Loss curves beside each other, and the bands of reference curves."""
+"""Comparisons of loss curves with each other and with reference curves."""
 
 import json
 from dataclasses import replace
@@ -12,9 +12,17 @@ from test_report import make_run
 
 from scale_mae import load_config
 from scale_mae.cli import main
-from scale_mae.report.compare import compare
-from scale_mae.report.record import read_record
-from scale_mae.report.reference import Reference, ReferenceError, band, judge, read_reference, shipped, stretch_means
+from scale_mae.report.compare import compare_runs
+from scale_mae.report.reference_band import (
+    ReferenceCurve,
+    ReferenceCurveError,
+    check_band,
+    compute_band,
+    interval_means,
+    read_curve,
+    shipped_curves,
+)
+from scale_mae.report.run_record import read_run_record
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "scale_mae" / "reference_curves" / "demo.json"
@@ -22,7 +30,7 @@ RESULT = ROOT / "benchmarks" / "results" / "reference_curves_demo.json"
 
 
 def demo_run(folder, ends, means, **overrides):
-    """A run of the demo recipe whose log lines have these mean losses in the stretches that end at ``ends``."""
+    """Make a run of the demo recipe whose log lines have these mean losses in the intervals that end at ``ends``."""
     lines, start = [], 0.0
     for end, mean in zip(ends, means, strict=True):
         if mean is not None and not np.isnan(mean):
@@ -42,20 +50,20 @@ def demo():
 def test_the_shipped_band_follows_from_its_seeds(demo):
     seeds = np.array(list(demo["seeds"].values()))
     assert len(seeds) >= 4
-    low, high = band(seeds)
+    low, high = compute_band(seeds)
     np.testing.assert_allclose(low, demo["low"], atol=2e-4)
     np.testing.assert_allclose(high, demo["high"], atol=2e-4)
 
 
 def test_each_seed_lies_inside_the_band_of_the_others(demo, tmp_path):
-    reference = read_reference(DEMO)
+    reference = read_curve(DEMO)
     seeds = np.array(list(demo["seeds"].values()))
     for number, means in enumerate(seeds):
-        low, high = band(np.delete(seeds, number, 0))
+        low, high = compute_band(np.delete(seeds, number, 0))
         run = demo_run(tmp_path / str(number), demo["images"], means)
-        verdict = judge(read_record(run), replace(reference, low=low, high=high))
-        assert verdict.judged == len(means)
-        assert not verdict.outside, str(verdict)
+        check = check_band(read_run_record(run), replace(reference, low=low, high=high))
+        assert check.intervals == len(means)
+        assert not check.outside, str(check)
 
 
 @pytest.mark.parametrize("wrong", ["optim.base_lr=0.0001", "model.target=pixel"])
@@ -64,37 +72,37 @@ def test_real_runs_with_a_wrong_value_lie_outside(wrong, demo, tmp_path):
     assert result["images"] == demo["images"]
     key, _, value = wrong.partition("=")
     run = demo_run(tmp_path / "run", demo["images"], result["wrong"][wrong]["loss"], **{key: value})
-    found = judge(read_record(run), read_reference(DEMO))
-    assert found.judged >= 3
-    assert found.outside
+    check = check_band(read_run_record(run), read_curve(DEMO))
+    assert check.intervals >= 3
+    assert check.outside
 
 
-def test_a_reference_is_found_by_size_target_mask_ratio_and_data(demo, tmp_path):
+def test_the_reference_curve_is_selected_by_size_target_mask_ratio_and_data(demo, tmp_path):
     seed = next(iter(demo["seeds"].values()))
     for number, (key, value) in enumerate(
         [(None, None), ("model.target", "pixel"), ("model.size", "tiny"), ("model.mask_ratio", 0.5), ("data.source", "x.index")]
     ):
         run = demo_run(tmp_path / str(number), demo["images"], seed, **({key: value} if key else {}))
-        (verdict,) = compare([run]).verdicts
-        assert verdict.reference == {None: "demo", "model.target": "demo_pixel"}.get(key)
-        if not verdict.reference:
-            assert verdict.nearest == "demo"
-            assert {told.split(":")[0] for told in verdict.differences} == {key.replace("data.source", "data")}
+        (check,) = compare_runs([run]).checks
+        assert check.reference == {None: "demo", "model.target": "demo_pixel"}.get(key)
+        if not check.reference:
+            assert check.nearest == "demo"
+            assert {difference.split(":")[0] for difference in check.differences} == {key.replace("data.source", "data")}
         if key:
-            (forced,) = compare([run], DEMO).verdicts
+            (forced,) = compare_runs([run], DEMO).checks
             assert forced.reference == "demo"
-            assert any(key.startswith(told.split(":")[0]) for told in forced.differences)
+            assert any(key.startswith(difference.split(":")[0]) for difference in forced.differences)
 
 
-def test_the_loss_of_a_classifier_is_no_loss_of_a_pre_training(demo, tmp_path):
+def test_a_classifier_does_not_match_a_curve_of_pre_training(demo, tmp_path):
     seed = next(iter(demo["seeds"].values()))
     run = demo_run(tmp_path / "run", demo["images"], seed)
     (run / "config.yaml").write_text(load_config("finetune_demo", {"train.duration": "4 epochs"}).to_yaml())
-    (verdict,) = compare([run]).verdicts
-    assert (verdict.reference, list(verdict.differences)) == (None, ["run.task: finetune, not pretrain"])
+    (check,) = compare_runs([run]).checks
+    assert (check.reference, list(check.differences)) == (None, ["run.task: finetune, not pretrain"])
 
 
-def test_exit_codes_and_what_is_printed(demo, tmp_path, capsys):
+def test_exit_codes_and_output(demo, tmp_path, capsys):
     seed = np.array(next(iter(demo["seeds"].values())))
     good = demo_run(tmp_path / "good", demo["images"], seed)
     bad = demo_run(tmp_path / "bad", demo["images"], seed + 1.0)
@@ -102,34 +110,34 @@ def test_exit_codes_and_what_is_printed(demo, tmp_path, capsys):
     assert main(["compare", str(good), str(other)]) == 0
     text = capsys.readouterr().out
     assert "good: inside the band of demo" in text
-    assert "other: no reference curve for its setting; demo is the nearest, and its setting differs: model.size: tiny" in text
+    assert "other: no reference curve has its setting; the nearest is demo, which differs in model.size: tiny" in text
     assert main(["compare", str(good), str(bad)]) == 3
     assert "bad: OUTSIDE the band of demo" in capsys.readouterr().out
     assert main(["compare", str(bad), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)["runs"][0]
-    assert found["verdict"]["outside"]
-    assert found["verdict"]["above"] == found["verdict"]["judged"] == len(seed)
+    assert found["band_check"]["outside"]
+    assert found["band_check"]["above"] == found["band_check"]["intervals"] == len(seed)
     assert main(["compare", str(other), "--json", "--out", str(tmp_path / "page.html")]) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (found["verdict"]["reference"], found["verdict"]["nearest"]) == (None, "demo")
-    assert [told.split(":")[0] for told in found["verdict"]["differences"]] == ["model.size"]
-    assert found["verdict"]["text"] in (tmp_path / "page.html").read_text()
+    assert (found["band_check"]["reference"], found["band_check"]["nearest"]) == (None, "demo")
+    assert [difference.split(":")[0] for difference in found["band_check"]["differences"]] == ["model.size"]
+    assert found["band_check"]["text"] in (tmp_path / "page.html").read_text()
     assert main(["compare", str(tmp_path)]) == 2
     assert main(["compare", str(good), "--out", str(tmp_path / "x.pdf")]) == 2
 
 
-def test_the_table_has_the_smoothed_losses_at_points_all_runs_have_come_to(tmp_path):
+def test_the_table_contains_smoothed_losses_at_images_that_all_runs_have_seen(tmp_path):
     lines = [{"step": s, "images": s * 16, "loss": float(s)} for s in range(1, 101)]
     whole, half = make_run(tmp_path / "whole", lines), make_run(tmp_path / "half", lines[:50])
-    found = compare([whole, half])
+    found = compare_runs([whole, half])
     assert found.images[-1] == 50 * 16
-    # a straight line stays one when it is smoothed
+    # smoothing does not change a straight line
     np.testing.assert_allclose(found.losses[0], found.images // 16)
     np.testing.assert_allclose(found.losses[0], found.losses[1])
 
 
 @pytest.mark.service("chromium")
-def test_the_page_and_the_picture_show_curves_and_band(demo, tmp_path):
+def test_the_page_and_the_picture_show_the_curves_and_the_band(demo, tmp_path):
     seed = np.array(next(iter(demo["seeds"].values())))
     runs = [demo_run(tmp_path / "a", demo["images"], seed), demo_run(tmp_path / "$b$ <i>", demo["images"], seed + 0.5)]
     out = tmp_path / "curves.html"
@@ -149,62 +157,62 @@ def test_the_page_and_the_picture_show_curves_and_band(demo, tmp_path):
         assert picture.width > 800
 
 
-def test_stretches_average_the_lines_in_them_and_leave_out_what_is_not_over():
+def test_interval_means_average_the_lines_and_omit_incomplete_intervals():
     images, loss = np.array([5.0, 10, 15, 25, 35]), np.array([1.0, 2, 4, np.inf, 5])
-    found = stretch_means(images, loss, np.array([10.0, 20, 30, 40]))
+    found = interval_means(images, loss, np.array([10.0, 20, 30, 40]))
     assert found[:2].tolist() == [1.5, 4]
     assert np.isinf(found[2])
     assert np.isnan(found[3])
 
 
-def test_a_loss_that_is_not_finite_lies_outside(tmp_path):
+def test_a_loss_that_is_not_finite_lies_outside_the_band(tmp_path):
     run = make_run(tmp_path / "run", [{"step": s, "images": s, "loss": None if s == 3 else 1.0} for s in range(1, 5)])
-    reference = Reference("r", {}, np.array([1.0, 2, 3, 4]), np.zeros(4), np.full(4, 2.0))
-    verdict = judge(read_record(run), reference)
-    assert (verdict.above, verdict.judged, verdict.outside) == (1, 4, True)
+    reference = ReferenceCurve("r", {}, np.array([1.0, 2, 3, 4]), np.zeros(4), np.full(4, 2.0))
+    check = check_band(read_run_record(run), reference)
+    assert (check.above, check.intervals, check.outside) == (1, 4, True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 2}, "format 2"),
-        ({"images": [2, 1]}, "images must rise"),
-        ({"low": [3, 3]}, "low lie under high"),
-        ({"low": [1]}, "equally long"),
-        ({"high": [1, None]}, "equally long"),
+        ({"images": [2, 1]}, "images must increase"),
+        ({"low": [3, 3]}, "low must not exceed high"),
+        ({"low": [1]}, "lists of numbers of the same length"),
+        ({"high": [1, None]}, "lists of numbers of the same length"),
         ({"name": ...}, "not a reference curve"),
         ({"setting": {"data": "x"}}, "must be a list"),
         ({"setting": {"data": []}}, "must be a list"),
         ({"setting": {"data": [["x"]]}}, "must be a list"),
-        ({"setting": [["model.size", "base"]]}, "setting an object"),
-        ({"name": None}, "name must be a text"),
-        ({"setting": {"model.sizes": "base"}}, "setting.model.sizes is no section.key"),
-        ({"setting": {"modle.size": "base"}}, "setting.modle.size is no section.key"),
+        ({"setting": [["model.size", "base"]]}, "setting must map"),
+        ({"name": None}, "name must be a string"),
+        ({"setting": {"model.sizes": "base"}}, "setting.model.sizes is not a configuration key"),
+        ({"setting": {"modle.size": "base"}}, "setting.modle.size is not a configuration key"),
     ],
 )
-def test_a_file_that_is_no_reference_curve_is_refused(tmp_path, change, message):
+def test_an_invalid_reference_curve_is_rejected(tmp_path, change, message):
     content = {"format": 1, "name": "mine", "setting": {}, "images": [1, 2], "low": [1, 1], "high": [2, 2]} | change
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
-    with pytest.raises(ReferenceError, match=message):
-        read_reference(path)
+    with pytest.raises(ReferenceCurveError, match=message):
+        read_curve(path)
 
 
-def test_a_folder_of_ones_own_comes_before_the_shipped(demo, tmp_path):
+def test_a_folder_of_reference_curves_takes_precedence_over_the_shipped_ones(demo, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.json").write_text(json.dumps(demo | {"name": "mine"}))
     run = demo_run(tmp_path / "run", demo["images"], next(iter(demo["seeds"].values())))
-    assert compare([run], own).verdicts[0].reference == "mine"
+    assert compare_runs([run], own).checks[0].reference == "mine"
     farther = demo["setting"] | {"model.target": "pixel", "model.mask_ratio": 0.5}
     (own / "farther.json").write_text(json.dumps(demo | {"name": "farther", "setting": farther}))
     other = demo_run(tmp_path / "other", demo["images"], demo["low"], **{"train.global_batch": 32})
-    (verdict,) = compare([other], own).verdicts
-    assert (verdict.reference, verdict.nearest, len(verdict.differences)) == (None, "mine", 1)
+    (check,) = compare_runs([other], own).checks
+    assert (check.reference, check.nearest, len(check.differences)) == (None, "mine", 1)
     (other / "config.yaml").unlink()
-    (verdict,) = compare([other], own).verdicts
-    assert str(verdict) == "no reference curve for its setting; the config of other is not known"
-    assert [one.name for one in shipped()] == ["demo", "demo_pixel", "fashion_mnist"]
+    (check,) = compare_runs([other], own).checks
+    assert str(check) == "no reference curve has its setting; the configuration of other is unknown"
+    assert [curve.name for curve in shipped_curves()] == ["demo", "demo_pixel", "fashion_mnist"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ReferenceError, match="holds no"):
-        compare([run], tmp_path / "empty")
+    with pytest.raises(ReferenceCurveError, match="contains no"):
+        compare_runs([run], tmp_path / "empty")

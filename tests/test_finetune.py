@@ -23,8 +23,8 @@ from scale_mae.evaluation.classifier import load_classifier
 from scale_mae.metrics.counters import Counters
 from scale_mae.model.classifier import Classifier, LinearProbes
 from scale_mae.model.sizes import SIZES, EncoderSize
-from scale_mae.report.record import read_record
-from scale_mae.report.sections import evaluations, what_ran
+from scale_mae.report.run_record import read_run_record
+from scale_mae.report.sections import configuration, evaluations
 from scale_mae.training import classification
 from scale_mae.weights.convert import convert
 from scale_mae.weights.metadata import build_metadata
@@ -346,9 +346,9 @@ def test_the_time_of_an_evaluation_is_no_time_of_a_step(tmp_path, encoder):
     counts, total = Counters(counters).histogram("step_seconds/evaluation")
     assert counts[-1] == ("+Inf", 2)  # the last one too, which no step follows
     assert total > 3
-    page = str(what_ran(read_record(run)))
+    page = str(configuration(read_run_record(run)))
     assert "drop path 0.1" in page
-    assert "patches hidden" not in page
+    assert "mask ratio" not in page
 
 
 def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
@@ -366,7 +366,7 @@ def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
     assert [event["step"] for event in history if event["event"] == "evaluation_failed"] == [2, 4]
     assert f"step 4: not evaluated, training goes on: {damaged}" in (run / "log.txt").read_text()
     assert "not evaluated" not in (run / "exit_status").read_text()
-    assert str(damaged) in evaluations(read_record(run))
+    assert str(damaged) in evaluations(read_run_record(run))
 
 
 def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path, encoder):

@@ -1,4 +1,4 @@
-"""The report of a run, in a real browser: its numbers are the log's, it asks for nothing, everybody can read it."""
+"""The report of a run in a real browser: it shows the values of the log, loads nothing, and is accessible."""
 
 import itertools
 import json
@@ -24,11 +24,12 @@ from ranks import run_ranks
 
 from scale_mae import load_config
 from scale_mae.cli import main
-from scale_mae.report.charts import POINTS, ROWS, thin
-from scale_mae.report.incidents import marks
-from scale_mae.report.page import _file, report_page
-from scale_mae.report.record import read_lines, read_record, running_mean
-from scale_mae.report.serve import Server
+from scale_mae.report.chart import MAX_POINTS, TABLE_ROWS, thin
+from scale_mae.report.incidents import find_incidents
+from scale_mae.report.live_server import LiveServer
+from scale_mae.report.log_lines import read_log, running_mean
+from scale_mae.report.page import page_file, report_page
+from scale_mae.report.run_record import read_run_record
 from scale_mae.runs import history
 
 PHONE = (390, 844)
@@ -45,7 +46,7 @@ def pretrain(config):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A real run of ten steps with checkpoints at 5 and 10, and an export of the last."""
+    """Return a real run of ten steps with checkpoints at steps 5 and 10, and an export of the last one."""
     folder = tmp_path_factory.mktemp("reports") / "ten steps"
     run_ranks(1, pretrain, load_config("debug", {"run.dir": str(folder), "data.source": demo_index(), "model.patch_size": 4}))
     assert main(["convert", str(folder), "--to", "timm", "--out", str(folder.parent / "encoder.safetensors")]) == 0
@@ -84,14 +85,14 @@ def make_run(folder, lines, events=(), config="debug", tail=""):
 
 def make_page(run, **options):
     out = run.parent / f"{run.name}.html"
-    out.write_text(report_page(read_record(run), **options))
+    out.write_text(report_page(read_run_record(run), **options))
     return out
 
 
 def drawn(browser, chart):
-    """What the charting library shows: curve -> (x, y)."""
-    found = browser.evaluate(f"document.getElementById('chart-{chart}').data.map(t => [t.name, [...t.x], [...t.y]])")
-    return {name: (x, y) for name, x, y in found}
+    """Return the curves that the charting library draws: name -> (x, y)."""
+    curves = browser.evaluate(f"document.getElementById('chart-{chart}').data.map(t => [t.name, [...t.x], [...t.y]])")
+    return {name: (x, y) for name, x, y in curves}
 
 
 def logged(run, key):
@@ -99,7 +100,7 @@ def logged(run, key):
 
 
 @pytest.mark.service("chromium")
-def test_the_page_shows_the_log_and_asks_for_nothing(browser, run, page):
+def test_the_page_shows_the_log_and_loads_nothing(browser, run, page):
     browser.open(page)
     assert browser.problems == []
     assert browser.requests == [page.resolve().as_uri()]
@@ -114,7 +115,7 @@ def test_the_page_shows_the_log_and_asks_for_nothing(browser, run, page):
     assert "10 of 10 (100.0%)" in summary
     assert "finished" in summary
     assert f"{logged(run, 'loss')[-1]:.4f}" in summary
-    # each curve is there as a path on the screen
+    # each curve is drawn as a path
     for chart in ("loss", "learning-rate", "throughput"):
         assert browser.evaluate(f"document.querySelectorAll('#chart-{chart} path.js-line').length") >= 1
     assert browser.evaluate("document.querySelectorAll('#reconstructions img').length") == 6
@@ -125,7 +126,7 @@ def test_the_page_shows_the_log_and_asks_for_nothing(browser, run, page):
 
 
 @pytest.mark.service("chromium")
-def test_the_axis_and_the_scale_can_be_chosen(browser, run, page):
+def test_the_reader_can_choose_the_axis_and_the_scale(browser, run, page):
     browser.open(page)
     browser.evaluate("document.querySelector('input[value=steps]').click()")
     browser.wait_for("document.getElementById('chart-loss').layout.xaxis.title.text === 'step'")
@@ -136,7 +137,7 @@ def test_the_axis_and_the_scale_can_be_chosen(browser, run, page):
 
 
 @pytest.mark.service("chromium")
-def test_charts_can_be_hovered_and_zoomed_by_mouse_and_keys(browser, page):
+def test_charts_support_hover_and_zoom_with_mouse_and_keyboard(browser, page):
     browser.open(page)
     browser.evaluate("document.getElementById('chart-loss').scrollIntoView({behavior: 'instant', block: 'center'})")
     box = browser.evaluate(
@@ -161,14 +162,14 @@ def test_charts_can_be_hovered_and_zoomed_by_mouse_and_keys(browser, page):
 
 
 @pytest.mark.service("chromium")
-def test_the_page_fits_a_phone_and_follows_the_colour_scheme(browser, page, tmp_path):
+def test_the_page_fits_a_phone_and_follows_the_color_scheme(browser, page, tmp_path):
     browser.open(page, *PHONE, dark=True)
     assert browser.evaluate("document.documentElement.scrollWidth") == PHONE[0]
     paper = "getComputedStyle(document.querySelector('#chart-loss .main-svg')).backgroundColor"
     assert browser.evaluate(paper) == browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 19, 24)"
     assert browser.evaluate("document.querySelector('#chart-loss').getBoundingClientRect().right") <= PHONE[0]
     browser.screenshot(tmp_path / "dark.png")
-    browser.look(*PHONE, dark=False)
+    browser.set_window(*PHONE, dark=False)
     browser.wait_for(f"{paper} === 'rgb(255, 255, 255)'", 10)
     browser.screenshot(tmp_path / "light.png")
     dark, light = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("dark", "light"))
@@ -177,7 +178,7 @@ def test_the_page_fits_a_phone_and_follows_the_colour_scheme(browser, page, tmp_
 
 
 @pytest.mark.service("chromium")
-def test_everybody_can_read_it(browser, page):
+def test_the_page_is_accessible(browser, page):
     browser.open(page)
     missing = browser.evaluate("""[
       ...[...document.images].filter(i => !i.alt).map(i => 'img without alt'),
@@ -197,31 +198,30 @@ def test_everybody_can_read_it(browser, page):
     assert browser.evaluate(
         "(ids => ids.length === new Set(ids).size)([...document.querySelectorAll('main [id]:not(svg *)')].map(e => e.id))"
     )
-    # the first stop of the Tab key is the link that skips the navigation, which then shows, with an outline
+    # the Tab key first focuses the link that skips the navigation; the link becomes visible, with an outline
     browser.press("Tab")
     assert browser.evaluate("document.activeElement.className") == "skip"
     assert browser.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    # what the screen reader gets of a chart
+    # the name of a chart for a screen reader
     tree = browser.call("Accessibility.getFullAXTree")["nodes"]
     named = [n["name"]["value"] for n in tree if n.get("role", {}).get("value") in ("image", "img") and "name" in n]
     assert any(name.startswith("Loss, loss. smoothed: first") for name in named)
 
 
-def luminance(colour):
-    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def luminance(color):
+    parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_colours_have_the_contrast_of_wcag_aa():
-    schemes = [
-        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in _file("page.css").split("@media (prefers-color-scheme")[:2]
-    ]
-    for colours in schemes:
+def test_colors_meet_the_contrast_of_wcag_aa():
+    parts = page_file("page.css").split("@media (prefers-color-scheme")[:2]
+    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in parts]
+    for colors in schemes:
         for ground in ("page", "panel"):
-            for name, colour in colours.items():
-                light, dark = sorted([luminance(colour), luminance(colours[ground])], reverse=True)
+            for name, color in colors.items():
+                light, dark = sorted([luminance(color), luminance(colors[ground])], reverse=True)
                 contrast = (light + 0.05) / (dark + 0.05)
                 if name in ("text", "muted", "link"):
                     assert contrast >= 4.5, (name, ground, contrast)
@@ -250,7 +250,7 @@ HOSTILE = "<!--<script >hacked = 1</script><img src=x onerror='hacked = 1'>\"'&"
 
 
 @pytest.mark.service("chromium")
-def test_names_cannot_become_markup(browser, tmp_path):
+def test_text_from_the_run_is_escaped(browser, tmp_path):
     start = {"event": "start", "step": 0, "restarts": 0, "world_size": 2, "device": HOSTILE, "command": HOSTILE}
     start |= {"host": HOSTILE, "job_id": HOSTILE, "zero_stage": 2, "versions": {HOSTILE: HOSTILE}}
     back = {
@@ -266,7 +266,7 @@ def test_names_cannot_become_markup(browser, tmp_path):
     line = a_line(3, **{"decode_failures": 1, f"decode_failures_{HOSTILE}": 1})
     run = make_run(tmp_path / HOSTILE.replace("/", "\u2215"), [a_line(1), line], [start, back, export])
     out = tmp_path / "page.html"
-    out.write_text(report_page(read_record(run), [], [HOSTILE]))
+    out.write_text(report_page(read_run_record(run), [], [HOSTILE]))
     nesting = Nesting()
     nesting.feed(out.read_text())
     assert nesting.open == []
@@ -276,7 +276,7 @@ def test_names_cannot_become_markup(browser, tmp_path):
     assert browser.evaluate("document.scripts.length") == 3
     assert browser.evaluate("document.querySelectorAll('img').length") == 0
     assert browser.problems == []
-    assert HOSTILE in browser.evaluate("document.querySelector('#what-ran code').textContent")
+    assert HOSTILE in browser.evaluate("document.querySelector('#configuration code').textContent")
 
 
 @pytest.mark.service("chromium")
@@ -288,12 +288,12 @@ def test_a_long_log_is_thinned_and_keeps_its_extremes(browser, tmp_path):
     assert page.stat().st_size < 10e6
     browser.open(page)
     images, losses = drawn(browser, "loss")["loss"]
-    assert len(losses) <= POINTS
+    assert len(losses) <= MAX_POINTS
     known = {line["images"]: line["loss"] for line in lines}
     assert all(known[x] == y for x, y in zip(images, losses, strict=True))
     assert {9.0, 0.01, None} <= set(losses)
     assert "at most 2,000 points" in browser.evaluate("document.querySelector('footer').innerText")
-    assert browser.evaluate("document.querySelectorAll('#loss details tbody tr').length") == 3 * ROWS
+    assert browser.evaluate("document.querySelectorAll('#loss details tbody tr').length") == 3 * TABLE_ROWS
     assert browser.problems == []
 
 
@@ -315,20 +315,20 @@ def test_incidents_are_marked_and_listed(browser, tmp_path):
     ]
     lines = [a_line(s) for s in (10, 20, 30, 40, 50)] + [a_line(s, skipped_steps=2) for s in (50, 55, 60)]
     lines += [a_line(s, skipped_steps=3, loss=2.0) for s in (55, 60, 70)]
-    lines[6]["loss"] = 1000.0  # done again
+    lines[6]["loss"] = 1000.0  # repeated later
     run = make_run(tmp_path / "eventful", lines, events)
     browser.open(make_page(run))
     shown = drawn(browser, "loss")
     assert shown["restart"][0] == [40 * 16]
     assert shown["rollback"][0] == [60 * 16]
-    assert shown["skip"][0] == [50 * 16, 55 * 16]
+    assert shown["skipped step"][0] == [50 * 16, 55 * 16]
     assert shown["loss"][1][-3:] == [2.0] * 3
-    assert sorted(shown["done again later"][1]) == sorted([1 / 50, 1000, 1 / 60])
+    assert sorted(shown["repeated later"][1]) == sorted([1 / 50, 1000, 1 / 60])
     text = browser.evaluate("document.getElementById('incidents').innerText")
-    for words in ("restart 1 on 2 processes", "loss spike; back from step 60 to 50", "2 steps skipped", "1 steps skipped"):
+    for words in ("restart 1 on 2 processes", "loss spike. Back from step 60 to 50", "2 steps skipped", "1 step skipped"):
         assert words in text
     assert browser.evaluate("document.getElementById('chart-loss').layout.shapes.length") == 4
-    # what counts fills the chart, wherever steps lie that were done again
+    # the valid steps fill the chart, wherever the repeated steps lie
     span = "document.getElementById('chart-loss').layout.yaxis.range"
     low, high = browser.evaluate(span)
     assert -0.5 < low < 1 / 50
@@ -340,26 +340,27 @@ def test_incidents_are_marked_and_listed(browser, tmp_path):
 
 
 def listed_incidents(run):
-    return re.sub("<[^>]*>", " ", report_page(read_record(run)).partition('id="incidents"')[2])
+    return re.sub("<[^>]*>", " ", report_page(read_run_record(run)).partition('id="incidents"')[2])
 
 
-def test_skipped_steps_are_those_of_the_history(tmp_path):
+def test_skipped_steps_come_from_the_history(tmp_path):
     events = [
         {"event": "steps_skipped", "steps": [7, 8, 12], "total": 3},
         {"event": "steps_skipped", "steps": [15], "total": 4},
     ]
     run = make_run(tmp_path / "run", [a_line(10, skipped_steps=2), a_line(20, skipped_steps=4)], events)
-    assert [(mark.kind, mark.steps) for mark in marks(read_record(run))] == [("skip", 7), ("skip", 12), ("skip", 15)]
+    skipped = [(marker.kind, marker.steps) for marker in find_incidents(read_run_record(run))]
+    assert skipped == [("skipped step", 7), ("skipped step", 12), ("skipped step", 15)]
     text = listed_incidents(run)
-    for words in ("steps 7 to 8 skipped", "step 12 skipped", "step 15 skipped (gradients not finite), 4 in all"):
+    for words in ("steps 7 to 8 skipped", "step 12 skipped", "step 15 skipped (gradients not finite), 4 in total"):
         assert words in text
     assert "up to step" not in text
 
 
-def test_without_a_history_of_skips_the_counter_tells_also_on_lines_that_were_taken_back(tmp_path):
+def test_without_events_skipped_steps_come_from_the_counter_also_in_superseded_lines(tmp_path):
     lines = [a_line(10), a_line(20, skipped_steps=1), a_line(30, skipped_steps=3), a_line(20, skipped_steps=3)]
     run = make_run(tmp_path / "run", [*lines, a_line(30, skipped_steps=4)])
-    text = [mark.text for mark in marks(read_record(run))]
+    text = [marker.text for marker in find_incidents(read_run_record(run))]
     assert [words.partition(" ")[0] + words.rpartition(" ")[2] for words in text] == ["120", "230", "130"]
 
 
@@ -367,12 +368,12 @@ WRONG = ["x", [1], {"a": 1}, True, math.nan, math.inf, 10**400, None, -1e299, "\
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
-def test_values_of_wrong_types_are_missing(tmp_path, wrong):
+def test_values_of_a_wrong_type_count_as_missing(tmp_path, wrong):
     whole = a_line(20, loss_smoothed=1.0, skipped_steps=1, energy_j=1.0, images_processed=9, eta_s=3.0, decode_failures=1)
     whole |= {"decode_failures_truncated": 1, "slowest_rank_s": 1.0, "gpu_memory_allocated_gib": 1.0}
     lines = [whole, *({**whole, "step": 21 + n, key: wrong} for n, key in enumerate(whole) if key != "step")]
     lines += [{key: wrong if key != "step" else 90 for key in whole}, whole | {"step": wrong}]
-    facts = {
+    fields = {
         "start": ["time", "step", "restarts", "world_size", "zero_stage", "device", "host", "job_id", "versions", "command"],
         "rollback": ["time", "number", "reason", "detected", "to", "skipped_steps", "positions", "samples"],
         "steps_skipped": ["time", "steps", "total"],
@@ -380,104 +381,104 @@ def test_values_of_wrong_types_are_missing(tmp_path, wrong):
         "checkpoint": ["time", "step", "seconds", "blocked_seconds", "bytes", "error"],
         "export": ["time", "step", "path", "format"],
     }
-    events = [{"event": kind, key: wrong} for kind, keys in facts.items() for key in keys]
-    events += [{"event": kind} | dict.fromkeys(keys, wrong) for kind, keys in facts.items()]
+    events = [{"event": kind, key: wrong} for kind, keys in fields.items() for key in keys]
+    events += [{"event": kind} | dict.fromkeys(keys, wrong) for kind, keys in fields.items()]
     for number, config in enumerate(["debug", None]):
         run = make_run(tmp_path / f"run {number}", lines, events, config)
         assert main(["report", str(run), "--no-reconstructions", "--price-per-gpu-hour", "1"]) == 0
         assert main(["compare", str(run)]) == 0
-    assert len(read_record(run).log) == len(lines) - 1
+    assert len(read_run_record(run).log) == len(lines) - 1
 
 
-def test_history_too_deep_to_read_is_left_out(tmp_path):
+def test_history_lines_that_are_nested_too_deeply_are_ignored(tmp_path):
     run = make_run(tmp_path / "run", [a_line(1)], [{"event": "stop", "step": 1}])
     with open(run / history.FILE, "a") as file:
         file.write("[" * 100_000 + "\n")
     with open(run / "log.jsonl", "a") as file:
         file.write("[" * 30_000 + "\n")
-    record = read_record(run)
+    record = read_run_record(run)
     assert ([event["event"] for event in record.history], record.log.unreadable) == (["stop"], 1)
 
 
-def test_a_step_that_was_saved_again_counts_again(tmp_path):
+def test_the_number_of_written_checkpoints_includes_repeated_ones(tmp_path):
     saved = {"event": "checkpoint", "step": 5, "seconds": 1.0}
     run = make_run(tmp_path / "run", [a_line(5)], [saved, saved | {"step": 6, "error": "full"}, saved])
-    assert "2 checkpoints were written in all" in report_page(read_record(run))
+    assert "2 checkpoints were written in total" in report_page(read_run_record(run))
 
 
-def test_memory_and_ranks_say_whose_they_are(tmp_path):
+def test_the_charts_of_memory_and_ranks_state_which_processes_they_show(tmp_path):
     lines = [a_line(s, host_rss_gib=1.0, slowest_rank_s=0.1, fastest_rank_s=0.1) for s in (1, 2)]
-    text = report_page(read_record(make_run(tmp_path / "run", lines)))
-    assert "The most of any process" in text
-    assert "peak of the first process" in text
-    assert "Its own work in a step" in text
+    text = report_page(read_run_record(make_run(tmp_path / "run", lines)))
+    assert "Largest memory of any process" in text
+    assert "peak of rank 0" in text
+    assert "own work in a step" in text
 
 
-def test_a_line_takes_back_those_of_its_step_and_after_it(tmp_path):
+def test_a_line_supersedes_earlier_lines_of_the_same_and_of_later_steps(tmp_path):
     run = make_run(tmp_path / "r", [a_line(s, lr=n) for n, s in enumerate([10, 20, 30, 40, 25, 40])], tail='{"step": 50, "lo')
-    log = read_lines(run / "log.jsonl")
+    log = read_log(run / "log.jsonl")
     assert [line["step"] for line in log.lines] == [10, 20, 25, 40]
     assert log.column("lr").tolist() == [0, 1, 4, 5]
-    assert [line["step"] for line in log.taken_back] == [30, 40]
+    assert [line["step"] for line in log.superseded] == [30, 40]
     assert log.unreadable == 0  # the last line is still being written
 
 
 @pytest.mark.parametrize(
     "junk", ["[]", "3", "null", '{"step": "7"}', '{"loss": 1}', '{"step": 1e400}', "\x00\x00", "{" * 100_000]
 )
-def test_damaged_lines_are_counted_and_left_out(tmp_path, junk):
-    log = read_lines(make_run(tmp_path / "r", [a_line(1)], tail=junk + "\n" + json.dumps(a_line(2)) + "\n") / "log.jsonl")
+def test_damaged_lines_are_counted_and_ignored(tmp_path, junk):
+    log = read_log(make_run(tmp_path / "r", [a_line(1)], tail=junk + "\n" + json.dumps(a_line(2)) + "\n") / "log.jsonl")
     assert (len(log), log.unreadable) == (2, 1)
 
 
 @pytest.mark.service("chromium")
 @pytest.mark.parametrize("kind", ["empty", "old", "no config"])
-def test_what_a_run_lacks_is_said(browser, tmp_path, kind):
+def test_the_page_states_what_the_run_does_not_contain(browser, tmp_path, kind):
     lines = {"empty": [], "old": [{"step": s, "loss": 1 / s} for s in (1, 2, 3)], "no config": [a_line(1), a_line(2)]}[kind]
     page = make_page(make_run(tmp_path / "run", lines, config=None if kind == "no config" else "debug"), pictures=[])
     browser.open(page, *PHONE)
     text = browser.evaluate("document.body.innerText")
-    wanted = {
-        "empty": ["Nothing has been logged yet", "No checkpoint is kept", "Nothing has been exported"],
+    expected = {
+        "empty": ["has not logged any step yet", "There is no checkpoint", "There is no export"],
         "old": [
-            "how often the run was started again is not known",
-            "Where time went is not in this log",
-            "no numbers for: Learning rate, Gradient norm, Throughput",
+            "The number of restarts is unknown",
+            "has no times by phase",
+            "no values for: Learning rate, Gradient norm, Throughput",
         ],
-        "no config": ["The config is not known: config.yaml is missing", "Hardware, versions and command are not known"],
+        "no config": ["The configuration is unknown: config.yaml is missing", "Hardware, versions and command are unknown"],
     }[kind]
-    for words in [*wanted, "No process hours", "Energy is not in this log", "No restart, no rollback"]:
+    for words in [*expected, "Process hours are unknown", "has no energy", "no restart, rollback or skipped step"]:
         assert words in text
     assert browser.problems == []
 
 
-def test_cost_counts_every_life_of_the_run_energy_and_price(tmp_path):
+def test_the_cost_contains_every_attempt_the_energy_and_the_price(tmp_path):
     run = make_run(tmp_path / "run", [a_line(10, time=4600, energy_j=3.6e6), a_line(20, time=9800, energy_j=7.2e6)])
     start = {"event": "start", "step": 0, "restarts": 0}
     events = [start | {"time": 1000, "world_size": 8}, start | {"time": 8000, "world_size": 4, "step": 10, "restarts": 1}]
     (run / history.FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
-    text = re.sub("<[^>]*>", " ", report_page(read_record(run), price=3.0).partition('id="cost"')[2])
+    text = re.sub("<[^>]*>", " ", report_page(read_run_record(run), price=3.0).partition('id="cost"')[2])
     assert "1 h 30 min" in text  # 1000 to 4600, and 8000 to 9800
     assert "10" in re.search(r"process hours \(GPU hours on GPUs\)\s+(\S+)", text)[1]
-    assert "30.00 at 3 an hour" in text
+    assert "30.00 at 3 per hour" in text
     assert "2 kWh" in text
 
 
-def test_pictures_are_kept_and_outlive_their_checkpoint(run, page, tmp_path, monkeypatch):
-    names = [f"step-{step:08d}-{hidden}.png" for step in (5, 10) for hidden in (75, 85, 95)]
+def test_pictures_are_stored_and_outlive_their_checkpoint(run, page, tmp_path, monkeypatch):
+    names = [f"step-{step:08d}-{percent}.png" for step in (5, 10) for percent in (75, 85, 95)]
     kept = sorted((run / "reconstructions").glob("*.png"))
     assert [path.name for path in kept] == names
     before = [path.stat().st_mtime_ns for path in kept]
     from scale_mae.report import reconstructions
 
     monkeypatch.setattr(reconstructions, "_draw", lambda *a: pytest.fail("drawn again"))
-    monkeypatch.setattr(reconstructions, "checkpoints", lambda run: [])  # retention took them
+    monkeypatch.setattr(reconstructions, "checkpoints", lambda run: [])  # retention deleted them
     assert main(["report", str(run), "--out", str(tmp_path / "again.html")]) == 0
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert (tmp_path / "again.html").read_text().count("data:image/webp") == 6
 
 
-def test_other_images_can_be_reconstructed_or_none(run, tmp_path, capsys):
+def test_other_images_can_be_reconstructed_and_reconstructions_disabled(run, tmp_path, capsys):
     (tmp_path / "mine.jpg").write_bytes(jpeg())
     out = tmp_path / "mine.html"
     assert main(["report", str(run), "--out", str(out), "--images", str(tmp_path / "mine.jpg")]) == 0
@@ -501,7 +502,7 @@ def test_pictures_that_cannot_be_drawn_do_not_stop_the_report(run, tmp_path, cap
     text = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(text.replace(demo_index(), str(tmp_path / "gone.index")))
     assert main(["report", str(moved), "--out", str(tmp_path / "out.html")]) == 0
-    assert "no reconstructions drawn" in capsys.readouterr().err
+    assert "no new reconstructions" in capsys.readouterr().err
     assert (tmp_path / "out.html").read_text().count("data:image/webp") == 4
 
 
@@ -514,23 +515,23 @@ def test_exports_and_checkpoints_are_listed(run, page):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["/nowhere"], "no run directory"), (["{run}", "--out", "/proc/x/y"], "cannot be written")]
+    ("arguments", "message"), [(["/nowhere"], "not a run directory"), (["{run}", "--out", "/proc/x/y"], "cannot be written")]
 )
-def test_mistakes_are_one_line(run, capsys, arguments, message):
+def test_an_error_is_one_line(run, capsys, arguments, message):
     assert main(["report", *(a.format(run=run) for a in arguments), "--no-reconstructions"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
 @pytest.mark.service("chromium")
-def test_a_served_page_follows_the_run_where_the_reader_is(browser, tmp_path):
+def test_a_served_page_reloads_when_the_run_advances_and_keeps_its_scroll_position(browser, tmp_path):
     run = make_run(tmp_path / "live", [a_line(s) for s in range(1, 30)])
-    server = Server(run, lambda version: report_page(read_record(run), version=version))
+    server = LiveServer(run, lambda version: report_page(read_run_record(run), version=version))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         browser.open(server.url, 800, 600)
         browser.evaluate(
-            "scrollTo({top: 900, behavior: 'instant'}); document.querySelector('#what-ran details').open = true; stale = 1"
+            "scrollTo({top: 900, behavior: 'instant'}); document.querySelector('#configuration details').open = true; stale = 1"
         )
         time.sleep(2.5)
         assert browser.evaluate("stale") == 1  # nothing new, no reload
@@ -540,7 +541,7 @@ def test_a_served_page_follows_the_run_where_the_reader_is(browser, tmp_path):
         browser.wait_for("typeof stale === 'undefined' && document.documentElement?.dataset.drawn", 20)
         assert drawn(browser, "loss")["loss"][1][-1] == 0.123
         assert abs(browser.evaluate("scrollY") - 900) < 5
-        assert browser.evaluate("document.querySelector('#what-ran details').open")
+        assert browser.evaluate("document.querySelector('#configuration details').open")
         assert browser.problems == []
         assert {url.removeprefix(server.url) for url in browser.requests} == {"", "version"}
     finally:
@@ -549,20 +550,20 @@ def test_a_served_page_follows_the_run_where_the_reader_is(browser, tmp_path):
     browser.wait_for("document.getElementById('live').textContent.includes('server has stopped')", 20)
 
 
-def test_serving_ends_with_ctrl_c(run):
+def test_ctrl_c_stops_the_server(run):
     command = [sys.executable, "-m", "scale_mae", "report", str(run), "--serve", "--no-reconstructions"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert re.match(r"http://127\.0\.0\.1:\d+/ follows the run", process.stdout.readline())
+        assert re.match(r"Serving the report at http://127\.0\.0\.1:\d+/\.", process.stdout.readline())
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("request_line", ["GET /", "HEAD /", "POST /", "GET /nowhere"])
-def test_clients_that_go_away_or_ask_for_something_else_are_not_told_of(tmp_path, capfd, request_line):
+def test_disconnected_clients_and_unknown_requests_are_not_reported(tmp_path, capfd, request_line):
     run = make_run(tmp_path / "run", [a_line(1)])
-    server = Server(run, lambda version: "x" * 50_000_000)
-    server.daemon_threads = False  # closing waits for the answer
+    server = LiveServer(run, lambda version: "x" * 50_000_000)
+    server.daemon_threads = False  # so that server_close() waits for the answer
     with socket.create_connection(server.server_address[:2]) as client:
         client.sendall(f"{request_line} HTTP/1.1\r\n\r\n".encode())
         server.handle_request()
@@ -572,11 +573,11 @@ def test_clients_that_go_away_or_ask_for_something_else_are_not_told_of(tmp_path
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_page_that_cannot_be_made_is_a_line(tmp_path, capfd):
+def test_an_error_while_rendering_is_reported_in_one_line(tmp_path, capfd):
     def render(version):
         raise ZeroDivisionError("of nothing")
 
-    server = Server(make_run(tmp_path / "run", [a_line(1)]), render)
+    server = LiveServer(make_run(tmp_path / "run", [a_line(1)]), render)
     server.daemon_threads = False
     with socket.create_connection(server.server_address[:2]) as client:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -585,7 +586,7 @@ def test_a_page_that_cannot_be_made_is_a_line(tmp_path, capfd):
     assert capfd.readouterr().err == "scale-mae: --serve: ZeroDivisionError: of nothing\n"
 
 
-def test_a_price_that_is_none_is_said_plainly(run, capsys):
+def test_an_invalid_price_is_reported(run, capsys):
     for price in ("abc", "nan", "-1", "inf"):
         with pytest.raises(SystemExit):
             main(["report", str(run), f"--price-per-gpu-hour={price}"])
@@ -606,12 +607,12 @@ def test_thinning_keeps_ends_extremes_and_gaps(count):
         assert np.isnan(values[kept]).any()
 
 
-def test_the_running_mean_is_that_of_the_lines_around():
+def test_the_running_mean_ignores_missing_values_and_shrinks_at_the_ends():
     values = np.array([1.0, 2.0, np.nan, 8.0, 5.0])
     assert running_mean(values, 1).tolist() == [1, 1.5, 5, 6.5, 5]
 
 
-def test_the_page_needs_no_file_beside_it(page: Path):
+def test_the_page_references_no_other_file(page: Path):
     text = page.read_text()
     without = text[: text.index('<script type="application/json"')]
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", without)

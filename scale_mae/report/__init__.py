@@ -1,1 +1,1 @@
-"""What a run has left behind, shown to people: one page, and loss curves beside each other."""
+"""HTML reports of runs, and comparisons of loss curves."""

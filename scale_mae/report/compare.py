@@ -1,4 +1,4 @@
-"""Loss curves of several runs beside each other, and each against its reference band."""
+"""Compares the loss curves of several runs with each other, and each with its reference curve."""
 
 from __future__ import annotations
 
@@ -15,53 +15,62 @@ from rich.text import Text
 
 import scale_mae
 from scale_mae.config import UserError
-from scale_mae.report.charts import Chart, Series
-from scale_mae.report.markup import note, section, table
-from scale_mae.report.record import Floats, Record, read_record
-from scale_mae.report.reference import Reference, Verdict, judge, named, shipped, unjudged
+from scale_mae.report.chart import Chart, Series
+from scale_mae.report.html_elements import note, section, table
+from scale_mae.report.log_lines import Floats
+from scale_mae.report.reference_band import (
+    BandCheck,
+    ReferenceCurve,
+    check_band,
+    no_matching_curve,
+    read_curves,
+    shipped_curves,
+)
+from scale_mae.report.run_record import RunRecord, read_run_record
 
-POINTS = 8  # of the table
+TABLE_ROWS = 8
+NO_OVERLAP = "The runs have no part of the schedule in common."
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs beside each other.
+    """A comparison of runs.
 
     Attributes:
-        names: unique, one a run.
-        records: the runs.
-        verdicts: one a run.
-        bands: the reference curves that were used.
-        images: points that all runs have come to, ``[P]``; empty where there are none.
-        losses: smoothed, at those, ``[R, P]``.
+        names: A unique name for each run.
+        records: The runs.
+        checks: The comparison of each run with its reference curve.
+        curves: The reference curves that were used.
+        images: Numbers of images seen that all runs have reached, ``[P]``; empty without an overlap.
+        losses: Smoothed loss of each run at these numbers, ``[R, P]``.
     """
 
     names: Sequence[str]
-    records: Sequence[Record]
-    verdicts: Sequence[Verdict]
-    bands: Sequence[Reference]
+    records: Sequence[RunRecord]
+    checks: Sequence[BandCheck]
+    curves: Sequence[ReferenceCurve]
     images: Floats
     losses: Floats
 
     @property
     def outside(self) -> bool:
         """Whether any run lies outside its band."""
-        return any(verdict.outside for verdict in self.verdicts)
+        return any(check.outside for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the comparison as JSON data."""
         runs = []
-        for name, record, verdict, losses in zip(self.names, self.records, self.verdicts, self.losses, strict=True):
-            told = {k: getattr(verdict, k) for k in ("reference", "nearest", "judged", "above", "below")}
-            told |= {"outside": verdict.outside, "differences": list(verdict.differences), "text": str(verdict)}
+        for name, record, check, losses in zip(self.names, self.records, self.checks, self.losses, strict=True):
+            fields = {key: getattr(check, key) for key in ("reference", "nearest", "intervals", "above", "below", "outside")}
+            fields |= {"differences": list(check.differences), "text": str(check)}
             values = [None if np.isnan(loss) else loss for loss in losses.tolist()]
-            runs.append({"run": name, "dir": str(record.dir), "loss": values, "verdict": told})
+            runs.append({"run": name, "dir": str(record.dir), "loss": values, "band_check": fields})
         return {"images": self.images.tolist(), "runs": runs}
 
     def show(self) -> None:
-        """Print a table and a line a run."""
+        """Print a table of losses, and one line per run."""
         if len(self.images):
-            grid = Table(box=None, pad_edge=False, title="Smoothed loss at images seen", title_justify="left")
+            grid = Table(box=None, pad_edge=False, title="Smoothed loss by images seen", title_justify="left")
             grid.add_column("images", justify="right")
             for name in self.names:
                 grid.add_column(Text(name), justify="right", overflow="fold")
@@ -69,54 +78,49 @@ class Comparison:
                 grid.add_row(*map(Text, row))
             Console(width=None if sys.stdout.isatty() else 200).print(grid)
         else:
-            print("The runs have no stretch of the schedule in common.")
-        for name, verdict in zip(self.names, self.verdicts, strict=True):
-            print(f"{name}: {verdict}")
+            print(NO_OVERLAP)
+        for name, check in zip(self.names, self.checks, strict=True):
+            print(f"{name}: {check}")
 
     def _rows(self) -> list[list[str]]:
-        losses = self.losses.T.tolist()
         return [
-            [f"{images:,.0f}", *("-" if np.isnan(v) else f"{v:.4f}" for v in at)]
-            for images, at in zip(self.images.tolist(), losses, strict=True)
+            [f"{images:,.0f}", *("-" if np.isnan(loss) else f"{loss:.4f}" for loss in losses)]
+            for images, losses in zip(self.images.tolist(), self.losses.T.tolist(), strict=True)
         ]
 
     def chart(self) -> Chart:
-        """All curves over their bands."""
-        curves = []
-        for reference in self.bands:
-            first = next(r for r, v in zip(self.records, self.verdicts, strict=True) if v.reference == reference.name)
-            steps = reference.images / first.images_at(1)
-            curves.append(Series(f"band of {reference.name}", reference.images, steps, reference.high, "band", reference.low))
+        """Return a chart of all curves and their bands."""
+        series = []
+        for curve in self.curves:
+            first = next(r for r, c in zip(self.records, self.checks, strict=True) if c.reference == curve.name)
+            steps = curve.images / first.images_at(1)
+            series.append(Series(f"band of {curve.name}", curve.images, steps, curve.high, "band", curve.low))
         for name, record in zip(self.names, self.records, strict=True):
             images, steps = record.images(record.log.lines), record.log.column("step")
-            curves.append(Series(name, images, steps, record.log.smoothed[0]))
-        words = "Smoothed loss of each run; bands are those of reference curves."
-        return Chart("loss", "Loss", words, "loss", curves, log_scale=True).thinned()
+            series.append(Series(name, images, steps, record.log.smoothed[0]))
+        caption = "Smoothed loss of each run, and the bands of the reference curves."
+        return Chart("loss", "Loss", caption, "loss", series, log_scale=True).thinned()
 
     def page(self) -> str:
-        """A page like a report's."""
-        from scale_mae.report.page import render
+        """Return an HTML page with the chart and the tables."""
+        from scale_mae.report.page import render_page
 
         charts = [self.chart()]
-        rows = list(zip(self.names, map(str, self.verdicts), strict=True))
+        checks = list(zip(self.names, map(str, self.checks), strict=True))
+        header = ["images", *self.names]
+        losses = table("Smoothed loss by images seen", header, self._rows()) if len(self.images) else note(NO_OVERLAP)
         parts = [
             section("curves", "Loss curves", *(chart.figure() for chart in charts)),
-            section(
-                "points",
-                "At common points",
-                table("Smoothed loss at images seen", ["images", *self.names], self._rows())
-                if len(self.images)
-                else note("The runs have no stretch of the schedule in common."),
-            ),
-            section("references", "Reference bands", table("Each run against its band", ["run", "verdict"], rows)),
+            section("losses", "Losses", losses),
+            section("references", "Reference curves", table("Comparison with the bands", ["run", "result"], checks)),
         ]
-        return render(f"Loss of {', '.join(self.names)}", f"made by scale-mae {scale_mae.__version__}", parts, charts)
+        return render_page(f"Loss of {', '.join(self.names)}", f"made by scale-mae {scale_mae.__version__}", parts, charts)
 
     def draw(self, out: Path) -> None:
-        """The chart as a PNG picture.
+        """Write the chart as a PNG picture.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The file cannot be written.
         """
         import matplotlib
 
@@ -124,14 +128,14 @@ class Comparison:
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-        for curve in self.chart().series:
-            label = curve.name.replace("$", r"\$")
-            if curve.low is not None:
-                axis.fill_between(curve.images, curve.low, curve.values, alpha=0.25, label=label)
+        for series in self.chart().series:
+            label = series.name.replace("$", r"\$")
+            if series.low is not None:
+                axis.fill_between(series.images, series.low, series.values, alpha=0.25, label=label)
             else:
-                axis.plot(curve.images, curve.values, label=label)
+                axis.plot(series.images, series.values, label=label)
         axis.set_xlabel("images seen")
-        axis.set_ylabel("loss, smoothed")
+        axis.set_ylabel("smoothed loss")
         axis.grid(alpha=0.3)
         axis.legend()
         try:
@@ -143,41 +147,42 @@ class Comparison:
             pyplot.close(figure)
 
 
-def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
-    """Read runs and judge each.
+def compare_runs(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
+    """Compare runs with each other and with reference curves.
 
     Args:
-        runs: run directories.
-        reference: a file: judge every run by it, whatever its setting; a folder: by the one for its setting, these before
-            the shipped ones. None: by the shipped ones.
+        runs: Run directories.
+        reference: Where reference curves come from. A file is used for every run, whatever its setting. A folder is searched
+            for the curve with the setting of the run, before the shipped curves. ``None`` searches only the shipped curves.
 
     Raises:
-        UserError: no run directory, or no reference curve.
+        UserError: A path is not a run directory, or ``reference`` is not valid.
     """
-    records = [read_record(run) for run in runs]
-    own = named(reference) if reference else []
-    forced = bool(reference and not reference.is_dir())
-    known = own if forced else [*own, *shipped()]
-    verdicts, bands = [], dict[str, Reference]()
+    records = [read_run_record(run) for run in runs]
+    given = read_curves(reference) if reference else []
+    any_setting = bool(reference and not reference.is_dir())
+    curves = given if any_setting else [*given, *shipped_curves()]
+    checks, used = [], dict[str, ReferenceCurve]()
     for record in records:
-        fitting = next((one for one in known if forced or not one.differences(record)), None)
-        verdicts.append(judge(record, fitting) if fitting else unjudged(record, known))
-        if fitting:
-            bands[fitting.name] = fitting
+        matching = next((curve for curve in curves if any_setting or not curve.differences(record)), None)
+        checks.append(check_band(record, matching) if matching else no_matching_curve(record, curves))
+        if matching:
+            used[matching.name] = matching
     names = [record.name for record in records]
     names = [name if names.count(name) == 1 else str(record.dir) for name, record in zip(names, records, strict=True)]
-    images, losses = _common(records)
-    return Comparison(names, records, verdicts, list(bands.values()), images, losses)
+    images, losses = _losses_at_common_images(records)
+    return Comparison(names, records, checks, list(used.values()), images, losses)
 
 
-def _common(records: Sequence[Record]) -> tuple[Floats, Floats]:
+def _losses_at_common_images(records: Sequence[RunRecord]) -> tuple[Floats, Floats]:
+    """Return numbers of images that all runs have seen, ``[P]``, and the smoothed losses there, ``[R, P]``."""
     seen = [record.images(record.log.lines) for record in records]
     if not all(len(images) for images in seen):
         return np.zeros(0), np.zeros((len(records), 0))
     first, last = max(images[0] for images in seen), min(images[-1] for images in seen)
     if first > last:
         return np.zeros(0), np.zeros((len(records), 0))
-    points = np.unique(np.linspace(first, last, POINTS).round())
-    # the newest log line of each run at a point
-    at = [np.maximum(0, np.searchsorted(images, points, side="right") - 1) for images in seen]
-    return points, np.stack([record.log.smoothed[0][where] for record, where in zip(records, at, strict=True)])
+    points = np.unique(np.linspace(first, last, TABLE_ROWS).round())
+    # the last log line of each run up to each point
+    indices = [np.maximum(0, np.searchsorted(images, points, side="right") - 1) for images in seen]
+    return points, np.stack([record.log.smoothed[0][index] for record, index in zip(records, indices, strict=True)])

@@ -1,4 +1,4 @@
-"""What happened to a run besides steps: starts, rollbacks, skips; and the time it held its processes."""
+"""Incidents of a run (restarts, rollbacks, skipped steps, stops), and the attempts into which restarts divide it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scale_mae.report.charts import Mark
-from scale_mae.report.record import Record
+from scale_mae.report.chart import EventMarker
+from scale_mae.report.run_record import RunRecord
 
-MARKS = 200  # drawn at most; the table has as many
+MAX_MARKERS = 200  # in a chart and in the table of incidents
 
 
-def when(seconds: object) -> str:
-    """A point in time for people, UTC."""
+def format_time(seconds: object) -> str:
+    """Return a time (seconds since 1970) as text in UTC; a hyphen if it is not a valid time."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(float(seconds)))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, OSError):
@@ -25,114 +25,118 @@ def _int(value: object) -> int:
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
 
 
-def marks(record: Record) -> list[Mark]:
-    """Restarts, rollbacks, skipped steps and stops in the order of their steps."""
-    found = [_of_event(record, event, number) for number, event in enumerate(record.history)]
-    listed = [mark for mark in found if mark] + list(_skips(record))
-    return sorted(listed, key=lambda mark: mark.steps)
+def find_incidents(record: RunRecord) -> list[EventMarker]:
+    """Return the restarts, rollbacks, skipped steps, failed checkpoints and stops of a run, sorted by step."""
+    from_history = [_from_event(record, event, index) for index, event in enumerate(record.history)]
+    markers = [marker for marker in from_history if marker] + list(_skipped_steps(record))
+    return sorted(markers, key=lambda marker: marker.steps)
 
 
-def _of_event(record: Record, event: dict[str, Any], number: int) -> Mark | None:
-    kind, step, at = event["event"], _int(event.get("step")), when(event.get("time"))
+def _from_event(record: RunRecord, event: dict[str, Any], index: int) -> EventMarker | None:
+    kind, step, at = event["event"], _int(event.get("step")), format_time(event.get("time"))
     if kind == "start":
-        if not event.get("restarts") and not any(earlier["event"] == "start" for earlier in record.history[:number]):
-            return None  # the first start is no incident
-        words = f"restart {event.get('restarts', '')} on {event.get('world_size', '?')} processes, {at}"
-        return Mark("restart", record.images_at(step), step, words)
+        if not event.get("restarts") and not any(earlier["event"] == "start" for earlier in record.history[:index]):
+            return None  # the first start is not an incident
+        text = f"restart {event.get('restarts', '')} on {event.get('world_size', '?')} processes, {at}"
+        return EventMarker("restart", record.images_at(step), step, text)
     if kind in ("rollback", "rollback_failed"):
-        step, bad = _int(event.get("detected")), event.get("skipped_steps") or ["?", "?"]
-        words = (
-            f"rollback {event.get('number', '')}: {event.get('reason', '')}; back from step {step} to {event.get('to', '?')}, "
-            f"samples of steps {bad[0]} to {bad[-1]} left out, {at}"
+        step, reason = _int(event.get("detected")), event.get("reason", "")
+        steps = event.get("skipped_steps") or ["?", "?"]
+        text = (
+            f"rollback {event.get('number', '')} because of: {reason}. Back from step {step} to {event.get('to', '?')}; "
+            f"the images of steps {steps[0]} to {steps[-1]} are skipped, {at}"
         )
         if kind == "rollback_failed":
-            words = f"gave up: {event.get('reason', '')}; samples of steps {bad[0]} to {bad[-1]} led there, {at}"
-        return Mark(kind.replace("_", " "), record.images_at(step), step, words)
+            text = f"rollback failed after: {reason}. The images of steps {steps[0]} to {steps[-1]} led to it, {at}"
+        return EventMarker(kind.replace("_", " "), record.images_at(step), step, text)
     if kind == "stop":
-        return Mark("stop", record.images_at(step), step, f"stop: {event.get('reason', '')}, {at}")
+        return EventMarker("stop", record.images_at(step), step, f"stop: {event.get('reason', '')}, {at}")
     if kind == "checkpoint" and event.get("error"):
-        return Mark("lost checkpoint", record.images_at(step), step, f"checkpoint lost: {event['error']}, {at}")
+        return EventMarker("failed checkpoint", record.images_at(step), step, f"checkpoint failed: {event['error']}, {at}")
     return None
 
 
-def _skips(record: Record) -> Iterator[Mark]:
+def _skipped_steps(record: RunRecord) -> Iterator[EventMarker]:
     events = record.events("steps_skipped")
     for event in events:
-        total, at = event.get("total"), when(event.get("time"))
-        for first, last in _unbroken(event.get("steps", [])):
+        total, at = event.get("total"), format_time(event.get("time"))
+        for first, last in _consecutive_ranges(event.get("steps", [])):
             steps = f"step {first}" if first == last else f"steps {first} to {last}"
-            words = f"{steps} skipped (gradients not finite){'' if total is None else f', {total} in all'}, {at}"
-            yield Mark("skip", record.images_at(first), first, words)
+            text = f"{steps} skipped (gradients not finite){'' if total is None else f', {total} in total'}, {at}"
+            yield EventMarker("skipped step", record.images_at(first), first, text)
     if not events:
-        yield from _counted_skips(record)
+        yield from _skipped_steps_from_counter(record)
     for line in record.log.lines:
         if "loss" in line and line["loss"] is None:
-            yield Mark("loss not finite", record.images_at(line["step"]), line["step"], "loss not finite")
+            yield EventMarker("loss not finite", record.images_at(line["step"]), line["step"], "loss not finite")
 
 
-def _unbroken(steps: Sequence[float]) -> list[tuple[int, int]]:
-    """The first and the last of each stretch of steps that follow each other."""
-    found: list[tuple[int, int]] = []
+def _consecutive_ranges(steps: Sequence[float]) -> list[tuple[int, int]]:
+    """Return the first and the last step of each range of consecutive steps."""
+    ranges: list[tuple[int, int]] = []
     for step in sorted({int(step) for step in steps}):
-        follows = bool(found) and step == found[-1][1] + 1
-        found.append((found.pop()[0] if follows else step, step))
-    return found
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], step)
+        else:
+            ranges.append((step, step))
+    return ranges
 
 
-def _counted_skips(record: Record) -> Iterator[Mark]:
-    """From the counter of the log, for a run whose history does not tell of skips; lines that were taken back count too."""
-    before = 0
-    for line in record.log.written:
-        if (count := line.get("skipped_steps")) is None:
+def _skipped_steps_from_counter(record: RunRecord) -> Iterator[EventMarker]:
+    """Find skipped steps by the counter in the log, for a run whose history does not list them."""
+    previous = 0
+    for line in record.log.all_lines:
+        if (total := line.get("skipped_steps")) is None:
             continue
-        if count > before:
-            words = f"{count - before:.0f} steps skipped (gradients not finite) up to step {line['step']}"
-            yield Mark("skip", record.images_at(line["step"]), line["step"], words)
-        before = count  # falls in logs of runs in which a new process counted anew
+        if total > previous:
+            count = total - previous
+            steps = "1 step" if count == 1 else f"{count:.0f} steps"
+            text = f"{steps} skipped (gradients not finite) up to step {line['step']}"
+            yield EventMarker("skipped step", record.images_at(line["step"]), line["step"], text)
+        previous = total  # may decrease when a new process starts to count again
 
 
-def shown(found: Sequence[Mark]) -> tuple[list[Mark], str]:
-    """At most :data:`MARKS` of them, rare kinds first, and a sentence on those left out."""
-    by_kind: dict[str, list[Mark]] = {}
-    for mark in found:
-        by_kind.setdefault(mark.kind, []).append(mark)
-    kept: list[Mark] = []
+def select_markers(markers: Sequence[EventMarker]) -> tuple[list[EventMarker], int]:
+    """Return at most :data:`MAX_MARKERS` markers, with rare kinds first, and the number of omitted ones."""
+    by_kind: dict[str, list[EventMarker]] = {}
+    for marker in markers:
+        by_kind.setdefault(marker.kind, []).append(marker)
+    kept: list[EventMarker] = []
     for group in sorted(by_kind.values(), key=len):
-        kept += group[: max(0, MARKS - len(kept))]
-    left = len(found) - len(kept)
-    return sorted(kept, key=lambda mark: mark.steps), f"{left} more are not shown." if left else ""
+        kept += group[: max(0, MAX_MARKERS - len(kept))]
+    return sorted(kept, key=lambda marker: marker.steps), len(markers) - len(kept)
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One life of the process group.
+class Attempt:
+    """The time from a start of a run to its next stop, crash or restart.
 
     Attributes:
-        processes: of it.
-        seconds: from its start to its last sign of life.
+        world_size: Number of processes.
+        seconds: Time from the start to the last recorded activity.
     """
 
-    processes: int
+    world_size: int
     seconds: float
 
 
-def stretches(record: Record) -> list[Stretch]:
-    """The lives of a run; empty where its history does not tell of starts."""
+def find_attempts(record: RunRecord) -> list[Attempt]:
+    """Return the attempts of a run; empty if its history does not contain a start."""
     starts = [event for event in record.events("start") if "time" in event]
-    signs = [line["time"] for line in record.log.written if line.get("time") is not None]
-    signs += [e["time"] for e in record.history if e["event"] in ("stop", "checkpoint", "rollback") and "time" in e]
-    found = []
-    for number, start in enumerate(starts):
-        end = starts[number + 1]["time"] if number + 1 < len(starts) else float("inf")
-        last = max((sign for sign in signs if start["time"] <= sign < end), default=start["time"])
-        found.append(Stretch(max(1, _int(start.get("world_size"))), last - start["time"]))
-    return found
+    activity = [line["time"] for line in record.log.all_lines if line.get("time") is not None]
+    activity += [e["time"] for e in record.history if e["event"] in ("stop", "checkpoint", "rollback") and "time" in e]
+    attempts = []
+    for index, start in enumerate(starts):
+        end = starts[index + 1]["time"] if index + 1 < len(starts) else float("inf")
+        last = max((moment for moment in activity if start["time"] <= moment < end), default=start["time"])
+        attempts.append(Attempt(max(1, _int(start.get("world_size"))), last - start["time"]))
+    return attempts
 
 
-def logged_seconds(record: Record) -> float:
-    """Time that the steps of the schedule took so far, for a run without a history of starts."""
-    total, before = 0.0, 0
+def total_step_seconds(record: RunRecord) -> float:
+    """Return the time of all completed steps, for a run whose history does not contain a start."""
+    total, previous = 0.0, 0
     for line in record.log.lines:
-        total += (line["step"] - before) * (line.get("step_time_s") or 0)
-        before = line["step"]
+        total += (line["step"] - previous) * (line.get("step_time_s") or 0)
+        previous = line["step"]
     return total

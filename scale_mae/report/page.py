@@ -1,4 +1,4 @@
-"""One page that holds everything it needs: style, script, charting library, numbers and pictures."""
+"""Builds the HTML report: one page that contains its style, script, charting library, data and pictures."""
 
 from __future__ import annotations
 
@@ -15,82 +15,81 @@ from string import Template
 import scale_mae
 from scale_mae.config import UserError
 from scale_mae.report import sections
-from scale_mae.report.charts import POINTS, Chart, script_data
-from scale_mae.report.incidents import marks, when
-from scale_mae.report.markup import Markup, tag, text
+from scale_mae.report.chart import MAX_POINTS, Chart, script_data
+from scale_mae.report.html_elements import Markup, escape, tag
+from scale_mae.report.incidents import find_incidents, format_time
 from scale_mae.report.reconstructions import Picture
-from scale_mae.report.record import Record
+from scale_mae.report.run_record import RunRecord
 
 
 def report_page(
-    record: Record,
+    record: RunRecord,
     pictures: Sequence[Picture] | None = None,
     problems: Sequence[str] = (),
     price: float | None = None,
     version: str = "",
 ) -> str:
-    """The report of a run as one HTML page.
+    """Return the report of a run as an HTML page.
 
     Args:
-        record: the run.
-        pictures: reconstructions; None: left out.
-        problems: with drawing them.
-        price: of a GPU hour.
-        version: of what is shown, for a page that follows the run; empty for one that stays as it is.
+        record: The run.
+        pictures: Reconstructions; ``None`` if they are disabled.
+        problems: Reasons for missing reconstructions.
+        price: Price of a GPU hour.
+        version: Version of the content, for a page that reloads when the run advances. Empty for a static page.
     """
-    found, pretraining = marks(record), record.config is None or record.config.run.task == "pretrain"
-    drawn, charts = sections.chart_sections(record, found)
+    markers, pretraining = find_incidents(record), record.config is None or record.config.run.task == "pretrain"
+    chart_sections, charts = sections.chart_sections(record, markers)
     parts = [
         sections.summary(record),
-        sections.what_ran(record),
-        *drawn,
-        sections.incidents(record, found),
+        sections.configuration(record),
+        *chart_sections,
+        sections.incidents(record, markers),
         sections.reconstructions(pictures, problems) if pretraining else sections.evaluations(record),
         sections.files(record),
         sections.cost(record, price),
     ]
-    thinned = len(record.log) > POINTS
-    footer = f"{len(record.log):,} log lines"
-    if thinned:
-        footer += f"; a curve has at most {POINTS:,} points here: of each stretch the smallest and the largest value"
-    subtitle = f"{record.dir.resolve()}; made {when(time.time())} UTC by scale-mae {scale_mae.__version__}"
-    return render(f"Run {record.name}", subtitle, parts, charts, f"{footer}.", version)
+    footer = f"The log has {len(record.log):,} lines."
+    if len(record.log) > MAX_POINTS:
+        footer += f" A curve shows at most {MAX_POINTS:,} points: the smallest and the largest value of each interval."
+    subtitle = f"{record.dir.resolve()}; made {format_time(time.time())} UTC by scale-mae {scale_mae.__version__}"
+    return render_page(f"Run {record.name}", subtitle, parts, charts, footer, version)
 
 
-def render(
+def render_page(
     title: str, subtitle: str, parts: Sequence[Markup], charts: Sequence[Chart], footer: str = "", version: str = ""
 ) -> str:
-    """Sections and charts as one HTML page that loads nothing; its policy forbids it to."""
+    """Return an HTML page with sections and charts. Its content security policy forbids it to load anything."""
     from plotly.offline import get_plotlyjs
 
-    library, script = (_inline(source) for source in (get_plotlyjs(), _file("page.js")))
+    library, script = (_inline(source) for source in (get_plotlyjs(), page_file("page.js")))
     hashes = " ".join(f"'sha256-{_sha256(source)}'" for source in (library, script))
-    # charts style themselves; their pictures, when asked for, are made from blobs; a served page asks its own server only
-    asks = "'self'" if version else "'none'"
+    # The charting library adds style elements, and downloads charts as blobs. A served page may connect to its own server.
+    connections = "'self'" if version else "'none'"
     policy = (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {asks}; "
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {connections}; "
         "base-uri 'none'; form-action 'none'"
     )
-    page = Template(_file("page.html")).substitute(
+    page = Template(page_file("page.html")).substitute(
         policy=policy,
-        title=text(title),
-        subtitle=text(subtitle),
-        style=_file("page.css"),
-        version=text(version),
+        title=escape(title),
+        subtitle=escape(subtitle),
+        style=page_file("page.css"),
+        version=escape(version),
         navigation=_navigation(parts),
         controls=_controls(charts),
         sections="\n".join(parts),
-        footer=text(footer),
+        footer=escape(footer),
         charts=script_data([chart.data() for chart in charts]),
         library=library,
         script=script,
     )
-    return page.encode("utf-8", "replace").decode()  # a damaged name is no reason for none
+    return page.encode("utf-8", "replace").decode()  # a name with invalid characters must not prevent the page
 
 
 def _navigation(parts: Sequence[Markup]) -> Markup:
-    found = [re.search(r'<h2 id="([^"]*)-title">([^<]*)</h2>', part) for part in parts]
-    links = [tag("li", tag("a", Markup(heading[2]), href=f"#{heading[1]}")) for heading in found if heading]
+    headings = [re.search(r'<h2 id="([^"]*)-title">([^<]*)</h2>', part) for part in parts]
+    links = [tag("li", tag("a", Markup(heading[2]), href=f"#{heading[1]}")) for heading in headings if heading]
     return tag("ul", *links)
 
 
@@ -98,20 +97,21 @@ def _controls(charts: Sequence[Chart]) -> Markup:
     if not charts:
         return Markup("")
 
-    def choice(value: str, words: str) -> Markup:
-        return tag("label", tag("input", type="radio", name="axis", value=value, checked=value == "images"), words)
+    def choice(value: str, label: str) -> Markup:
+        return tag("label", tag("input", type="radio", name="axis", value=value, checked=value == "images"), label)
 
-    axis = tag("fieldset", tag("legend", "Charts over"), choice("images", "images seen"), choice("steps", "steps"))
+    axis = tag("fieldset", tag("legend", "Horizontal axis"), choice("images", "images seen"), choice("steps", "steps"))
     logarithmic = tag("label", tag("input", type="checkbox", id="logarithmic"), "logarithmic loss")
-    return tag("form", axis, logarithmic, class_="controls", aria_label="How charts are drawn")
+    return tag("form", axis, logarithmic, class_="controls", aria_label="Chart settings")
 
 
-def _file(name: str) -> str:
+def page_file(name: str) -> str:
+    """Return a file of the page: the template, the style sheet or the script."""
     return files("scale_mae.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _inline(source: str) -> str:
-    """A script as it can stand inside a page, with no end tag in it and line ends as a browser reads them."""
+    """Return a script for a script element: without an end tag, and with the line ends that a browser hashes."""
     return re.sub(r"</(script)", r"<\\/\1", source.replace("\r\n", "\n").replace("\r", "\n"), flags=re.IGNORECASE)
 
 
@@ -119,11 +119,11 @@ def _sha256(source: str) -> str:
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def write(page: str, out: Path) -> None:
-    """Write a page; whoever has it open sees a whole one.
+def write_page(page: str, out: Path) -> None:
+    """Write a page atomically.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     staging = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:

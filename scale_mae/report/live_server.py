@@ -1,4 +1,4 @@
-"""A report that follows its run: rendered again when the run has moved on, given to browsers on this machine."""
+"""Serves a report over HTTP. The page reloads when the run advances."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from scale_mae.runs import exit_status, history
 from scale_mae.slurm.status import METRICS_FILE
 
 
-def version_of(run: Path) -> str:
-    """Text that changes when what a report shows has changed."""
-    found = []
+def content_version(run: Path) -> str:
+    """Return a string that changes when the content of the report changes."""
+    parts = []
     for name in (METRICS_FILE, history.FILE, exit_status.FILE):
         try:
-            facts = (run / name).stat()
-            found.append(f"{facts.st_mtime_ns:x}.{facts.st_size:x}")
+            stat = (run / name).stat()
+            parts.append(f"{stat.st_mtime_ns:x}.{stat.st_size:x}")
         except OSError:
-            found.append("0")
-    return "-".join([*found, *(path.name for path in list_checkpoints(run)[-1:])])
+            parts.append("0")
+    return "-".join([*parts, *(path.name for path in list_checkpoints(run)[-1:])])
 
 
-class Server(ThreadingHTTPServer):
-    """Serves ``/`` (the page) and ``/version`` (of what it shows).
+class LiveServer(ThreadingHTTPServer):
+    """Serves ``/`` (the page) and ``/version`` (the version of its content).
 
     Args:
-        run: the run directory.
-        render: makes the page of a version.
-        host: address to listen on.
-        port: 0: any free one.
+        run: Run directory.
+        render: Function that returns the page for a version.
+        host: Address to listen on.
+        port: Port to listen on; 0 selects a free port.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: The address is not available.
     """
 
     daemon_threads = True
@@ -52,21 +52,21 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """The address of the page."""
         return f"http://{self.server_address[0]!s}:{self.server_address[1]}/"
 
     def version(self) -> str:
-        """Of what there is to show now."""
-        return version_of(self._run)
+        """Return the current version of the content."""
+        return content_version(self._run)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A line on what went wrong with a request; a client that went away is no error."""
+        """Print the error of a request as one line. A client that closes the connection is not an error."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError):
             print(f"scale-mae: --serve: {type(error).__name__}: {error}", file=sys.stderr)
 
     def page(self) -> bytes:
-        """The page as of now; rendered once a version, however many ask."""
+        """Return the current page. It is rendered once per version."""
         with self._lock:
             version = self.version()
             if version != self._version:
@@ -75,10 +75,10 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: LiveServer
 
     def do_GET(self) -> None:
-        """The page, or its version."""
+        """Send the page or its version."""
         path = self.path.partition("?")[0]
         if path not in ("/", "/version"):
             self.send_error(HTTPStatus.NOT_FOUND)
@@ -97,13 +97,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not told."""
+        """Do not log requests."""
 
 
-def serve(server: Server) -> None:
-    """Until Ctrl-C."""
+def serve(server: LiveServer) -> None:
+    """Serve until Ctrl-C."""
     try:
-        print(f"{server.url} follows the run; Ctrl-C ends it", flush=True)
+        print(f"Serving the report at {server.url}. Press Ctrl-C to stop.", flush=True)
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         pass

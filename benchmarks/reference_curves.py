@@ -1,16 +1,16 @@
-"""Makes a reference curve: the band of losses that runs of one recipe keep to, whatever their seed.
+"""Make a reference curve: the band in which the losses of runs of one recipe lie, whatever their seed.
 
 nice -n 15 python benchmarks/reference_curves.py demo --runs DIR --out scale_mae/reference_curves/demo.json \\
     --wrong optim.base_lr=0.0001 optim.base_lr=0.01 model.target=pixel --result benchmarks/results/reference_curves_demo.json
 
---name, --set and --data are for recipes with overrides and for images of one's own, whose path says nothing elsewhere.
+Use --name and --set for a recipe with overrides, and --data if the path of the images differs between machines.
 
-Trains the recipe with each seed, one process, one after the other; a run that is in DIR already is not repeated, and an
-interrupted one goes on. The schedule is cut into stretches of equal length, and each run's logged losses are averaged within
-each (scale_mae.report.reference). The band is the seeds' mean plus and minus what `compute_band` there documents.
+The script trains the recipe with each seed, with one process, one seed after the other. It does not repeat a complete run in DIR,
+and resumes an incomplete one. It divides the schedule into intervals of equal length and averages the logged losses of each run
+in each interval (scale_mae.report.reference_band). The band follows from these means as `compute_band` documents.
 
-Two checks go into the result: each seed against the band of the others, which it must be inside; and runs with a wrong value,
-trained for at least a part of the schedule, which are outside the band if the value changes the loss.
+The result contains two checks. Each seed must lie inside the band of the other seeds. Runs with a wrong value, trained for a part of
+the schedule, lie outside the band if the value changes the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = (*(f"model.{key}" for key in MODEL), "train.global_batch", "train.duratio
 
 
 def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -> RunRecord:
-    """Pre-train in ``folder``, or go on there, to this share of the schedule."""
+    """Start or resume pre-training in ``folder`` and stop at this share of the schedule."""
 
     def done() -> float:
         line = read_run_record(folder).log.lines[-1:] if (folder / "log.jsonl").exists() else []
@@ -66,11 +66,11 @@ def means(record: RunRecord, ends: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--name", help="of the curve (default: the recipe's)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="of all runs")
-    parser.add_argument("--data", help="what the images are called (default: data.source)")
+    parser.add_argument("--name", help="name of the curve (default: name of the recipe)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides for all runs")
+    parser.add_argument("--data", help="name of the images (default: data.source)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--stretches", type=int, default=12)
+    parser.add_argument("--intervals", type=int, default=12)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--wrong", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--wrong-share", type=float, default=0.4)
@@ -83,22 +83,22 @@ def main() -> None:
     assert isinstance(config, Config)
     index = Index.open(existing_index(config.data.source) or records[0].dir / INDEX_NAME)
     total = config.steps(config.train.duration, len(index)) * config.train.global_batch
-    ends = np.round(np.arange(1, args.stretches + 1) * total / args.stretches)
+    ends = np.round(np.arange(1, args.intervals + 1) * total / args.intervals)
     losses = np.stack([means(record, ends) for record in records])
     setting = {key: setting_value(config, key) for key in KEYS} | {"data": [args.data or config.data.source, index.digest]}
     low, high = compute_band(losses)
     name = args.name or args.recipe
-    reference = ReferenceCurve(name, setting, ends, low, high)
+    curve = ReferenceCurve(name, setting, ends, low, high)
 
-    main_only_nbytes = {}
+    leave_one_out = {}
     for number, seed in enumerate(args.seeds):
         edges = dict(zip(("low", "high"), compute_band(np.delete(losses, number, 0)), strict=True))
-        main_only_nbytes[str(seed)] = str(check_band(records[number], replace(reference, **edges)))
+        leave_one_out[str(seed)] = str(check_band(records[number], replace(curve, **edges)))
     wrong = {}
     for override in args.wrong:
         record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", *args.set, override], args.wrong_share)
         losses_of = [None if np.isnan(mean) else round(mean, 5) for mean in means(record, ends).tolist()]
-        wrong[override] = {"verdict": str(check_band(record, reference)), "loss": losses_of}
+        wrong[override] = {"verdict": str(check_band(record, curve)), "loss": losses_of}
 
     kept = [override for override in args.set if not override.startswith("data.source=")]
     content = {
@@ -113,9 +113,7 @@ def main() -> None:
         "seeds": {str(seed): row.round(5).tolist() for seed, row in zip(args.seeds, losses, strict=True)},
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
-    table = [
-        {"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in main_only_nbytes.items()
-    ]
+    table = [{"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in leave_one_out.items()]
     table += [{"run": name, "judged by": "all seeds", "verdict": found["verdict"]} for name, found in wrong.items()]
     title = f"Reference curve {name}: seeds left out in turn, and wrong values"
     save(args.result, device=torch.device("cpu"), title=title, table=table, images=ends.tolist(), wrong=wrong)

@@ -6,11 +6,11 @@ nice -n 15 python benchmarks/reference_curves.py demo --runs DIR --out scale_mae
 Use --name and --set for a recipe with overrides, and --data if the path of the images differs between machines.
 
 The script trains the recipe with each seed, with one process, one seed after the other. It does not repeat a complete run in
-DIR, and resumes an incomplete one. It divides the schedule into intervals of equal length and averages the logged losses of each
-run in each interval (scale_mae.report.reference_band). The band follows from these means as `compute_band` documents.
+DIR, and resumes an incomplete one. It divides the schedule into intervals of equal length and averages the logged losses of
+each run in each interval (scale_mae.report.reference_band). The band follows from these means as `compute_band` documents.
 
-The result contains two checks. Each seed must lie inside the band of the other seeds. Runs with a wrong value, trained for a part
-of the schedule, lie outside the band if the value changes the loss.
+The result contains two checks. Each seed must lie inside the band of the other seeds. Runs with a wrong value, trained for a
+part of the schedule, lie outside the band if the value changes the loss.
 """
 
 from __future__ import annotations

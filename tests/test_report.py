@@ -472,7 +472,7 @@ def test_pictures_are_stored_and_outlive_their_checkpoint(run, page, tmp_path, m
     from scale_mae.report import reconstructions
 
     monkeypatch.setattr(reconstructions, "_draw", lambda *a: pytest.fail("drawn again"))
-    monkeypatch.setattr(reconstructions, "checkpoints", lambda run: [])  # retention deleted them
+    monkeypatch.setattr(reconstructions, "list_checkpoints", lambda run: [])  # retention deleted them
     assert main(["report", str(run), "--out", str(tmp_path / "again.html")]) == 0
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert (tmp_path / "again.html").read_text().count("data:image/webp") == 6

@@ -14,8 +14,20 @@ from scale_mae.runs import history
 from scale_mae.slurm.status import METRICS_FILE, RunStatus, get_run_status, is_run_directory
 
 EVENT_NUMBERS = frozenset(  # fields of an event that must be numbers
-    ("time", "step", "restarts", "world_size", "zero_stage", "number", "detected", "to", "seconds", "blocked_seconds")
-    + ("bytes", "total")
+    [
+        "time",
+        "step",
+        "restarts",
+        "world_size",
+        "zero_stage",
+        "number",
+        "detected",
+        "to",
+        "seconds",
+        "blocked_seconds",
+        "bytes",
+        "total",
+    ]
 )
 EVENT_LISTS = frozenset({"skipped_steps", "positions", "samples", "steps"})  # fields of an event that must be lists
 

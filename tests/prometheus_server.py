@@ -1,4 +1,4 @@
-"""A real Prometheus for tests, with the shipped files in fast motion: a minute of theirs lasts a second."""
+"""A real Prometheus for tests. It uses the shipped files with one second in place of each minute."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MINUTES = {"m": 1, "h": 60, "d": 1440}
 
 
 def fast(rules):
-    """Rules whose minutes are seconds: durations (``for: 5m``, ``[1h]``) and times written as minutes (``10 * 60``)."""
+    """Replace minutes by seconds: in durations (``for: 5m``, ``[1h]``) and in products (``10 * 60``)."""
     rules = re.sub(r"\b(\d+)([mhd])\b", lambda found: f"{int(found[1]) * MINUTES[found[2]]}s", rules)
     return re.sub(r"\* 60\b", "* 1", rules)
 
 
 def fetch(address, data=None):
-    """What a server answers, no proxy asked."""
+    """Return the response of a server, without a proxy."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, data=data, timeout=20) as answer:
         return answer.read()
 
 
 class PrometheusServer:
-    """Started in ``folder``, watching ``discovery`` for targets, with a scrape and an evaluation each quarter of a second."""
+    """A Prometheus in ``folder``. It reads targets from ``discovery``, and scrapes and evaluates rules every 0.25 s."""
 
     def __init__(self, folder, discovery):
         config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
@@ -64,57 +64,57 @@ class PrometheusServer:
         return fetch(f"http://{self.address}{path}", urllib.parse.urlencode(arguments).encode() or None)
 
     def scrape(self):
-        """What the only target says now."""
+        """Return the current response of the only target."""
         (target,) = self.targets()
         return fetch(f"http://{target['address']}/metrics").decode()
 
     def query(self, expression, at=None):
-        """The samples of an instant query. One that cannot be parsed raises."""
+        """Return the samples of an instant query. Raises if the query is invalid."""
         arguments = {} if at is None else {"time": at}
         return json.loads(self._get("/api/v1/query", query=expression, **arguments))["data"]["result"]
 
     def value(self, expression, at=None):
-        """The only sample's value, None without one."""
+        """Return the value of the only sample; ``None`` without a sample."""
         result = self.query(expression, at)
         assert len(result) <= 1, result
         return float(result[0]["value"][1]) if result else None
 
     def samples(self, series, seconds=300):
-        """All samples of one series as scraped: time -> value."""
+        """Return the scraped samples of one series: time -> value."""
         result = self.query(f"{series}[{seconds}s]")
         assert len(result) == 1, [found["metric"] for found in result]
         return {time: float(value) for time, value in result[0]["values"]}
 
     def range(self, expression, since, until, step=0.25):
-        """Values of a range query over all its series."""
+        """Return the values of a range query over all its series."""
         found = json.loads(self._get("/api/v1/query_range", query=expression, start=since, end=until, step=step))
         return [float(value) for series in found["data"]["result"] for _, value in series["values"]]
 
     def names(self):
-        """Names of all series that there are."""
+        """Return the names of all series."""
         return set(json.loads(self._get("/api/v1/label/__name__/values"))["data"])
 
     def targets(self):
-        """Labels and address of what is scraped."""
+        """Return the labels and the address of each target."""
         found = json.loads(self._get("/api/v1/targets?state=active"))["data"]["activeTargets"]
         return [target["labels"] | {"address": target["discoveredLabels"]["__address__"]} for target in found]
 
     def firing(self):
-        """Names of the alerts that fire now."""
+        """Return the names of the firing alerts."""
         return {found["metric"]["alertname"] for found in self.query('ALERTS{alertstate="firing"}')}
 
     @staticmethod
     def wait(condition, seconds):
-        """Until ``condition()`` holds; its value."""
+        """Wait until ``condition()`` is true, and return its value."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"not in {seconds} s"
+            assert time.monotonic() < deadline, f"condition not met within {seconds} s"
             time.sleep(0.1)
         return value
 
 
 def promtool(*arguments):
-    """What it says; it must succeed."""
+    """Run promtool and return its output. Fails if promtool fails."""
     done = subprocess.run(["promtool", *arguments], cwd=MONITORING, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

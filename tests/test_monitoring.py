@@ -1,4 +1,4 @@
-"""The files of cluster/monitoring: by promtool, by their structure, and with a real Prometheus that watches a real run."""
+"""The files of cluster/monitoring: checked with promtool, and by their structure."""
 
 import json
 import re
@@ -14,13 +14,13 @@ needs_prometheus = pytest.mark.service("prometheus")
 
 
 def alerts():
-    """All alerts by name."""
+    """Return all alerts by name."""
     (group,) = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
     return {rule["alert"]: rule for rule in group["rules"]}
 
 
 def recorded():
-    """Names of recording rules -> their expressions."""
+    """Return the expressions of the recording rules by name."""
     (group,) = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
     return {rule["record"]: rule["expr"] for rule in group["rules"]}
 
@@ -34,14 +34,14 @@ def panels():
 
 
 def expressions():
-    """What the dashboard asks, with the variables that Grafana fills in."""
-    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
-    asked += [annotation["expr"] for annotation in dashboard()["annotations"]["list"]]
-    return [asks.replace("$__rate_interval", "10s").replace("$run", ".+") for asks in asked]
+    """Return the queries of the dashboard, with values for the variables of Grafana."""
+    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
+    queries += [annotation["expr"] for annotation in dashboard()["annotations"]["list"]]
+    return [query.replace("$__rate_interval", "10s").replace("$run", ".+") for query in queries]
 
 
 def names_in(text):
-    """Series that an expression asks for."""
+    """Return the series that an expression refers to."""
     return set(re.findall(r"\b(?:run\w*:)?scale_mae_\w+(?::\w+)?", text))
 
 
@@ -59,7 +59,7 @@ def test_promtool_accepts_the_config_and_the_rules(tmp_path):
 
 
 @needs_prometheus
-def test_each_alert_fires_when_it_should_and_only_then():
+def test_each_alert_fires_only_when_it_should():
     promtool("test", "rules", "alerts_test.yml")
 
 
@@ -73,7 +73,7 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
     assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == set(alerts())
 
 
-def test_each_alert_says_what_happened_and_where_the_runbook_tells_what_to_do():
+def test_each_alert_has_a_description_and_a_section_of_the_runbook():
     headings = {
         f"#{line[3:].strip().lower().replace(' ', '-')}" for line in RUNBOOK.read_text().splitlines() if line.startswith("## ")
     }
@@ -85,10 +85,10 @@ def test_each_alert_says_what_happened_and_where_the_runbook_tells_what_to_do():
         assert path == "docs/runbook.md", name
         named.add(f"#{section}")
     assert named <= headings
-    assert headings == named, "sections of no alert"
+    assert headings == named, "sections without an alert"
 
 
-def test_rules_name_only_rules_that_there_are():
+def test_rules_refer_only_to_existing_rules():
     texts = [alert["expr"] for alert in alerts().values()] + list(recorded().values()) + expressions()
     assert {name for text in texts for name in names_in(text) if ":" in name} == set(recorded())
 
@@ -105,7 +105,7 @@ def test_the_dashboard_can_be_imported_anywhere():
     assert {annotation["name"] for annotation in board["annotations"]["list"]} == {"Restart", "Rollback"}
 
 
-def test_panels_have_a_unit_a_description_and_a_place_of_their_own():
+def test_panels_have_a_unit_and_a_description_and_do_not_overlap():
     everything = dashboard()["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
     assert len({panel["title"] for panel in everything}) == len(everything)
@@ -120,7 +120,7 @@ def test_panels_have_a_unit_a_description_and_a_place_of_their_own():
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in everything)
 
 
-def test_a_minute_of_the_rules_becomes_a_second():
+def test_fast_replaces_minutes_by_seconds():
     assert fast("for: 5m\n[1h] offset 30m\n> 10 * 60\nrun:x:rate10m, 1440 * 60") == (
         "for: 5s\n[60s] offset 30s\n> 10 * 1\nrun:x:rate10m, 1440 * 1"
     )

@@ -1,4 +1,4 @@
-"""A real Prometheus, with the shipped rules and alerts in fast motion, watches a real run of two processes."""
+"""A real Prometheus scrapes a real run of two processes. Its rules and alerts run 60 times as fast."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from test_monitoring import MONITORING, alerts, dashboard, expressions, names_in
 from scale_mae.config import load_config
 
 pytestmark = [pytest.mark.service("prometheus"), pytest.mark.long]
-LOG_KEYS = {  # series -> key of a log line
+LOG_KEYS = {  # series -> log key
     "scale_mae_step": "step",
     "scale_mae_total_steps": "total_steps",
     "scale_mae_epoch": "epoch",
@@ -37,17 +37,17 @@ LOG_KEYS = {  # series -> key of a log line
 
 
 def needs_gpu(name):
-    """Whether a series is there only with GPUs, or devices whose peak is known."""
+    """Return whether a series requires a GPU, or a device with a known peak."""
     return "_gpu_" in name or "joule" in name or name in ("scale_mae_mfu", "scale_mae_hfu")
 
 
 def may_be_absent(name):
-    """Whether a series has no sample here, of a pre-training on this machine."""
+    """Return whether a series may have no sample in a pre-training run on this machine."""
     return "_validation_" in name or (needs_gpu(name) and not torch.cuda.is_available())
 
 
 def train_with_faults(config, faults):
-    """Train; files in ``faults`` say what goes wrong: ``nan`` makes losses of the second rank NaN, ``full`` fills the disk."""
+    """Train. A file ``nan`` in ``faults`` makes the losses of rank 1 NaN; a file ``full`` simulates a full disk."""
     from scale_mae import pretrain
     from scale_mae.engine.deepspeed import Engine
 
@@ -66,8 +66,8 @@ def train_with_faults(config, faults):
     return pretrain(config)
 
 
-class Watched:
-    """A run that goes on until it is killed, and the Prometheus that watches it."""
+class MonitoredRun:
+    """A run that continues until it is killed, and the Prometheus that scrapes it."""
 
     def __init__(self, folder):
         self.dir, self.faults, self.processes = folder / "runs" / "nano", folder / "faults", []
@@ -75,12 +75,12 @@ class Watched:
             path.mkdir()
         overrides = {"run.dir": str(self.dir), "data.source": demo_index(), "train.duration": "1000000 steps"}
         overrides |= {"checkpoint.interval": "40 steps", "log.interval": "5", "train.micro_batch": "8"}
-        overrides |= {"rollback.max_skipped_steps": "1000000"}  # bad losses are to be seen, not healed
+        overrides |= {"rollback.max_skipped_steps": "1000000"}  # so that bad losses do not cause a rollback
         self.config = load_config("debug", overrides)
         self.server = PrometheusServer(folder / "prometheus", folder / "runs" / "prometheus")
 
     def start(self):
-        """Until Prometheus has seen ten steps and a checkpoint of this process group."""
+        """Start the run, and wait until Prometheus has scraped ten steps and a checkpoint of it."""
         before = self.log()[-1]["steps_done"] if self.log() else 0
         self.processes, self.pipes = start_ranks(2, train_with_faults, self.config, self.faults)
         self.until(lambda: (self.server.value("scale_mae_steps_total") or 0) >= before + 10, 120)
@@ -96,7 +96,7 @@ class Watched:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def until(self, condition, seconds):
-        """Wait for a condition while the run is alive."""
+        """Wait for a condition. Fail if the run ends."""
 
         def holds():
             assert all(process.is_alive() for process in self.processes), "the run has ended"
@@ -104,16 +104,16 @@ class Watched:
 
         return self.server.wait(holds, seconds)
 
-    def fires(self, *names):
+    def wait_until_firing(self, *names):
         self.until(lambda: set(names) <= self.server.firing(), 90)
 
-    def calm(self, *names):
+    def wait_until_silent(self, *names):
         self.until(lambda: not set(names) & self.server.firing(), 60)
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    run = Watched(tmp_path_factory.mktemp("watched"))
+    run = MonitoredRun(tmp_path_factory.mktemp("watched"))
     try:
         run.start()
         yield run
@@ -123,7 +123,7 @@ def watched(tmp_path_factory):
 
 
 def test_queries_return_the_values_of_the_log(watched):
-    """At each scrape, all series are of one and the same log line."""
+    """All series of a scrape come from the same log line."""
     server = watched.server
     server.wait(lambda: len(set(server.samples("scale_mae_step").values())) > 20, 60)
     steps = server.samples("scale_mae_step", 20)
@@ -145,8 +145,8 @@ def test_queries_return_the_values_of_the_log(watched):
     assert "exported_run" not in sample["metric"]
 
 
-def test_rates_are_those_of_the_log(watched):
-    # on a quick machine the run is younger than the ten seconds of the rate
+def test_rates_match_the_log(watched):
+    # on a fast machine the run may be younger than the ten seconds of the rate
     watched.until(lambda: min(watched.server.samples("scale_mae_images_total", 60)) < time.time() - 13, 30)
     now = time.time()
     rate = watched.server.value("run:scale_mae_images:rate10m", now)
@@ -163,46 +163,50 @@ def test_rates_are_those_of_the_log(watched):
     assert 0 < p50 <= p95
 
 
-def offered(text):
-    """Series that an exporter has, those without a sample on this machine among them."""
+def exported_series(text):
+    """Return the series of an exporter, also those without a sample on this machine."""
     found = set()
     for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE):
         found |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
     return found
 
 
-def test_every_metric_that_is_asked_for_exists_and_every_one_that_exists_is_shown(watched):
+def test_every_queried_metric_exists_and_every_metric_is_on_the_dashboard(watched):
     texts = [alert["expr"] for alert in alerts().values()] + list(recorded().values()) + expressions()
-    asked = {name for text in texts for name in names_in(text)}
-    there = offered(watched.server.scrape())
-    assert len(there) > 40
+    queried = {name for text in texts for name in names_in(text)}
+    exported = exported_series(watched.server.scrape())
+    assert len(exported) > 40
     (documented,) = re.findall(
         r"(\d+) samples per scrape", (MONITORING.parents[1] / "docs" / "guides" / "monitoring.md").read_text()
     )
-    without_gpu = len({name for name in there if needs_gpu(name) and "_gpu_" not in name}) + 2  # and memory of the device
+    without_gpu = (
+        len({name for name in exported if needs_gpu(name) and "_gpu_" not in name}) + 2
+    )  # and the two series of GPU memory
     assert watched.server.value("scrape_samples_scraped") == int(documented) - without_gpu
-    assert asked - set(recorded()) - there == set()
-    assert {name for name in asked - watched.server.names() if not may_be_absent(name)} == set()
+    assert queried - set(recorded()) - exported == set()
+    assert {name for name in queried - watched.server.names() if not may_be_absent(name)} == set()
     shown = {name for text in expressions() for name in names_in(text)}
-    assert there - shown == {f"scale_mae_step_seconds_{part}" for part in ("count", "sum")}  # by way of rules
+    assert exported - shown == {
+        f"scale_mae_step_seconds_{part}" for part in ("count", "sum")
+    }  # the dashboard uses them through rules
 
 
-def test_every_expression_of_the_dashboard_is_understood_and_answered(watched):
-    """Those that need GPUs, a failure or an evaluation may have no answer."""
-    empty = {asks for asks in expressions() if not watched.server.query(asks)}
-    allowed = {asks for asks in expressions() if "ALERTS" in asks or any(map(may_be_absent, names_in(asks)))}
-    allowed |= {dashboard()["annotations"]["list"][1]["expr"].replace("$run", ".+")}  # no rollback
+def test_every_query_of_the_dashboard_is_valid_and_returns_data(watched):
+    """Queries that require a GPU, a failure or an evaluation may return nothing."""
+    empty = {query for query in expressions() if not watched.server.query(query)}
+    allowed = {query for query in expressions() if "ALERTS" in query or any(map(may_be_absent, names_in(query)))}
+    allowed |= {dashboard()["annotations"]["list"][1]["expr"].replace("$run", ".+")}  # there is no rollback
     assert empty <= allowed
     assert len(expressions()) > len(panels()) > 40
 
 
-def test_killed_and_resumed_its_series_go_on_and_no_counter_falls(watched):
+def test_the_series_of_a_killed_run_continue_when_it_resumes_and_no_counter_decreases(watched):
     server = watched.server
     restarts = server.value("scale_mae_restarts_total")
     before = server.samples("scale_mae_images_total", 600)
     began = min(before)
     address = server.targets()[0]["address"]
-    # some steps after a checkpoint, which are to be repeated
+    # kill it some steps after a checkpoint, so that it repeats steps
     watched.until(lambda: server.query("10 < scale_mae_step - scale_mae_checkpoint_step < 25"), 60)
     watched.kill()
     killed = time.time()
@@ -210,12 +214,12 @@ def test_killed_and_resumed_its_series_go_on_and_no_counter_falls(watched):
     server.wait(lambda: "ScaleMaeTargetDown" in server.firing(), 60)
     done = watched.log()[-1]
     watched.start()
-    watched.calm("ScaleMaeTargetDown", "ScaleMaeRestartsWithoutProgress")
+    watched.wait_until_silent("ScaleMaeTargetDown", "ScaleMaeRestartsWithoutProgress")
     assert [target["instance"] for target in server.targets()] == [f"{server.targets()[0]['run']}/node0"]
     assert server.targets()[0]["address"] != address
     assert server.value("scale_mae_restarts_total") == restarts + 1
     window = math.ceil(time.time() - began)
-    images = server.samples("scale_mae_images_total", window)  # one series, over both lives
+    images = server.samples("scale_mae_images_total", window)  # one series across the restart
     assert min(images) <= killed < max(images)
     assert list(images.values()) == sorted(images.values())
     resumed = min(value for at, value in images.items() if at > killed)
@@ -229,52 +233,52 @@ def test_killed_and_resumed_its_series_go_on_and_no_counter_falls(watched):
     rates = server.range("rate(scale_mae_images_total[3s])", began, time.time())
     speed = max(line["images_per_s"] for line in watched.log())
     assert 0 <= min(rates) <= max(rates) < 2 * speed
-    # what was repeated is counted as work, not as progress
+    # repeated images count as processed, but not as progress
     line = watched.log()[-1]
     assert line["images_processed"] > line["images"]
 
 
-def test_a_stall_raises_its_alert_and_goes_by(watched):
-    watched.calm("ScaleMaeNoProgress")
+def test_a_stalled_run_fires_its_alert_until_it_continues(watched):
+    watched.wait_until_silent("ScaleMaeNoProgress")
     second = watched.processes[1].pid
     os.kill(second, signal.SIGSTOP)
     try:
-        watched.fires("ScaleMaeNoProgress")
+        watched.wait_until_firing("ScaleMaeNoProgress")
         assert "ScaleMaeTargetDown" not in watched.server.firing()
     finally:
         os.kill(second, signal.SIGCONT)
-    watched.calm("ScaleMaeNoProgress")
+    watched.wait_until_silent("ScaleMaeNoProgress")
 
 
-def test_a_loss_that_is_not_a_number_raises_its_alert_and_goes_by(watched):
-    watched.calm("ScaleMaeLossNotFinite")
+def test_a_nan_loss_fires_its_alert_until_it_is_finite(watched):
+    watched.wait_until_silent("ScaleMaeLossNotFinite")
     (watched.faults / "nan").touch()
     try:
-        watched.fires("ScaleMaeLossNotFinite")
+        watched.wait_until_firing("ScaleMaeLossNotFinite")
         assert math.isnan(watched.server.value("scale_mae_loss"))
         assert watched.log()[-1]["loss"] is None
     finally:
         (watched.faults / "nan").unlink()
-    watched.calm("ScaleMaeLossNotFinite")
+    watched.wait_until_silent("ScaleMaeLossNotFinite")
 
 
-def test_a_checkpoint_that_is_too_old_raises_its_alert_and_goes_by(watched):
-    watched.calm("ScaleMaeCheckpointTooOld")
+def test_an_old_checkpoint_fires_its_alert_until_there_is_a_new_one(watched):
+    watched.wait_until_silent("ScaleMaeCheckpointTooOld")
     (watched.faults / "full").touch()
     try:
-        watched.fires("ScaleMaeCheckpointTooOld", "ScaleMaeCheckpointFailed")
+        watched.wait_until_firing("ScaleMaeCheckpointTooOld", "ScaleMaeCheckpointFailed")
         assert watched.server.value("time() - scale_mae_checkpoint_timestamp_seconds") > 10
     finally:
         (watched.faults / "full").unlink()
-    watched.calm("ScaleMaeCheckpointTooOld")
+    watched.wait_until_silent("ScaleMaeCheckpointTooOld")
 
 
-def test_stopped_in_good_order_it_takes_its_target_away(watched):
+def test_a_run_that_stops_normally_removes_its_target(watched):
     server = watched.server
     os.kill(watched.processes[0].pid, signal.SIGTERM)
     for process in watched.processes:
         process.join(60)
     server.wait(lambda: server.targets() == [], 20)
     assert not list(Path(watched.dir.parent / "prometheus").glob("*.json"))
-    time.sleep(12)  # as long as a target that is down may be
+    time.sleep(12)  # longer than a target may be down before its alert fires
     assert "ScaleMaeTargetDown" not in server.firing()

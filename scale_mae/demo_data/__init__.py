@@ -1,1 +1,1 @@
-"""The shipped images (see make.py) and the script that made them."""
+"""Images for the demo (Fashion-MNIST), and the script that packs them."""

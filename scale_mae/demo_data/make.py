@@ -1,10 +1,11 @@
-"""Makes the shipped shards from Debian's package dataset-fashion-mnist (Fashion-MNIST, Xiao et al. 2017, MIT licence).
+"""Packs the demo images from Debian's package dataset-fashion-mnist (Fashion-MNIST, Xiao et al. 2017, MIT license).
 
     python -m scale_mae.demo_data.make [FOLDER]
 
-The first 1,000 training images of each class and the first 200 test images of each, in the order of the originals, as
-grey JPEG of quality 90 in gzipped tar shards of 2,500 (WebDataset: ``key.jpg``, ``key.cls``). A tar block is 512 bytes, so
-unpacked the shards would be 28 MB for 7 MB of JPEG. The bytes depend on nothing but the package and Pillow's encoder.
+The shards contain the first 1,000 training images and the first 200 test images of each class, in the original order. Images
+are grayscale JPEG files of quality 90, in tar shards of 2,500 images in WebDataset format (``key.jpg``, ``key.cls``). The shards
+are compressed, because tar pads each file to blocks of 512 bytes: 7 MB of JPEG data would take 28 MB. The output depends only on
+the package and on Pillow's encoder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PER_SHARD = 2500
 
 
 def read_idx(path: Path, header: int) -> NDArray[np.uint8]:
-    """The bytes of an IDX file after its header."""
+    """Return the bytes of an IDX file after its header."""
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
@@ -33,7 +34,7 @@ def make(folder: Path, originals: Path = ORIGINALS) -> None:
     """Write ``train-0000.tar.gz`` ... and ``val-0000.tar.gz`` to ``folder``.
 
     Raises:
-        FileNotFoundError: the Debian package is not installed.
+        FileNotFoundError: The Debian package is not installed.
     """
     for split, (name, per_class) in SPLITS.items():
         images = read_idx(originals / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)

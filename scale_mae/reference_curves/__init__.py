@@ -1,1 +1,1 @@
-"""Loss curves of runs that went well, as bands: docs/guides/reports.md tells their format and how they were made."""
+"""Reference curves: bands in which the loss of a correct run lies. docs/guides/reports.md describes the format."""

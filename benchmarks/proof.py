@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from report import save
 
-from scale_mae.demo_data.make import ORIGINALS, read_idx
+from scale_mae.demo_data.pack_fashion_mnist import ORIGINALS, read_idx
 
 PROGRAM = [sys.executable, "-m", "scale_mae"]
 RECIPES = Path(__file__).parent / "proof"

@@ -62,9 +62,9 @@ def test_shipped_images_are_what_the_readme_says():
 
 @pytest.mark.service("dataset-fashion-mnist")
 def test_shipped_shards_are_made_from_the_originals(tmp_path):
-    from scale_mae.demo_data.make import ORIGINALS, make, read_idx
+    from scale_mae.demo_data.pack_fashion_mnist import ORIGINALS, pack_shards, read_idx
 
-    make(tmp_path)
+    pack_shards(tmp_path)
     made, shipped = open_index(str(tmp_path / "val-0000.tar.gz")), open_index("demo:val")
     assert len(made) == len(shipped) == 2000
     images = read_idx(ORIGINALS / "t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)

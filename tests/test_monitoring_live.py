@@ -186,9 +186,7 @@ def test_every_queried_metric_exists_and_every_metric_is_on_the_dashboard(watche
     assert queried - set(recorded()) - exported == set()
     assert {name for name in queried - watched.server.names() if not may_be_absent(name)} == set()
     shown = {name for text in expressions() for name in names_in(text)}
-    assert exported - shown == {
-        f"scale_mae_step_seconds_{part}" for part in ("count", "sum")
-    }  # the dashboard uses them through rules
+    assert exported - shown == {f"scale_mae_step_seconds_{part}" for part in ("count", "sum")}  # used by rules
 
 
 def test_every_query_of_the_dashboard_is_valid_and_returns_data(watched):

@@ -1,11 +1,11 @@
 """Packs the demo images from Debian's package dataset-fashion-mnist (Fashion-MNIST, Xiao et al. 2017, MIT license).
 
-    python -m scale_mae.demo_data.make [FOLDER]
+    python -m scale_mae.demo_data.pack_fashion_mnist [FOLDER]
 
 The shards contain the first 1,000 training images and the first 200 test images of each class, in the original order. Images
-are grayscale JPEG files of quality 90, in tar shards of 2,500 images in WebDataset format (``key.jpg``, ``key.cls``). The shards
-are compressed, because tar pads each file to blocks of 512 bytes: 7 MB of JPEG data would take 28 MB. The output depends only on
-the package and on Pillow's encoder.
+are grayscale JPEG files of quality 90, in tar shards of 2,500 images in WebDataset format (``key.jpg``, ``key.cls``). The
+shards are compressed, because tar pads each file to blocks of 512 bytes: 7 MB of JPEG data would take 28 MB. The output depends
+only on the package and on Pillow's encoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_idx(path: Path, header: int) -> NDArray[np.uint8]:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
-def make(folder: Path, originals: Path = ORIGINALS) -> None:
+def pack_shards(folder: Path, originals: Path = ORIGINALS) -> None:
     """Write ``train-0000.tar.gz`` ... and ``val-0000.tar.gz`` to ``folder``.
 
     Raises:
@@ -55,4 +55,4 @@ def make(folder: Path, originals: Path = ORIGINALS) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    pack_shards(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

@@ -74,9 +74,9 @@ def _train(task: str, recipe: str | Path | Config, overrides: dict[str, Any]) ->
         world.run_on_main(lambda: held.enter_context(lock))
         exit_status = ExitStatus(run_dir)
         if world.is_main:
-            held.enter_context(exit_status.told())
+            held.enter_context(exit_status.recording_errors())
         watchdog = held.enter_context(Watchdog(config.run.watchdog_minutes, world.rank))
         result = Trainer(config, world, stop, watchdog, notes).loop()
         if world.is_main:
-            exit_status.tell("finished" if result.finished else result.stopped)
+            exit_status.write("finished" if result.finished else result.stopped)
         return result

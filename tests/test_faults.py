@@ -277,7 +277,7 @@ def test_a_config_that_a_power_cut_spoilt_comes_back_from_the_newest_checkpoint(
     run_dir = shutil.copytree(expected[0], tmp_path / "run")
     config = run_dir / "config.yaml"
     config.unlink() if left is None else config.write_bytes(left)
-    with pytest.raises(RankError, match=r"holds a run of another config \(run\.seed: 0 -> 3\)"):
+    with pytest.raises(RankError, match=r"contains a run with another configuration \(run\.seed: 0 -> 3\)"):
         run_ranks(2, train, train_config(run_dir, **{"run.seed": 3}))
     assert run_ranks(2, train, train_config(run_dir))[0].finished
     said = f"config.yaml was missing, empty or damaged; restored from {run_dir}/checkpoints/{checkpoint_name(STEPS)}"

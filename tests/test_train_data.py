@@ -17,7 +17,7 @@ from scale_mae.data.index_builder import build_index
 from scale_mae.data.pack import pack
 from scale_mae.distributed import process_group
 from scale_mae.distributed.signals import StopRequest
-from scale_mae.runs.directory import find_index
+from scale_mae.runs.run_index import find_or_build_index
 
 
 def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
@@ -26,9 +26,9 @@ def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
     config = make_config(tmp_path / "run", **{"data.source": str(data)})
     assert run_ranks(2, train, config)[0].finished
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "brings no index; built" in text
+    assert "has no index" in text
     assert "headers of 23 images" in text
-    assert "left out of the index: 1 empty file" in text
+    assert "Quarantined images: 1 empty file" in text
     assert "class1/3.jpg\tempty file" in (tmp_path / "run" / "data.index.quarantined.txt").read_text()
 
 
@@ -41,7 +41,7 @@ def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):
         config = make_config(tmp_path / name, **{"data.source": str(source)})
         assert run_ranks(1, train, config)[0].finished
         losses[name] = log(tmp_path / name, "loss")
-        assert ("brings no index" in (tmp_path / name / "log.txt").read_text()) == (name == "folders")
+        assert ("has no index" in (tmp_path / name / "log.txt").read_text()) == (name == "folders")
     assert losses["folders"] == losses["index"] != losses["packed"]
 
 
@@ -52,7 +52,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
     assert not run_ranks(2, train_until, config, 3)[0].finished
     (data / "class0" / "new.jpg").write_bytes(jpeg())
     build_index(str(data), tmp_path / "x.index")
-    with pytest.raises(RankError, match=r"was trained on index .* sample order would change") as caught:
+    with pytest.raises(RankError, match=r"was trained with index .* change the order of the samples") as caught:
         run_ranks(2, train, config)
     assert caught.value.kinds == ["UserError"] * 2
     (data / "class0" / "new.jpg").unlink()
@@ -142,15 +142,15 @@ def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, mo
     data = make_folders(tmp_path / "data")
     stop = StopRequest()
     stop.request("SIGTERM")
-    with pytest.raises(UserError, match="stopped by SIGTERM while building .* goes on"):
-        find_index(tmp_path, str(data), [], stop)
+    with pytest.raises(UserError, match="stopped by SIGTERM while building .* to continue"):
+        find_or_build_index(tmp_path, str(data), [], stop)
     assert (tmp_path / "data.index.partial").exists()
     notes = []
-    path = find_index(tmp_path, str(data), notes, StopRequest())
+    path = find_or_build_index(tmp_path, str(data), notes, StopRequest())
     assert len(Index.open(path)) == 12
-    assert "brings no index; built" in notes[0]
-    find_index(tmp_path, str(data), notes, StopRequest())
-    assert "images added to data.source since then are not in it" in notes[-1]
+    assert "has no index" in notes[0]
+    find_or_build_index(tmp_path, str(data), notes, StopRequest())
+    assert "does not contain images that were added to data.source later" in notes[-1]
 
 
 def test_auto_falls_back_together_when_dali_does_not_start(tmp_path):

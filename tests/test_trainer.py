@@ -281,7 +281,7 @@ def test_a_run_that_never_began_does_not_bind_its_directory(tmp_path):
         run_ranks(1, train, make_config(tmp_path, **{"data.source": str(tmp_path / "typo")}))
     data = make_folders(tmp_path / "data", per_class=5)
     assert run_ranks(1, train, make_config(tmp_path, **{"data.source": str(data)}))[0].finished
-    with pytest.raises(RankError, match="another config"):
+    with pytest.raises(RankError, match="contains a run with another configuration"):
         run_ranks(1, train, make_config(tmp_path))
 
 
@@ -312,8 +312,8 @@ def test_the_newest_good_checkpoint_is_used_when_a_newer_one_is_damaged(undistur
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ({"train.global_batch": 32}, r"holds a run of another config \(train\.global_batch: 16 -> 32\)"),
-        ({"model.mask_ratio": 0.5, "run.seed": 3}, "another config .* and 1 more"),
+        ({"train.global_batch": 32}, r"contains a run with another configuration \(train\.global_batch: 16 -> 32\)"),
+        ({"model.mask_ratio": 0.5, "run.seed": 3}, "another configuration .* and 1 more"),
     ],
 )
 def test_a_run_directory_of_another_config_is_refused_by_all_ranks(undisturbed, spoil, message):

@@ -221,7 +221,7 @@ def evaluations(record: RunRecord) -> Markup:
         cells = ["-" if v is None else f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in zip(keys, values, strict=True)]
         rows.append([format_number(event.get("step", 0)), format_number(event.get("val_images", 0)), *cells])
     header = ["step", "images", *(titles[key] for key in keys)]
-    failed = [note(f"Step {event.get('step', 0):,}: {event.get('why', '')}") for event in record.events("evaluation_failed")]
+    failed = [note(f"Step {event.get('step', 0):,}: {event.get('error', '')}") for event in record.events("evaluation_failed")]
     results = table("Evaluations on classify.val_source", header, rows) if rows else note("There is no evaluation yet.")
     return section("evaluations", "Evaluations", results, *failed)
 

@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its history and its exit status."""
+"""A run on disk: its directory, index, ID, history of events, and exit status."""

@@ -1,4 +1,4 @@
-"""How a run ended last, for whoever looks at its directory from outside: job scripts, ``scale-mae status``."""
+"""The exit status of a run in its file ``exit_status``, which job scripts and ``scale-mae status`` read."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ FILE = "exit_status"
 
 
 class StoppedError(UserError):
-    """A signal came before the first step."""
+    """A signal stopped the run before its first step."""
 
 
 class ExitStatus:
-    """One line in the file ``exit_status``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: why``.
+    """Writes one line to the file ``exit_status``: ``finished``, ``stopped by SIGTERM after step 12``, or ``failed: ...``.
 
-    The file does not exist while the run is going on, or after it was killed.
+    The file does not exist while the run is running, or after it was killed.
 
     Args:
-        run_dir: the run directory.
+        run_dir: The run directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / FILE
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Forget the last one; an error of the user's, which starting again would only repeat, becomes the next."""
+    def recording_errors(self) -> Iterator[None]:
+        """Delete the last exit status, and write one if the block raises a UserError, which a restart would only repeat."""
         self._path.unlink(missing_ok=True)
         try:
             yield
         except UserError as error:
-            self.tell(str(error) if isinstance(error, StoppedError) else f"failed: {error}")
+            self.write(str(error) if isinstance(error, StoppedError) else f"failed: {error}")
             raise
 
-    def tell(self, text: str) -> None:
-        """Write it."""
-        with suppress(OSError):  # a full disk; the log says it too
-            staging = self._path.with_suffix(".tmp")  # a reader sees a whole line
+    def write(self, text: str) -> None:
+        """Write the exit status."""
+        with suppress(OSError):  # for example a full disk; the log contains the same text
+            staging = self._path.with_suffix(".tmp")  # readers must not see an incomplete line
             staging.write_text(text + "\n")
             staging.rename(self._path)

@@ -1,10 +1,9 @@
-"""The history of a run: what happened to it besides steps, a JSON object a line in ``history.jsonl``.
+"""The history of a run: its events, one JSON object per line in ``history.jsonl``.
 
     {"time": 1790000000.0, "event": "start", "step": 0, ...}
 
-Events are ``start`` (of a process group; also a resume), ``rollback``, ``rollback_failed`` (in place of one),
-``steps_skipped``, ``stop``, ``checkpoint``, ``evaluation``, ``evaluation_failed`` and ``export``; each has further keys.
-A line is on the disk before its event takes effect, so that a run resumed from an older checkpoint does the same again.
+:data:`EVENTS` lists the events and their fields. An event that changes what a run does, such as a rollback, is on the disk
+before it takes effect. A run that resumes from an older checkpoint then does the same again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "history.jsonl"
-EVENTS = {  # event -> (meaning, field -> meaning); the reference page of the documentation is generated from here
+# event -> (meaning, {field: meaning}); the reference page of the documentation is generated from this
+EVENTS = {
     "start": (
         "The processes of a run start. The run is new or resumes.",
         {
@@ -79,7 +79,7 @@ EVENTS = {  # event -> (meaning, field -> meaning); the reference page of the do
     ),
     "evaluation_failed": (
         "An evaluation fails. Training continues.",
-        {"step": "Step of the evaluation.", "why": "The error."},
+        {"step": "Step of the evaluation.", "error": "Why it failed."},
     ),
     "export": (
         "`scale-mae convert` writes a checkpoint of this run.",
@@ -89,21 +89,21 @@ EVENTS = {  # event -> (meaning, field -> meaning); the reference page of the do
 }
 
 
-def append(run_dir: Path, event: str, **facts: Any) -> None:
-    """Write an event and bring it to the disk.
+def append(run_dir: Path, event: str, **fields: Any) -> None:
+    """Write an event, and flush it to the disk.
 
     Raises:
-        OSError: the disk.
+        OSError: The file cannot be written.
     """
     with open(run_dir / FILE, "a+b", buffering=0) as file:
-        torn = file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        line = json.dumps({"time": time.time(), "event": event, **facts})
-        file.write(b"\n" * bool(torn) + line.encode() + b"\n")
+        is_truncated = file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        line = json.dumps({"time": time.time(), "event": event, **fields})
+        file.write(b"\n" * bool(is_truncated) + line.encode() + b"\n")
         os.fsync(file.fileno())
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All events in order; a line that a crash cut short is left out."""
+    """Return all events in order. Lines that a crash truncated are skipped."""
     try:
         lines = (run_dir / FILE).read_text(errors="replace").splitlines()
     except FileNotFoundError:

@@ -163,7 +163,7 @@ class MetricsLogger:
     def not_judged(self, step: int, why: str) -> None:
         """An evaluation failed."""
         self.log.write_message(f"step {step}: not evaluated, training goes on: {why}")
-        self.record("evaluation_failed", step=step, why=why)
+        self.record("evaluation_failed", step=step, error=why)
 
     def record(self, event: str, **facts: Any) -> None:
         """Add to the run's history; see :mod:`scale_mae.runs.history`."""

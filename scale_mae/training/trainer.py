@@ -28,7 +28,8 @@ from scale_mae.distributed.stop_vote import Vote
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.schedule import build_schedule
 from scale_mae.metrics.sinks import print_to_stderr
-from scale_mae.runs.directory import check_same_data, find_index, prepare_directory
+from scale_mae.runs.directory import prepare_run_directory
+from scale_mae.runs.run_index import check_index_unchanged, find_or_build_index
 from scale_mae.system.versions import package_versions
 from scale_mae.training.anomaly_detector import Anomaly
 from scale_mae.training.batch_iterator import BatchIterator, build_decoder
@@ -70,8 +71,8 @@ class Trainer:
         self.dir, notes = Path(config.run.dir), [*said]
 
         # What there is: the run directory, its newest checkpoint, the images
-        checkpoint = world.run_on_main(lambda: prepare_directory(self.dir, config, notes))
-        path = world.run_on_main(lambda: find_index(self.dir, config.data.source, notes, stop))
+        checkpoint = world.run_on_main(lambda: prepare_run_directory(self.dir, config, notes))
+        path = world.run_on_main(lambda: find_or_build_index(self.dir, config.data.source, notes, stop))
         self.index = index = world.run_on_all(lambda: Index.open(path))
 
         # What comes when
@@ -127,7 +128,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         """Stand where a checkpoint stands; its state."""
         state = self.engine.load(checkpoint)
-        check_same_data(state["data"], self.index, checkpoint)
+        check_index_unchanged(state["data"], self.index, checkpoint)
         self.step = self.saved = int(state["step"])
         self.tally = FailureCounter(self.config.data.max_failure_ratio, state["failures"])
         self.recovery.restore(state.get("recovery"))

@@ -1,4 +1,4 @@
-"""Checkpoints: committed whole, verified, read at every stage and precision, converted."""
+"""Checkpoints are committed atomically, verified, read for every ZeRO stage and precision, and converted."""
 
 import errno
 import json
@@ -22,6 +22,7 @@ from scale_mae.checkpoint.discovery import latest_valid, locate_checkpoint
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.manifest import read_config, read_manifest
 from scale_mae.checkpoint.paths import checkpoint_name, list_checkpoints
+from scale_mae.checkpoint.retention import retained_steps
 from scale_mae.checkpoint.verification import verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
@@ -56,7 +57,7 @@ def test_timm_accepts_the_export_and_computes_the_live_features(runs, layout, tm
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
-def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, dtype, expected):
+def test_an_export_has_the_requested_dtype_and_describes_its_use(runs, tmp_path, dtype, expected):
     run_dir, _ = runs["zero2", "fp32"]
     out = convert(run_dir, "timm", tmp_path / "e.safetensors", dtype=dtype)
     assert {t.dtype for t in load_file(out).values()} == {expected}
@@ -75,29 +76,29 @@ def test_export_has_the_dtype_asked_for_and_says_how_to_use_it(runs, tmp_path, d
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_published_sizes_load_by_timms_plain_name(size):
-    """``timm.create_model(name)`` without any argument has the very keys and shapes of an export."""
+def test_standard_sizes_have_the_keys_and_shapes_of_the_timm_model(size):
+    """``timm.create_model(name)`` without further arguments has the keys and shapes of an export."""
     config = load_config(f"vit_{size}")
     metadata = build_metadata(config, 0)
     with torch.device("meta"):
-        ours = build_mae(size, image_size=config.model.image_size).state_dict()
-        theirs = timm.create_model(metadata["timm_name"]).state_dict()
-    ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
-    assert ours == {n: t.shape for n, t in theirs.items()}
+        encoder = build_mae(size, image_size=config.model.image_size).state_dict()
+        timm_model = timm.create_model(metadata["timm_name"]).state_dict()
+    shapes = {n: t.shape for n, t in encoder.items() if not n.startswith("decoder") and n != "mask_token"}
+    assert shapes == {n: t.shape for n, t in timm_model.items()}
 
 
 @pytest.mark.parametrize("size", ["nano", "tiny", "small", "giant", "2b"])
-def test_other_sizes_load_by_name_and_arguments(size):
+def test_other_sizes_have_the_keys_and_shapes_of_the_timm_model_with_arguments(size):
     config = load_config("vit_base", {"model.size": size})
     metadata = build_metadata(config, 0)
     with torch.device("meta"):
-        ours = build_mae(size, image_size=(224, 224)).state_dict()
-        theirs = timm.create_model(metadata["timm_name"], **metadata["timm_kwargs"]).state_dict()
-    ours = {n: t.shape for n, t in ours.items() if not n.startswith("decoder") and n != "mask_token"}
-    assert ours == {n: t.shape for n, t in theirs.items()}
+        encoder = build_mae(size, image_size=(224, 224)).state_dict()
+        timm_model = timm.create_model(metadata["timm_name"], **metadata["timm_kwargs"]).state_dict()
+    shapes = {n: t.shape for n, t in encoder.items() if not n.startswith("decoder") and n != "mask_token"}
+    assert shapes == {n: t.shape for n, t in timm_model.items()}
 
 
-def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path, monkeypatch):
+def test_an_export_that_differs_from_the_live_model_is_not_written(runs, tmp_path, monkeypatch):
     from scale_mae.weights import parity
 
     real = parity.compute_timm_outputs
@@ -107,12 +108,12 @@ def test_an_export_that_differs_from_the_live_model_gets_no_name(runs, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- store
+# ---------------------------------------------------------------- verification
 
 
 @pytest.fixture
 def run_dir(runs, tmp_path):
-    """A copy of a run with two checkpoints, to be damaged."""
+    """A copy of a run with two checkpoints, so that a test can damage it."""
     source, _ = runs["zero2", "fp32"]
     shutil.copytree(source, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -120,23 +121,23 @@ def run_dir(runs, tmp_path):
     return tmp_path / "run"
 
 
-def spoil_cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def spoil_bit(path):
+def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[-100] ^= 4
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("spoil", [spoil_cut, spoil_bit, Path.unlink, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink, lambda p: p.write_bytes(b"")])
 @pytest.mark.parametrize("victim", ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config.yaml"])
-def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victim):
+def test_damage_is_detected_and_the_checkpoint_before_is_used(run_dir, damage, victim):
     newest = run_dir / "checkpoints" / checkpoint_name(9)
     verify(newest)
     path = sorted(newest.glob(victim))[0]
-    spoil(path)
+    damage(path)
     with pytest.raises(CheckpointError, match=path.name):
         verify(newest)
     warnings = []
@@ -147,19 +148,19 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(run_dir, spoil, victi
     assert load_mae(locate_checkpoint(run_dir, print))
 
 
-def spoil_a_weight(path):
-    """The sign of one value in the middle; only a checksum tells."""
+def negate_weights(path):
+    """Change the sign of some weights. Only the checksum shows this."""
     content = torch.load(path, weights_only=False)
-    place = content["optimizer_state_dict"]["single_partition_of_fp32_groups"][1].detach()
-    before = place[1000:1016].numpy().tobytes()
+    values = content["optimizer_state_dict"]["single_partition_of_fp32_groups"][1].detach()
+    before = values[1000:1016].numpy().tobytes()
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(before, (-place[1000:1016]).numpy().tobytes()))
+    path.write_bytes(raw.replace(before, (-values[1000:1016]).numpy().tobytes()))
 
 
-@pytest.mark.parametrize("spoil", [spoil_cut, spoil_bit, spoil_a_weight])
-def test_no_export_is_made_of_a_damaged_checkpoint(run_dir, tmp_path, spoil):
+@pytest.mark.parametrize("damage", [truncate, flip_bit, negate_weights])
+def test_a_damaged_checkpoint_is_not_exported(run_dir, tmp_path, damage):
     newest = run_dir / "checkpoints" / checkpoint_name(9)
-    spoil(sorted(newest.glob("deepspeed/*_optim_states.pt"))[0])
+    damage(sorted(newest.glob("deepspeed/*_optim_states.pt"))[0])
     out, warnings = tmp_path / "out" / "e.safetensors", []
     out.parent.mkdir()
     with pytest.raises(CheckpointError, match="damaged"):
@@ -173,7 +174,7 @@ def test_no_export_is_made_of_a_damaged_checkpoint(run_dir, tmp_path, spoil):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}', "[" * 100_000, "\xff", "1" * 5000])
-def test_a_damaged_manifest_is_found(run_dir, content):
+def test_a_damaged_manifest_is_detected(run_dir, content):
     manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError, match="manifest.json"):
@@ -181,17 +182,17 @@ def test_a_damaged_manifest_is_found(run_dir, content):
     assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
 
 
-def test_every_bit_of_a_manifest_counts(run_dir):
+def test_a_flip_of_any_bit_of_a_manifest_is_detected(run_dir):
     manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
-    whole = manifest.read_bytes()
-    for place in range(len(whole)):
+    intact = manifest.read_bytes()
+    for position in range(len(intact)):
         for bit in range(8):
-            content = bytearray(whole)
-            content[place] ^= 1 << bit
+            content = bytearray(intact)
+            content[position] ^= 1 << bit
             manifest.write_bytes(content)
             with pytest.raises(CheckpointError, match="manifest.json: damaged"):
                 verify(manifest.parent)
-    manifest.write_bytes(whole)
+    manifest.write_bytes(intact)
     assert verify(manifest.parent).step == 9
 
 
@@ -212,7 +213,7 @@ def test_every_bit_of_a_manifest_counts(run_dir):
         {"files": {"config.yaml": None}},
     ],
 )
-def test_a_manifest_whose_own_checksum_holds_is_looked_at_all_the_same(run_dir, changes):
+def test_a_manifest_with_a_valid_checksum_but_wrong_contents_is_rejected(run_dir, changes):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
     content = replace(read_manifest(checkpoint), **changes)
     (checkpoint / "manifest.json").write_text(content.to_json())
@@ -221,8 +222,8 @@ def test_a_manifest_whose_own_checksum_holds_is_looked_at_all_the_same(run_dir, 
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENAMETOOLONG])
-def test_what_the_disk_refuses_counts_as_damage(run_dir, monkeypatch, number):
-    """Of a file of the newest checkpoint the disk does not even give the size."""
+def test_a_file_that_the_disk_cannot_read_counts_as_damaged(run_dir, monkeypatch, number):
+    """Even the size of a file of the latest checkpoint cannot be read."""
     real, victim = Path.stat, run_dir / "checkpoints" / checkpoint_name(9) / "config.yaml"
 
     def stat(self, **options):
@@ -236,23 +237,23 @@ def test_what_the_disk_refuses_counts_as_damage(run_dir, monkeypatch, number):
     assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
 
 
-def test_a_bit_anywhere_in_any_file_is_found(run_dir):
+def test_a_bit_flip_in_any_file_is_detected(run_dir):
     checkpoint, generator = run_dir / "checkpoints" / checkpoint_name(9), random.Random(0)
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     assert len(files) >= 6
     for path in files:
-        whole = path.read_bytes()
-        for place in (0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(8))):
-            content = bytearray(whole)
-            content[place] ^= 1 << generator.randrange(8)
+        intact = path.read_bytes()
+        for position in (0, len(intact) - 1, *(generator.randrange(len(intact)) for _ in range(8))):
+            content = bytearray(intact)
+            content[position] ^= 1 << generator.randrange(8)
             path.write_bytes(content)
             with pytest.raises(CheckpointError, match=path.name):
                 verify(checkpoint)
-        path.write_bytes(whole)
+        path.write_bytes(intact)
     verify(checkpoint)
 
 
-def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
+def test_all_checkpoints_damaged_is_an_error_but_no_checkpoint_is_not(run_dir, tmp_path):
     for checkpoint in list_checkpoints(run_dir):
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
@@ -264,7 +265,7 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(run_dir, tmp_path):
 
 @pytest.mark.parametrize("lost", ["manifest.json", "manifest.json config.yaml"])
 @pytest.mark.parametrize("use", ["convert", "load", "init"])
-def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, tmp_path, lost, use):
+def test_a_checkpoint_without_its_manifest_is_not_read_as_a_third_party_checkpoint(run_dir, tmp_path, lost, use):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
     for name in lost.split():
         (checkpoint / name).unlink()
@@ -284,7 +285,7 @@ def test_one_of_ours_without_its_manifest_is_not_taken_for_a_strangers(run_dir, 
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):
+def test_the_latest_checkpoints_are_kept_and_the_pointer_names_the_last(tmp_path):
     config = make_config(tmp_path, **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     run_ranks(2, train, config)
     assert [p.name for p in list_checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
@@ -294,7 +295,16 @@ def test_newest_are_kept_and_latest_points_to_the_last(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_files_that_run_code_when_read_are_not_run(runs, tmp_path):
+def test_retention_keeps_the_latest_checkpoints_and_the_first_of_each_interval():
+    assert retained_steps([10, 20, 30, 40, 50, 60], keep_latest=2, keep_interval=25) == {30, 50, 60}
+    assert retained_steps([10, 20, 30], keep_latest=2, keep_interval=None) == {20, 30}
+    kept = set()
+    for step in range(10, 510, 10):  # applied after every save, it keeps the same
+        kept = retained_steps([*kept, step], keep_latest=2, keep_interval=100)
+    assert kept == retained_steps(list(range(10, 510, 10)), keep_latest=2, keep_interval=100) == {100, 200, 300, 400, 490, 500}
+
+
+def test_a_pickle_that_would_run_code_is_rejected_without_running_it(runs, tmp_path):
     import pickle
 
     class Evil:
@@ -309,7 +319,7 @@ def test_files_that_run_code_when_read_are_not_run(runs, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_missing_part_is_named(run_dir):
+def test_the_error_names_a_missing_file(run_dir):
     folder = locate_checkpoint(run_dir, print) / "deepspeed"
     next(folder.glob("*rank_1*optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match="1 of 2"):
@@ -320,7 +330,7 @@ def test_a_missing_part_is_named(run_dir):
 
 
 def train_huge(config):
-    """Two steps of ViT-H/14; the peak memory of this rank in GiB."""
+    """Train ViT-H/14. Return the number of steps and the peak memory of this rank in GiB."""
     from scale_mae import pretrain
     from scale_mae.metrics.memory import peak_memory_bytes
 
@@ -350,11 +360,11 @@ def test_vit_huge_trains_under_zero3_and_timm_loads_it(tmp_path):
     encoder = timm.create_model("vit_huge_patch14_224.mae")
     encoder.load_state_dict(load_file(out), strict=True)
     assert sum(p.numel() for p in encoder.parameters()) == 630_764_800
-    assert not torch.equal(encoder.blocks[31].mlp.fc2.weight, build_first_block_weight())
+    assert not torch.equal(encoder.blocks[31].mlp.fc2.weight, initial_last_block_weight())
     shutil.rmtree(tmp_path / "run")
 
 
-def build_first_block_weight():
-    """The last encoder weight before training, to see that the two steps changed it."""
+def initial_last_block_weight():
+    """Return an encoder weight before training. The two steps must have changed it."""
     model = build_mae("huge", image_size=(224, 224), seed=0)
     return model.blocks[31].mlp.fc2.weight

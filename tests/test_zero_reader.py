@@ -1,4 +1,4 @@
-"""ZeRO checkpoints, ours and strangers': every value of the live engine is found; what is damaged or mixed up is refused."""
+"""The ZeRO reader returns every value of the live engine, for any DeepSpeed checkpoint, and rejects damaged or mixed files."""
 
 import builtins
 import functools
@@ -23,11 +23,11 @@ from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.convert import convert
 from scale_mae.weights.safetensors_io import TensorFiles
 
-# ---------------------------------------------------------------- ours
+# ---------------------------------------------------------------- checkpoints of scale_mae
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_reader_gives_every_weight_of_the_live_model(runs, layout):
+def test_the_reader_returns_every_weight_of_the_live_model(runs, layout):
     run_dir, live = runs[layout]
     reader = ZeroReader(find_deepspeed_folder(locate_checkpoint(run_dir, print)))
     assert (reader.stage, reader.world_size, reader.step) == (int(layout[0][-1]), 2, 3)
@@ -48,22 +48,22 @@ def test_reader_gives_every_weight_of_the_live_model(runs, layout):
         assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live)
 
 
-def test_reader_agrees_with_deepspeeds_own_conversion(runs):
+def test_the_reader_agrees_with_the_conversion_script_of_deepspeed(runs):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for layout in (("zero2", "bf16"), ("zero3", "bf16")):
         checkpoint = locate_checkpoint(runs[layout][0], print)
-        theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-        ours = ZeroReader(checkpoint / "deepspeed")
-        for name, tensor in theirs.items():
-            assert torch.equal(ours[name], tensor.detach()), name
+        converted = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        reader = ZeroReader(checkpoint / "deepspeed")
+        for name, tensor in converted.items():
+            assert torch.equal(reader[name], tensor.detach()), name
 
 
-# ---------------------------------------------------------------- strangers'
+# ---------------------------------------------------------------- third-party checkpoints
 
 
 def assert_equal(reader, live):
-    """Keys, their order, types, shapes, values, moments and counts."""
+    """Compare keys and their order, dtypes, shapes, values, optimizer states and step counts."""
     assert list(reader) == list(live.state)
     assert reader.parameters == [name for name in live.state if name in live.moments]
     for name, expected in live.state.items():
@@ -78,7 +78,7 @@ def assert_equal(reader, live):
 
 
 @pytest.mark.parametrize("layout", others.LAYOUTS)
-def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, layout):
+def test_a_third_party_checkpoint_equals_the_live_engine(third_party_checkpoints, layout):
     live = third_party_checkpoints[layout]
     reader = ZeroReader(find_deepspeed_folder(live.folder))
     assert_equal(reader, live)
@@ -93,13 +93,13 @@ def test_a_strangers_checkpoint_equals_the_live_engine(third_party_checkpoints, 
         assert {reader.optimizer_step(name) for name in reader.parameters} == {None}
         with pytest.raises(CheckpointError, match=r"its optimizer has no state exp_avg for scale\.$"):
             reader.flat("scale", "exp_avg")
-    else:  # this test would be of nothing if the masters were 16-bit numbers, or the moments all alike
+    else:  # the test would prove nothing if all masters were 16-bit numbers, or all moments equal
         assert any(not torch.equal(reader[n], reader[n].bfloat16().float()) for n in live.moments)
         assert len({float(reader.flat(n, "exp_avg_sq").double().sum()) for n in set(live.moments) - set(tied)}) >= 8
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_any_number_of_ranks(tmp_path, ranks):
+def test_checkpoints_of_any_number_of_ranks_can_be_read(tmp_path, ranks):
     names = ["zero1-bf16-wrapper", "zero2-fp32", "zero2-round-robin", "zero3-bf16", "zero3-sub-groups"]
     for live in make_third_party_checkpoints(tmp_path, {name: others.LAYOUTS[name] for name in names}, ranks).values():
         reader = ZeroReader(find_deepspeed_folder(live.folder))
@@ -108,15 +108,15 @@ def test_any_number_of_ranks(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("layout", ["zero0-bf16", "zero1-bf16", "zero2-round-robin", "zero3-sub-groups"])
-def test_slices_are_those_of_the_whole(third_party_checkpoints, layout):
+def test_a_slice_equals_the_same_range_of_the_whole_parameter(third_party_checkpoints, layout):
     reader = ZeroReader(find_deepspeed_folder(third_party_checkpoints[layout].folder))
     for name in reader.parameters:
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            whole = reader.flat(name, key)
-            size = whole.numel()
-            assert (whole.ndim, whole.dtype) == (1, torch.float32)
+            values = reader.flat(name, key)
+            size = values.numel()
+            assert (values.ndim, values.dtype) == (1, torch.float32)
             for start, stop in [(0, 1), (0, size), (size // 3, size // 2 + 1), (size // 2, None), (size - 1, size), (2, 2)]:
-                assert torch.equal(reader.flat(name, key, start, stop), whole[start:stop]), (name, key, start, stop)
+                assert torch.equal(reader.flat(name, key, start, stop), values[start:stop]), (name, key, start, stop)
     for name in ("table", "frozen.weight", "nothing"):
         for call in (reader.flat, reader.optimizer_step):
             with pytest.raises(KeyError):
@@ -126,7 +126,7 @@ def test_slices_are_those_of_the_whole(third_party_checkpoints, layout):
 
 
 def edit(path, change):
-    """Load a file, change its content, save it."""
+    """Change the contents of a file of ``torch.save``."""
     content = torch.load(path, weights_only=False)
     change(content)
     torch.save(content, path)
@@ -134,7 +134,7 @@ def edit(path, change):
 
 @pytest.fixture
 def copy(third_party_checkpoints, tmp_path):
-    """``copy(layout)``: a checkpoint, to be changed."""
+    """A function that copies the checkpoint of a layout, so that a test can change it."""
 
     def copied(layout):
         shutil.rmtree(tmp_path / layout, ignore_errors=True)
@@ -144,7 +144,7 @@ def copy(third_party_checkpoints, tmp_path):
 
 
 def test_a_scalar_parameter_keeps_its_shape(copy, third_party_checkpoints):
-    """DeepSpeed 0.19.8 cannot train one; others can have saved one."""
+    """DeepSpeed 0.19.8 cannot train scalar parameters, but other versions can have saved one."""
     for layout in ("zero2-bf16", "zero3-bf16"):
         folder = copy(layout)
         for path in folder.glob("*_model_states.pt"):
@@ -154,7 +154,7 @@ def test_a_scalar_parameter_keeps_its_shape(copy, third_party_checkpoints):
         assert reader["scale"] == third_party_checkpoints[layout].state["scale"][0]
 
 
-def test_optimizers_that_count_by_group(copy):
+def test_step_counts_that_an_optimizer_stores_in_its_groups_are_found(copy):
     def by_group(content):
         base = content["optimizer_state_dict"]["base_optimizer_state"]
         for state in base["state"].values():
@@ -169,11 +169,11 @@ def test_optimizers_that_count_by_group(copy):
     assert {reader.optimizer_step(name) for name in reader.parameters} == {7}
 
 
-def test_masters_that_have_no_names_are_told_apart_or_refused(copy):
-    """Stage 0: equal weights in one group are in the module's order; in two groups nothing tells whose is which."""
+def test_masters_without_names_are_identified_by_their_values_or_rejected(copy):
+    """Without ZeRO, equal weights in one group are in the order of the module. In two groups they cannot be identified."""
 
     def alike(content, group):
-        """A weight that in 16 bits is the norm's, in 32 is not; its master in a group of its own or in the norm's."""
+        """Add a parameter that equals ``norm.weight`` in 16 bits but not in fp32, and its master in a group."""
         norm = content["module"]["norm.weight"]
         content["module"]["twin"] = norm.clone()
         masters = content["optimizer"]["fp32_groups"]
@@ -190,21 +190,21 @@ def test_masters_that_have_no_names_are_told_apart_or_refused(copy):
 
 
 def test_moments_without_names_are_not_guessed(copy):
-    """Stage 0 in fp32 with two groups: the weights are there, but nothing says whose the moments are."""
+    """Without ZeRO in fp32 and with two groups, the weights are known, but not which parameter a moment belongs to."""
 
     def split(content):
         (group,) = content["optimizer"]["param_groups"]
         content["optimizer"]["param_groups"] = [group | {"params": group["params"][i::2]} for i in (0, 1)]
 
     folder = copy("zero0-fp32")
-    whole = {name: tensor.clone() for name, tensor in ZeroReader(folder).items()}
+    expected = {name: tensor.clone() for name, tensor in ZeroReader(folder).items()}
     edit(folder / MODEL, split)
     reader = ZeroReader(folder)
     assert reader.parameters == []
-    assert all(torch.equal(reader[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(reader[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_stranger_converts_to_the_very_same_tensors(third_party_checkpoints, tmp_path):
+def test_a_third_party_checkpoint_converts_to_the_same_tensors(third_party_checkpoints, tmp_path):
     folder, state, _ = third_party_checkpoints["zero3-bf16"]
     written = TensorFiles(convert(folder, "state_dict", tmp_path / "out", max_shard_gb=1e-7))
     assert set(written) >= set(state)
@@ -214,7 +214,7 @@ def test_a_stranger_converts_to_the_very_same_tensors(third_party_checkpoints, t
 
 
 @pytest.mark.parametrize("layout", ["zero2-without-frozen", "zero2-bf16", "zero3-bf16", "zero1-bf16", "zero0-bf16"])
-def test_frozen_parameters_that_were_left_out_are_told(third_party_checkpoints, tmp_path, layout):
+def test_missing_frozen_parameters_are_reported(third_party_checkpoints, tmp_path, layout):
     warnings = []
     convert(third_party_checkpoints[layout].folder, "state_dict", tmp_path / "x.safetensors", warn=warnings.append)
     assert bool(warnings) == (layout == "zero2-without-frozen")
@@ -225,19 +225,19 @@ def test_frozen_parameters_that_were_left_out_are_told(third_party_checkpoints, 
 
 
 def memory(of):
-    """MB of this process: ``RssFile``, ``RssAnon``."""
+    """Return a memory counter of this process in MB: ``RssFile`` or ``RssAnon``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(of))
 
 
-SIZE = 1 << 25  # values; 134 MB in fp32, which counts to half of them
+SIZE = 1 << 25  # values; 134 MB in fp32
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A stage-2 checkpoint by two ranks with one large parameter."""
+    """A ZeRO-2 checkpoint of two ranks with one large parameter."""
     folder = tmp_path_factory.mktemp("large")
-    weight = (torch.arange(SIZE) % (SIZE // 2)).float()
+    weight = (torch.arange(SIZE) % (SIZE // 2)).float()  # both halves count up from 0, so fp32 is exact
     model = {"module": {"w": weight.bfloat16()}, "buffer_names": [], "optimizer": None, "param_shapes": [{"w": (SIZE,)}]}
     counts = {"global_steps": 1, "dp_world_size": 2, "mp_world_size": 1}
     torch.save(model | counts, folder / MODEL)
@@ -249,7 +249,7 @@ def large(tmp_path_factory):
     return folder
 
 
-def test_only_what_is_asked_for_is_read_and_memory_is_given_back(large):
+def test_only_requested_values_are_read_and_memory_is_released(large):
     reader = ZeroReader(large)
     reader.release()
     begin, anonymous = memory("RssFile"), memory("RssAnon")
@@ -257,7 +257,7 @@ def test_only_what_is_asked_for_is_read_and_memory_is_given_back(large):
     half = SIZE // 2
     assert reader.flat("w", start=half - 2, stop=half + 2).tolist() == [half - 2, half - 1, 0, 1]
     assert memory("RssFile") - begin < 2
-    part = reader.flat("w", "exp_avg", 0, half)  # in one piece: a view, nothing is copied
+    part = reader.flat("w", "exp_avg", 0, half)  # contiguous, so a view: nothing is copied
     assert part.sum() > 0
     assert memory("RssFile") - begin > 60
     assert memory("RssAnon") - anonymous < 10
@@ -266,7 +266,7 @@ def test_only_what_is_asked_for_is_read_and_memory_is_given_back(large):
     assert part[-1] == half - 1
 
 
-def test_importing_the_reader_is_light():
+def test_importing_the_reader_imports_no_heavy_package():
     heavy = "{'deepspeed', 'timm', 'torchvision', 'transformers', 'torch._inductor'}"
     program = f"import sys, scale_mae.checkpoint.zero_reader; sys.exit(','.join({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -277,7 +277,7 @@ def test_importing_the_reader_is_light():
 
 
 class Evil:
-    """Unpickled as it asks, makes a file."""
+    """Creates a file when it is unpickled without restrictions."""
 
     def __init__(self, path, call):
         self.path, self.call = path, call
@@ -293,7 +293,7 @@ class Evil:
 
 @pytest.mark.parametrize("call", ["method", "system", "class", "exec"])
 @pytest.mark.parametrize("place", ["module", "args"])
-def test_files_that_run_code_when_read_are_not_run(copy, tmp_path, call, place):
+def test_a_pickle_that_would_run_code_is_rejected_without_running_it(copy, tmp_path, call, place):
     folder, evil = copy("zero2-fp32"), Evil(tmp_path / "ran", call)
     for victim in (MODEL, OPTIM.format(1)):
         content = torch.load(folder / victim, weights_only=False)
@@ -305,13 +305,13 @@ def test_files_that_run_code_when_read_are_not_run(copy, tmp_path, call, place):
         torch.save(content, folder / victim)
     ZeroReader(folder)
     torch.save({"x": evil}, tmp_path / "x.pt", pickle_module=pickle)
-    torch.load(tmp_path / "x.pt", weights_only=False)  # it does run where nobody watches
+    torch.load(tmp_path / "x.pt", weights_only=False)  # without the restriction, it does run
     evil.path.exists() or subprocess.run(["sleep", "1"], check=True)
     assert evil.path.exists()
 
 
 class ByName:
-    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    """Pickled in the way in which Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
 
     def __init__(self, owner, name):
         self.owner, self.name = owner, name
@@ -321,7 +321,7 @@ class ByName:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_that_is_pickled_by_name_is_read(copy, stage):
+def test_a_zero_stage_that_is_pickled_by_name_is_read(copy, stage):
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     folder = copy(f"zero{stage}-fp32")
@@ -331,7 +331,7 @@ def test_a_stage_that_is_pickled_by_name_is_read(copy, stage):
     assert ZeroReader(folder).stage == stage
 
 
-def test_getattr_gives_nothing_else(copy):
+def test_getattr_in_a_pickle_is_allowed_for_the_zero_stage_only(copy):
     folder = copy("zero2-fp32")
     edit(folder / OPTIM.format(0), lambda content: content.update(args=ByName(Path, "home")))
     with pytest.raises(CheckpointError, match="it would call builtins.getattr"):
@@ -339,10 +339,10 @@ def test_getattr_gives_nothing_else(copy):
 
 
 class Config:
-    """A stranger's own class."""
+    """A class of user code."""
 
 
-def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong(copy, third_party_checkpoints):
+def test_objects_of_unknown_classes_are_ignored_except_in_the_place_of_tensors(copy, third_party_checkpoints):
     folder = copy("zero2-fp32")
     edit(folder / MODEL, lambda content: content.update(config=Config()))
     assert_equal(ZeroReader(folder), third_party_checkpoints["zero2-fp32"])
@@ -351,7 +351,7 @@ def test_objects_of_unknown_classes_are_passed_over_but_not_where_tensors_belong
         ZeroReader(folder)
 
 
-# ---------------------------------------------------------------- damage and mix-ups
+# ---------------------------------------------------------------- damaged and mixed files
 
 MODEL = "mp_rank_00_model_states.pt"
 OPTIM = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -359,7 +359,7 @@ PART = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 
 
 def put(files, layout=None):
-    """Files of another layout, or of the same training one step before, in place of these."""
+    """Replace files by those of another layout, or by those that the same training saved one step earlier."""
     tag = f"global_step{others.STEPS if layout else others.STEPS - 1}"
     return lambda folder, all_: [shutil.copy(p, folder) for p in (all_ / (layout or folder.name) / tag).glob(files)]
 
@@ -369,7 +369,7 @@ def drop(files):
 
 
 def again(files, name):
-    """One of the files under another name as well."""
+    """Copy one of the files to another name."""
     return lambda folder, _: shutil.copy(next(folder.glob(files)), folder / name)
 
 
@@ -388,7 +388,7 @@ def forget(content):
 
 SAVES, ABSENT = "different saves", "not supported"
 DAMAGE = {
-    # missing and superfluous files, other numbers of ranks
+    # missing and superfluous files, files of other numbers of ranks
     "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files are missing: rank 1"),
     "a shard of stage 3 missing": ("zero3-fp32", drop("*rank_0_*optim*"), "1 of 2 .*_optim_states.pt .* missing: rank 0"),
     "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "2 of 2 .*_optim_states.pt .* missing: rank 0, 1"),
@@ -408,7 +408,7 @@ DAMAGE = {
         f"rank_1_.*by .*4.* processes, but .* by 2. .*{SAVES}",
     ),
     "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* missing: rank 2, 3"),
-    # mixed steps
+    # files of different steps
     "an earlier shard": ("zero2-fp16", put("*rank_1_*"), f"rank 0 has made 3.0 updates, .* rank 1 has made 2.0. .*{SAVES}"),
     "an earlier shard, wrapped": (
         "zero1-bf16-wrapper",
@@ -424,7 +424,7 @@ DAMAGE = {
     "earlier shards in fp32": ("zero1-fp32", put("*optim*"), f"differs from the rounded master weight of rank 0. .*{SAVES}"),
     "an earlier model": ("zero2-fp16", put("*model*"), f"differs from the rounded master weight of rank 0. .*{SAVES}"),
     "an earlier part": ("zero3-fp32", put("*rank_1_*model*"), f"global_steps is 3 in .*_0_.*, but 2 in .*_1_.* {SAVES}"),
-    # mixed stages, precisions, groups
+    # files of different stages, precisions and groups
     "a shard of another stage": ("zero2-fp32", put("*rank_1_*", "zero1-fp32"), f"zero_stage is 2 .*, but 1 in .* {SAVES}"),
     "shards of another stage": ("zero2-fp32", put("*optim*", "zero3-fp32"), "have different ZeRO stages"),
     "a model of another stage": ("zero3-fp32", put("*model*", "zero2-fp32"), f"from {SAVES}"),
@@ -448,29 +448,29 @@ DAMAGE = {
     "nvme": ("zero3-fp16", change("*optim*", optim(fp32_flat_groups=[torch.empty(0)])), r"stores 0 of \d+ values .*NVMe"),
     "fused": ("zero0-bf16", change("*", lambda c: c["optimizer"].update(fp32_groups_flat=[])), f"a fused .*{ABSENT}"),
     "not optimized": ("zero3-fp32", change("*model*", lambda c: c["module"].update(x=torch.empty(0))), "no values of x,"),
-    # not DeepSpeed's
+    # files that DeepSpeed did not write
     "a model's own file": ("zero2-fp32", lambda folder, _: torch.save({"module": {}}, folder / MODEL), "not what DeepSpeed"),
     "no dictionary": ("zero2-fp32", lambda folder, _: torch.save([1], folder / MODEL), f"{MODEL}: cannot be read"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_does_not_belong_together_is_refused_in_one_line(copy, third_party_checkpoints, damage):
-    layout, spoil, message = DAMAGE[damage]
+def test_files_that_do_not_belong_together_are_rejected_in_one_line(copy, third_party_checkpoints, damage):
+    layout, change_files, message = DAMAGE[damage]
     folder = copy(layout)
     ZeroReader(folder)
-    spoil(folder, third_party_checkpoints[layout].folder.parent)
+    change_files(folder, third_party_checkpoints[layout].folder.parent)
     with pytest.raises(CheckpointError, match=message) as caught:
         ZeroReader(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b"", lambda b: b[:-30], lambda b: b[: len(b) // 2], lambda b: b"garbage" * 99])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-30], lambda b: b[: len(b) // 2], lambda b: b"garbage" * 99])
 @pytest.mark.parametrize("victim", [MODEL, OPTIM.format(1)])
-def test_damaged_files_are_named(copy, victim, spoil):
+def test_the_error_names_the_damaged_file(copy, victim, damage):
     folder = copy("zero2-fp32")
-    (folder / victim).write_bytes(spoil((folder / victim).read_bytes()))
+    (folder / victim).write_bytes(damage((folder / victim).read_bytes()))
     with pytest.raises(CheckpointError, match=rf"{victim}: cannot be read \(.+\)$") as caught:
         ZeroReader(folder)
     assert "\n" not in str(caught.value)
@@ -478,16 +478,16 @@ def test_damaged_files_are_named(copy, victim, spoil):
 
 
 @pytest.mark.parametrize("damage", ["a shard missing", "an earlier shard"])
-def test_nothing_is_converted_from_such_files(copy, third_party_checkpoints, tmp_path, damage):
-    layout, spoil, message = DAMAGE[damage]
+def test_nothing_is_exported_from_such_files(copy, third_party_checkpoints, tmp_path, damage):
+    layout, change_files, message = DAMAGE[damage]
     folder = copy(layout)
-    spoil(folder, third_party_checkpoints[layout].folder.parent)
+    change_files(folder, third_party_checkpoints[layout].folder.parent)
     with pytest.raises(CheckpointError, match=message):
         convert(folder, "state_dict", tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
-def test_quantized_frozen_weights_are_not_given_as_numbers(copy):
+def test_quantized_frozen_weights_are_rejected(copy):
     folder = copy("zero3-bf16")
     for path in folder.glob("*model*"):
         edit(path, lambda c: c["frozen_param_fragments"].update({"frozen.bias": torch.zeros(4, dtype=torch.int8)}))
@@ -495,15 +495,15 @@ def test_quantized_frozen_weights_are_not_given_as_numbers(copy):
         ZeroReader(folder)["frozen.bias"]
 
 
-# ---------------------------------------------------------------- finding it
+# ---------------------------------------------------------------- finding the folder
 
 
-def test_the_folder_is_found(third_party_checkpoints, runs, tmp_path):
+def test_the_deepspeed_folder_of_a_path_is_found(third_party_checkpoints, runs, tmp_path):
     folder = third_party_checkpoints["zero2-fp32"].folder
     tag = folder / f"global_step{others.STEPS}"
     assert find_deepspeed_folder(folder) == find_deepspeed_folder(tag) == tag
-    ours = locate_checkpoint(runs["zero2", "fp32"][0], print)
-    assert find_deepspeed_folder(ours) == ours / "deepspeed"
+    checkpoint = locate_checkpoint(runs["zero2", "fp32"][0], print)
+    assert find_deepspeed_folder(checkpoint) == checkpoint / "deepspeed"
     for path in (tmp_path / "none", tag / MODEL):
         with pytest.raises(CheckpointError, match="no such folder"):
             find_deepspeed_folder(path)

@@ -1,4 +1,4 @@
-"""Elastic resume: from any ranks, stage and precision to any others, proved value by value and by the losses that follow."""
+"""Elastic resume: from any number of ranks, ZeRO stage and precision to any other. Tests compare values and later losses."""
 
 import ctypes
 import gc
@@ -27,7 +27,7 @@ BATCH, SAVED, STEPS = 12, 2, 4
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 SCHEDULE = LRSchedule(peak_lr=2e-3, min_lr=0.0, warmup_steps=1, total_steps=STEPS)
 TINY = EncoderSize(width=20, depth=2, heads=2, patch_size=4)
-ZERO = {  # DeepSpeed files beyond the shipped ones
+ZERO = {  # DeepSpeed configurations in addition to the shipped ones
     "robin": {"stage": 2, "round_robin_gradients": True},
     "aligned": {"stage": 1, "parameter_alignment": True},
     "pieces": {"stage": 3, "sub_group_size": 1000, "stage3_param_persistence_threshold": 0},
@@ -36,8 +36,8 @@ ZERO = {  # DeepSpeed files beyond the shipped ones
 }
 
 
-class Odd(MAE):
-    """Its tensors divide by nothing: one has a prime number of values, one fewer than there are ranks."""
+class OddModel(MAE):
+    """A model whose tensors cannot be split equally. One of them has fewer values than there are ranks."""
 
     def __init__(self, size=TINY):
         with torch.random.fork_rng():
@@ -65,8 +65,8 @@ def make_config(folder, layout, precision="fp32", micro_batch=1):
     )
 
 
-def train(engine, ranks, config, steps, spoil=()):
-    """Losses of some steps; in those of ``spoil`` fp16 gradients overflow."""
+def train(engine, ranks, config, steps, overflows=()):
+    """Train some steps and return their losses. In the steps of ``overflows`` the fp16 gradients overflow."""
     accumulation, micro = config.accumulation(ranks.size), config.train.micro_batch
     losses = []
     for step in steps:
@@ -76,7 +76,7 @@ def train(engine, ranks, config, steps, spoil=()):
         for number in range(accumulation):
             first = (number * ranks.size + ranks.rank) * micro
             part = slice(first, first + micro)
-            total += engine.forward_backward(images[part] * (1e18 if step in spoil else 1), noise[part]) / accumulation
+            total += engine.forward_backward(images[part] * (1e18 if step in overflows else 1), noise[part]) / accumulation
             engine.step(SCHEDULE.lr(step), return_norm=False)
         losses.append(ranks.all_reduce_sum(total[None] / ranks.size)[0])
     return losses
@@ -91,12 +91,12 @@ def build(config, ranks, size=TINY):
 
     from scale_mae.engine.deepspeed import Engine
 
-    get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes it on a CPU, slowly
-    return Engine(Odd(size), config, ranks)
+    get_accelerator().is_fp16_supported = lambda: True  # PyTorch supports fp16 on a CPU, slowly
+    return Engine(OddModel(size), config, ranks)
 
 
 def check_weights(engine, folder):
-    """The weights that the model computes with are the file's, rounded, as DeepSpeed itself gathers them."""
+    """Check that the model's weights, as DeepSpeed gathers them, are the rounded weights of a checkpoint."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     reader = ZeroReader(folder / DEEPSPEED_TAG)
@@ -108,30 +108,30 @@ def check_weights(engine, folder):
 
 
 def check_padding(engine, ranks):
-    """What belongs to no parameter is zero; what belongs to one is there once, over all ranks."""
+    """Check that all padding is zero, and that the ranks together hold each value of a parameter once."""
     from scale_mae.checkpoint.partitions import local_partitions
 
     held = []
-    for holder, slices in local_partitions(engine._engine, ranks.rank):
-        state = engine._engine.basic_optimizer.state[holder]
-        for values in (holder, *(state[key] for key in KEYS[1:] if state)):
-            rest = values.detach().clone().view(-1)
+    for partition, slices in local_partitions(engine._engine, ranks.rank):
+        state = engine._engine.basic_optimizer.state[partition]
+        for values in (partition, *(state[key] for key in KEYS[1:] if state)):
+            padding = values.detach().clone().view(-1)
             for part in slices:
-                rest[part.offset : part.offset + part.stop - part.start] = 0
-            assert not rest.any()
+                padding[part.offset : part.offset + part.stop - part.start] = 0
+            assert not padding.any()
         held += [(part.name, part.start, part.stop) for part in slices]
     if engine.zero_stage:
         held = sorted(itertools.chain(*ranks.all_gather(held)))
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.model.named_parameters()}
         for name, parts in itertools.groupby(held, key=lambda part: part[0]):
-            ends = list(parts)
-            assert [start for _, start, _ in ends] == [0] + [stop for _, _, stop in ends[:-1]]
-            assert ends[-1][2] == sizes.pop(name)
+            ranges = list(parts)
+            assert [start for _, start, _ in ranges] == [0] + [stop for _, _, stop in ranges[:-1]]
+            assert ranges[-1][2] == sizes.pop(name)
         assert not sizes
 
 
 def assert_same(one, other):
-    """Two checkpoints hold the same, bit for bit."""
+    """Check that two checkpoints are equal, bit for bit."""
     one, other = ZeroReader(one / DEEPSPEED_TAG), ZeroReader(other / DEEPSPEED_TAG)
     assert set(one) == set(other)
     for name in set(one) - set(one.parameters):
@@ -142,18 +142,18 @@ def assert_same(one, other):
             assert torch.equal(one.flat(name, key), other.flat(name, key)), (name, key)
     assert one.step == other.step
     scalers = [reader.state["engine"].pop("loss_scaler") for reader in (one, other)]
-    shared = scalers[0].keys() & scalers[1].keys()  # DeepSpeed's scalers keep more or less
+    shared = scalers[0].keys() & scalers[1].keys()  # some of DeepSpeed's scalers have more attributes
     assert [scalers[0][key] for key in shared] == [scalers[1][key] for key in shared]
     assert one.state == other.state
 
 
-def start():
-    """What every rank of these tests begins with: collecting garbage must not look through what the server imported."""
+def freeze_imported_objects():
+    """Exclude the objects that the fork server imported from garbage collection, which would otherwise be slow."""
     gc.collect()
     gc.freeze()
 
 
-# ---------------------------------------------------------------- what two ranks write, and the same two read
+# ---------------------------------------------------------------- the same ranks and stage
 
 LAYOUTS = [
     *(("fp32", name) for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
@@ -164,20 +164,23 @@ LAYOUTS = [
 
 
 def write(folder, layouts):
-    """Each layout: train, save, train on; then again from the save; losses of both, loss scales, the files written."""
+    """For each layout: train, save and continue; then resume from the save.
+
+    Return the losses, loss scales and skipped steps of both, and the files that were written.
+    """
     from scale_mae.distributed.process_group import process_group
 
-    start()
-    told = {}
+    freeze_imported_objects()
+    results = {}
     with process_group() as ranks:
         for precision, name in layouts:
             config = make_config(folder, name, precision, micro_batch=6)
             here = folder / f"{precision}-{name}"
             engine = build(config, ranks)
-            train(engine, ranks, config, range(SAVED), spoil=[1] if precision == "fp16" else [])
+            train(engine, ranks, config, range(SAVED), overflows=[1] if precision == "fp16" else [])
             files = save(engine, here / "saved")
-            straight = train(engine, ranks, config, range(SAVED, STEPS)), engine.loss_scale, engine.skipped_steps
-            save(engine, here / "straight")
+            undisturbed = train(engine, ranks, config, range(SAVED, STEPS)), engine.loss_scale, engine.skipped_steps
+            save(engine, here / "undisturbed")
             engine = build(config, ranks)
             assert engine.load(here / "saved")["step"] == SAVED
             check_weights(engine, here / "saved")
@@ -185,8 +188,8 @@ def write(folder, layouts):
             save(engine, here / "again")
             resumed = train(engine, ranks, config, range(SAVED, STEPS)), engine.loss_scale, engine.skipped_steps
             save(engine, here / "resumed")
-            told[precision, name] = straight, resumed, files
-    return told
+            results[precision, name] = undisturbed, resumed, files
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -199,33 +202,33 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize(("precision", "name"), LAYOUTS)
 def test_same_ranks_and_stage_resume_bit_for_bit(written, precision, name):
-    folder, told = written
-    straight, resumed, _ = told[0][precision, name]
-    assert resumed == straight
-    assert straight[2] == (1 if precision == "fp16" else 0)
+    folder, results = written
+    undisturbed, resumed, _ = results[0][precision, name]
+    assert resumed == undisturbed
+    assert undisturbed[2] == (1 if precision == "fp16" else 0)
     here = folder / f"{precision}-{name}"
-    assert_same(here / "straight", here / "resumed")
+    assert_same(here / "undisturbed", here / "resumed")
     assert_same(here / "saved", here / "again")
 
 
-def test_save_names_the_files_that_each_process_wrote(written):
-    folder, told = written
+def test_save_returns_the_files_that_each_process_wrote(written):
+    folder, results = written
     for precision, name in LAYOUTS:
         here = folder / f"{precision}-{name}" / "saved"
-        named = [path for rank in told for path in rank[precision, name][2]]
+        named = [path for rank in results for path in rank[precision, name][2]]
         assert sorted(named) == sorted(path for path in here.rglob("*") if path.is_file())
-        assert here / "latest" in told[0][precision, name][2]
+        assert here / "latest" in results[0][precision, name][2]
 
 
 # ---------------------------------------------------------------- other ranks, stages and accumulation
 
 
 def move(folder, jobs):
-    """Load each source into each target, save at once, train on; losses."""
+    """For each job: load the source, save it at once as the target, and continue. Return the losses."""
     from scale_mae.distributed.process_group import process_group
 
-    start()
-    told = []
+    freeze_imported_objects()
+    results = []
     with process_group() as ranks:
         for source, target, precision, name, micro_batch in jobs:
             config = make_config(folder, name, precision, micro_batch)
@@ -237,11 +240,11 @@ def move(folder, jobs):
             groups = [(g["weight_decay"], tuple(g["betas"]), g["eps"]) for g in engine._optimizer.param_groups]
             assert groups == [(0.0, (0.9, 0.95), 1e-8), (0.05, (0.9, 0.95), 1e-8)]
             save(engine, folder / target)
-            told.append(train(engine, ranks, config, range(SAVED, STEPS)) if precision == "fp32" else None)
-    return told
+            results.append(train(engine, ranks, config, range(SAVED, STEPS)) if precision == "fp32" else None)
+    return results
 
 
-HOPS = {  # ranks: [(written as, read as, micro-batch)]; "at4" and the like were written by that many ranks
+HOPS = {  # ranks: [(precision, written as, read as, micro-batch)]; "@4" means written by 4 ranks in an earlier hop
     2: [
         ("fp32", "zero0", "zero1", 3),
         ("fp32", "zero1", "zero3", 6),
@@ -284,7 +287,7 @@ HOPS = {  # ranks: [(written as, read as, micro-batch)]; "at4" and the like were
 
 
 def place(precision, name):
-    """Folder of a checkpoint: what two ranks wrote themselves, or, after ``@``, what so many ranks wrote after a hop."""
+    """Return the folder of a checkpoint: of the two ranks that trained, or, with ``@``, of a hop to that many ranks."""
     return f"{precision}-{name}" if "@" in name else f"{precision}-{name}/saved"
 
 
@@ -299,54 +302,57 @@ def moved(written):
 
 
 @pytest.mark.parametrize("ranks", HOPS)
-def test_other_ranks_stages_and_accumulation_hold_the_same_and_go_on_alike(written, moved, ranks):
-    folder, told = written
+def test_other_numbers_of_ranks_stages_and_micro_batches_load_the_same_values_and_continue_equally(written, moved, ranks):
+    folder, results = written
     for (precision, one, other, _), losses in zip(HOPS[ranks], moved[ranks], strict=True):
         assert_same(folder / place(precision, one), folder / place(precision, f"{other}@{ranks}"))
         if precision == "fp32":
-            straight, _, _ = told[0]["fp32", "zero2"]
-            np.testing.assert_allclose(losses, straight[0], rtol=1e-5, err_msg=f"{one} -> {other}")
+            undisturbed, _, _ = results[0]["fp32", "zero2"]
+            np.testing.assert_allclose(losses, undisturbed[0], rtol=1e-5, err_msg=f"{one} -> {other}")
 
 
-# ---------------------------------------------------------------- before there are moments
+# ---------------------------------------------------------------- before the first update
 
 
-def begin(folder, hops):
-    """Save before the first step, or after fp16 steps that all overflowed; load elsewhere, train on; losses and scales."""
+def resume_before_first_update(folder, hops):
+    """Save before the first update, which may follow fp16 steps that overflowed. Load with another stage and continue.
+
+    Return the losses, loss scales and skipped steps without and with the resume.
+    """
     from scale_mae.distributed.process_group import process_group
 
-    start()
-    told = []
+    freeze_imported_objects()
+    results = []
     with process_group() as ranks:
         for number, (precision, one, other) in enumerate(hops):
             config = make_config(folder, one, precision, micro_batch=6)
             engine = build(config, ranks)
             steps = range(2) if precision == "fp16" else range(0)
-            train(engine, ranks, config, steps, spoil=steps)
-            save(engine, folder / f"begun{number}")
-            straight = train(engine, ranks, config, range(2, 4)), engine.loss_scale, engine.skipped_steps
+            train(engine, ranks, config, steps, overflows=steps)
+            save(engine, folder / f"saved{number}")
+            undisturbed = train(engine, ranks, config, range(2, 4)), engine.loss_scale, engine.skipped_steps
             config = make_config(folder, other, precision, micro_batch=6)
             engine = build(config, ranks)
-            engine.load(folder / f"begun{number}")
-            check_weights(engine, folder / f"begun{number}")
+            engine.load(folder / f"saved{number}")
+            check_weights(engine, folder / f"saved{number}")
             check_padding(engine, ranks)
-            save(engine, folder / f"began{number}")
-            went_on = train(engine, ranks, config, range(2, 4)), engine.loss_scale, engine.skipped_steps
-            told.append((straight, went_on))
-    return told
+            save(engine, folder / f"resaved{number}")
+            resumed = train(engine, ranks, config, range(2, 4)), engine.loss_scale, engine.skipped_steps
+            results.append((undisturbed, resumed))
+    return results
 
 
-def test_a_checkpoint_without_moments_is_resumed(tmp_path):
+def test_a_run_resumes_from_a_checkpoint_without_moments(tmp_path):
     hops = [("fp32", "zero0", "zero2"), ("fp32", "zero2", "zero3"), ("fp32", "zero3", "zero0"), ("fp32", "zero3", "zero3")]
     hops += [("fp16", "zero0", "zero0"), ("fp16", "zero2", "zero3"), ("fp16", "zero3", "zero2"), ("fp16", "zero2", "zero2")]
-    for number, (straight, went_on) in enumerate(run_ranks(2, begin, tmp_path, hops)[0]):
+    for number, (undisturbed, resumed) in enumerate(run_ranks(2, resume_before_first_update, tmp_path, hops)[0]):
         precision, one, other = hops[number]
-        assert_same(tmp_path / f"begun{number}", tmp_path / f"began{number}")
-        assert straight[1:] == went_on[1:]
-        assert went_on[2] == (2 if precision == "fp16" else 0)
+        assert_same(tmp_path / f"saved{number}", tmp_path / f"resaved{number}")
+        assert undisturbed[1:] == resumed[1:]
+        assert resumed[2] == (2 if precision == "fp16" else 0)
         if one == other:
-            assert went_on == straight
-        np.testing.assert_allclose(went_on[0], straight[0], rtol=1e-5 if precision == "fp32" else 5e-3)
+            assert resumed == undisturbed
+        np.testing.assert_allclose(resumed[0], undisturbed[0], rtol=1e-5 if precision == "fp32" else 5e-3)
 
 
 # ---------------------------------------------------------------- memory
@@ -354,21 +360,27 @@ def test_a_checkpoint_without_moments_is_resumed(tmp_path):
 BIG = EncoderSize(width=256, depth=12, heads=4, patch_size=4)
 
 
-class Growth:
-    """How much memory of its own (``anonymous``) and of mapped files (``mapped``) this process takes at most, in bytes."""
+class MemoryGrowth:
+    """Measures by how much the memory of this process grows, in bytes.
+
+    Attributes:
+        anonymous: Largest growth of memory that belongs to no file.
+        mapped: Largest growth of memory-mapped files.
+        kept_mapped: Growth of memory-mapped files at the end.
+    """
 
     def __enter__(self):
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is taken first, and does not show
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise free memory of the process would be used first
         before = self._resident()
-        self._over, self._most = threading.Event(), before
+        self._finished, self._peak = threading.Event(), before
         watch = threading.Thread(target=self._watch)
         watch.start()
 
         def end():
-            self._over.set()
+            self._finished.set()
             watch.join()
-            self.anonymous, self.mapped = (most - was for most, was in zip(self._most, before, strict=True))
+            self.anonymous, self.mapped = (peak - start for peak, start in zip(self._peak, before, strict=True))
             self.kept_mapped = self._resident()[1] - before[1]
 
         self._end = end
@@ -378,8 +390,8 @@ class Growth:
         self._end()
 
     def _watch(self):
-        while not self._over.wait(0.001):
-            self._most = tuple(map(max, self._most, self._resident()))
+        while not self._finished.wait(0.001):
+            self._peak = tuple(map(max, self._peak, self._resident()))
 
     @staticmethod
     def _resident():
@@ -388,11 +400,11 @@ class Growth:
 
 
 def measure(folder, hops):
-    """For each hop: bytes of the moments of the whole model, of the largest tensor, and what loading took."""
+    """For each hop, return the bytes of all moments and of the largest tensor, and the memory growth while loading."""
     from scale_mae.distributed.process_group import process_group
 
-    start()
-    told = []
+    freeze_imported_objects()
+    results = []
     with process_group() as ranks:
         for precision, one, other in hops:
             config = make_config(folder, one, precision, micro_batch=6)
@@ -402,76 +414,76 @@ def measure(folder, hops):
             del engine
             engine = build(make_config(folder, other, precision), ranks, BIG)
             sizes = [4 * getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()]
-            with Growth() as growth:
+            with MemoryGrowth() as growth:
                 engine.load(folder / one)
-            told.append((2 * sum(sizes), max(sizes), growth.anonymous, growth.mapped, growth.kept_mapped))
+            results.append((2 * sum(sizes), max(sizes), growth.anonymous, growth.mapped, growth.kept_mapped))
             del engine
             ranks.barrier()
             if ranks.is_main:
                 shutil.rmtree(folder / one)
             ranks.barrier()
-    return told
+    return results
 
 
-def test_a_process_takes_the_memory_of_its_share_and_the_largest_tensor(tmp_path):
+def test_loading_needs_memory_for_its_own_partition_and_the_largest_tensor_only(tmp_path):
     hops = [("fp32", "zero2", "zero3"), ("bf16", "zero3", "zero2"), ("fp32", "zero0", "zero2")]
     slack = 8e6
-    for told in run_ranks(2, measure, tmp_path, hops):
-        for hop, (moments, largest, anonymous, mapped, kept_mapped) in zip(hops, told, strict=True):
-            # the engine has its masters and weights from the beginning; moments come with the checkpoint
+    for results in run_ranks(2, measure, tmp_path, hops):
+        for hop, (moments, largest, anonymous, mapped, kept_mapped) in zip(hops, results, strict=True):
+            # the engine already has its masters and weights; loading adds the moments
             assert moments > 70e6
             assert moments / 2 - slack < anonymous < moments / 2 + largest + slack, hop
-            assert mapped < 30e6, hop  # of 115 MB and more; the kernel maps more at once than is asked for
+            assert mapped < 30e6, hop  # the files have at least 115 MB; the kernel maps more at once than is requested
             assert kept_mapped < 4e6, hop
 
 
-# ---------------------------------------------------------------- what cannot be resumed, or not be written
+# ---------------------------------------------------------------- checkpoints that cannot be loaded or written
 
 
-def refuse(folder, name, spoil, rank):
-    """Load what one rank, or every rank (None), finds spoilt."""
+def load_damaged(folder, name, damage, rank):
+    """Load a checkpoint that is damaged for one rank, or for all ranks (None). Check that the engine does not change."""
     from scale_mae.distributed.process_group import process_group
 
-    start()
+    freeze_imported_objects()
     with process_group() as ranks:
-        here = folder
+        source = folder
         if rank in (ranks.rank, None):
-            here = shutil.copytree(folder, folder.with_name(f"spoilt-{name}-{ranks.rank}"))
-            spoil(here / DEEPSPEED_TAG)
+            source = shutil.copytree(folder, folder.with_name(f"damaged-{name}-{ranks.rank}"))
+            damage(source / DEEPSPEED_TAG)
         engine = build(make_config(folder.parent.parent, name), ranks)
         masters = [p.detach().clone() for group in engine._optimizer.param_groups for p in group["params"]]
         try:
-            engine.load(here)
+            engine.load(source)
         finally:
             after = [p.detach() for group in engine._optimizer.param_groups for p in group["params"]]
             assert all(torch.equal(one, other) for one, other in zip(masters, after, strict=True))
 
 
-def resave(path, change):
+def change_file(path, change):
     content = torch.load(path, weights_only=False)
     change(content)
     torch.save(content, path)
 
 
-def spoil_name(folder):
+def rename_parameter(folder):
     def rename(content):
         shapes = content["param_shapes"][1]
         renamed = {("other" if name == "prime" else name): shape for name, shape in shapes.items()}
         content["param_shapes"][1] = renamed
         content["module"]["other"] = content["module"].pop("prime")
 
-    resave(folder / "mp_rank_00_model_states.pt", rename)
+    change_file(folder / "mp_rank_00_model_states.pt", rename)
 
 
-def spoil_shape(folder):
+def reshape_parameter(folder):
     def reshape(content):
         content["param_shapes"][1]["prime"] = torch.Size([11, 7])
 
-    resave(folder / "mp_rank_00_model_states.pt", reshape)
+    change_file(folder / "mp_rank_00_model_states.pt", reshape)
 
 
-def spoil_state(folder):
-    resave(folder / "mp_rank_00_model_states.pt", lambda content: content["scale_mae"].pop("engine"))
+def remove_counters(folder):
+    change_file(folder / "mp_rank_00_model_states.pt", lambda content: content["scale_mae"].pop("engine"))
 
 
 class Evil:
@@ -479,29 +491,31 @@ class Evil:
         return (Path.touch, (Path("ran").resolve(),))
 
 
-def spoil_pickle(folder):
+def insert_call(folder):
     torch.save({"optimizer_state_dict": Evil()}, next(folder.glob("*rank_1*optim_states.pt")), pickle_module=pickle)
 
 
-def spoil_missing(folder):
+def delete_file(folder):
     next(folder.glob("*rank_1*optim_states.pt")).unlink()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "rank", "message"),
+    ("damage", "rank", "message"),
     [
-        (spoil_name, None, r"prime is missing, but the model has it"),
-        (spoil_shape, None, r"prime has shape \[11, 7\], but \[7, 11\] in the model"),
-        (spoil_state, None, r"contains no counters"),
-        (spoil_pickle, 1, r"optim_states\.pt: cannot be read"),
-        (spoil_missing, 1, r"1 of 2 \*_optim_states\.pt files are missing: rank 1\."),
+        (rename_parameter, None, r"prime is missing, but the model has it"),
+        (reshape_parameter, None, r"prime has shape \[11, 7\], but \[7, 11\] in the model"),
+        (remove_counters, None, r"contains no counters"),
+        (insert_call, 1, r"optim_states\.pt: cannot be read"),
+        (delete_file, 1, r"1 of 2 \*_optim_states\.pt files are missing: rank 1\."),
     ],
 )
-def test_what_does_not_fit_is_one_line_on_every_rank_and_changes_nothing(written, tmp_path, monkeypatch, spoil, rank, message):
+def test_a_checkpoint_that_does_not_match_is_a_one_line_error_on_every_rank_and_changes_nothing(
+    written, tmp_path, monkeypatch, damage, rank, message
+):
     monkeypatch.chdir(tmp_path)
     source = shutil.copytree(written[0] / "fp32-zero2" / "saved", tmp_path / "run" / "saved")
     with pytest.raises(RankError) as caught:
-        run_ranks(2, refuse, source, "zero2", spoil, rank, timeout=60)
+        run_ranks(2, load_damaged, source, "zero2", damage, rank, timeout=60)
     assert caught.value.kinds == ["CheckpointError"] * 2
     lines = [line for line in str(caught.value).splitlines() if "CheckpointError:" in line]
     assert len(lines) == 2
@@ -509,11 +523,11 @@ def test_what_does_not_fit_is_one_line_on_every_rank_and_changes_nothing(written
     assert not (tmp_path / "ran").exists()
 
 
-def write_apart(folder):
-    """Each process saves to a folder of its own; then one of them cannot."""
+def save_to_own_folders(folder):
+    """Save to a folder of each process. Then repeat it with one process that cannot write."""
     from scale_mae.distributed.process_group import process_group
 
-    start()
+    freeze_imported_objects()
     with process_group() as ranks:
         engine = build(make_config(folder, "zero3"), ranks)
         files = save(engine, folder / f"node{ranks.rank}")
@@ -526,15 +540,15 @@ def write_apart(folder):
         return files, error
 
 
-def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
-    told = run_ranks(2, write_apart, tmp_path, timeout=60)
-    for rank, (files, _) in enumerate(told):
+def test_each_process_can_save_to_its_own_folder_and_fail_alone(tmp_path):
+    results = run_ranks(2, save_to_own_folders, tmp_path, timeout=60)
+    for rank, (files, _) in enumerate(results):
         assert sorted(files) == sorted(p for p in (tmp_path / f"node{rank}").rglob("*") if p.is_file())
         assert len(files) == (3 if rank == 0 else 2)  # model, optimizer; and ``latest``
     shutil.copytree(tmp_path / "node1", tmp_path / "node0", dirs_exist_ok=True)
     assert not ZeroReader(tmp_path / "node0" / DEEPSPEED_TAG).state["engine"]["skipped_steps"]
-    assert told[0][1] is None
-    assert "blocked1" in told[1][1]
+    assert results[0][1] is None
+    assert "blocked1" in results[1][1]
 
 
 @pytest.mark.parametrize(
@@ -544,7 +558,7 @@ def test_each_process_may_save_to_a_folder_of_its_own_and_fail_alone(tmp_path):
         ({"stage": 1, "elastic_checkpoint": True}, "elastic_checkpoint is not supported"),
     ],
 )
-def test_what_checkpoints_do_not_cover_is_refused_before_training(tmp_path, zero, message):
+def test_deepspeed_options_that_checkpoints_do_not_support_are_rejected_before_training(tmp_path, zero, message):
     from scale_mae.engine.deepspeed_config import build_deepspeed_config
 
     path = tmp_path / "own.json"

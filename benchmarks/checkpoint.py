@@ -1,18 +1,17 @@
-"""How long training stands still for a checkpoint, straight to the run directory and by way of a node-local folder.
+"""How long does a checkpoint block training, written directly to the run directory or first to a node-local folder?
 
 python benchmarks/checkpoint.py --out benchmarks/results/checkpoint_cpu_NAME.json --local /dev/shm
 
-Two gloo ranks train the demo's images with a ViT of ``--size`` under ZeRO-2, saving every fourth step, once with
-``checkpoint.local_dir`` and once without, in turns. Read from the runs' own logs: how long each save held up the loop, how
-long it took until the checkpoint had its name, and the time of a step between saves. On this machine both folders belong to
-the same host: the run directory is on its disk, and the local folder should be on something faster.
+Two gloo ranks train a ViT of ``--size`` on the demo's images under ZeRO-2 and save every fourth step. Runs with and without
+``checkpoint.local_dir`` take turns. The history and the log of each run state how long each save blocked training, how long it
+took until the commit, and how long a step between saves took. Both folders belong to the same host. The run directory is on its
+disk, and the local folder should be on something faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,12 +22,14 @@ from pathlib import Path
 import torch
 from report import save
 
-STEPS, EVERY = 12, 4
-SAVED = re.compile(r"saved .* in ([\d.]+) s(?:; training stood still for ([\d.]+) s of it)?")
+from scale_mae.runs import history
+
+STEPS, SAVE_INTERVAL = 12, 4
+DIRECT, LOCAL = "directly", "through a local folder"
 
 
 def run(size: str, run_dir: Path, local: Path | None) -> dict[str, list[float]]:
-    """One run; seconds until checkpoints were named, seconds training stood still for them, seconds of its steps."""
+    """Run once. Return the seconds of each save until its commit, the seconds it blocked training, and those of each step."""
     setting = {
         "run.dir": run_dir,
         "model.size": size,
@@ -36,68 +37,60 @@ def run(size: str, run_dir: Path, local: Path | None) -> dict[str, list[float]]:
         "model.decoder_width": 512,
         "model.decoder_heads": 16,
         "train.duration": f"{STEPS} steps",
-        "checkpoint.interval": f"{EVERY} steps",
+        "checkpoint.interval": f"{SAVE_INTERVAL} steps",
         "checkpoint.keep_latest": 1,
         "log.interval": 1,
         "optim.warmup": "2 steps",
         "engine.deepspeed": "zero2",
         "train.precision": "bf16",
     } | ({"checkpoint.local_dir": local} if local else {})
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "scale_mae",
-        "pretrain",
-    ]
-    subprocess.run([*command, "debug", *(f"{k}={v}" for k, v in setting.items())], check=True, capture_output=True)
-    named, still = [], []
-    for line in (run_dir / "log.txt").read_text().splitlines():
-        if found := SAVED.search(line):
-            named.append(float(found[1]))
-            still.append(float(found[2] or found[1]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scale_mae"]
+    command = [*launcher, "pretrain", "debug", *(f"{key}={value}" for key, value in setting.items())]
+    subprocess.run(command, check=True, capture_output=True)
+    saves = [event for event in history.read(run_dir) if event["event"] == "checkpoint"]
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     steps = {line["step"]: line["step_time_s"] for line in lines if line["step"] > 2}
-    nbytes = sum(p.stat().st_size for p in (run_dir / "checkpoints").rglob("*") if p.is_file())
-    return {"named": named, "still": still, "step": list(steps.values()), "bytes": [nbytes]}
+    return {
+        "commit": [event["seconds"] for event in saves],
+        "blocked": [event["blocked_seconds"] for event in saves],
+        "step": list(steps.values()),
+        "bytes": [saves[-1]["bytes"]],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", default="base")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", help="encoder size (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--local", type=Path, required=True, help="node-local folder")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where run directories are made")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="folder for the run directories")
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
     args = parser.parse_args()
-    samples: dict[str, dict[str, list[float]]] = {"straight": {}, "local first": {}}
+    samples: dict[str, dict[str, list[float]]] = {DIRECT: {}, LOCAL: {}}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder, tempfile.TemporaryDirectory(dir=args.local) as local:
         for number in range(args.rounds):
-            for way, values in samples.items():
+            for variant, values in samples.items():
                 run_dir = Path(folder) / f"{number}"
-                for key, found in run(args.size, run_dir, Path(local) if way == "local first" else None).items():
-                    values.setdefault(key, []).extend(found)
+                for key, measured in run(args.size, run_dir, Path(local) if variant == LOCAL else None).items():
+                    values.setdefault(key, []).extend(measured)
                 shutil.rmtree(run_dir)
-                print(number, way, {k: round(statistics.median(v), 3) for k, v in values.items()}, flush=True)
-    step = statistics.median(samples["straight"]["step"])
+                print(number, variant, {k: round(statistics.median(v), 3) for k, v in values.items()}, flush=True)
+    step = statistics.median(samples[DIRECT]["step"])
     table = [
         {
-            "checkpoint written": way,
-            "training stood still": f"{statistics.median(values['still']):.2f} s",
-            "in steps": f"{statistics.median(values['still']) / step:.1f}",
-            "named after": f"{statistics.median(values['named']):.2f} s",
-            "a step": f"{statistics.median(values['step']):.2f} s",
+            "checkpoint written": variant,
+            "training blocked": f"{statistics.median(values['blocked']):.2f} s",
+            "in steps": f"{statistics.median(values['blocked']) / step:.1f}",
+            "committed after": f"{statistics.median(values['commit']):.2f} s",
+            "step": f"{statistics.median(values['step']):.2f} s",
         }
-        for way, values in samples.items()
+        for variant, values in samples.items()
     ]
-    ratio = statistics.median(samples["local first"]["still"]) / statistics.median(samples["straight"]["still"])
-    nbytes = samples["straight"]["bytes"][0]
+    ratio = statistics.median(samples[LOCAL]["blocked"]) / statistics.median(samples[DIRECT]["blocked"])
+    nbytes = samples[DIRECT]["bytes"][0]
     title = (
         f"Saving a {args.size} encoder and its decoder, {nbytes / 1e9:.2f} GB, two ranks, ZeRO-2, bf16; "
-        f"local first stands still {ratio:.2f} times as long; {args.rounds} rounds in turns, medians"
+        f"blocked time through a local folder / directly: {ratio:.2f}; {args.rounds} rounds in turns, medians"
     )
     save(args.out, device=torch.device("cpu"), title=title, table=table, samples=samples)
 

@@ -1,9 +1,9 @@
-"""ViT-H/14 (657 M parameters) really trains on two CPU processes: two steps under ZeRO-3, saved, converted, loaded by timm.
+"""Trains ViT-H/14 (657 M parameters) on two CPU processes: two steps under ZeRO-3, a checkpoint, and an export that timm loads.
 
     python benchmarks/vit_huge.py --out benchmarks/results/FILE.json
 
-Reports the largest resident memory of any process, as the operating system counts it, the time of a step and of each phase,
-and the sizes on disk. Everything runs through the console command, as a user would type it.
+Reports the peak memory of the processes, the time of a step and of each phase, and the sizes on disk. All phases run
+through the console command.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 import report
 import timm
 import torch
+from process_memory import measure
 from safetensors.torch import load_file
-from watch import watch
 
 SETTING = [
     "model.size=huge",
@@ -40,14 +40,14 @@ SETTING = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run", Path(folder) / "huge.safetensors"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scale_mae"]
-        trained = watch([*launcher, "pretrain", "debug", f"run.dir={run}", *SETTING])
+        training = measure([*launcher, "pretrain", "debug", f"run.dir={run}", *SETTING])
         steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        converted = watch([sys.executable, "-m", "scale_mae", "convert", str(run), "--to", "timm", "--out", str(out)])
+        conversion = measure([sys.executable, "-m", "scale_mae", "convert", str(run), "--to", "timm", "--out", str(out)])
         encoder = timm.create_model("vit_huge_patch14_224.mae")
         encoder.load_state_dict(load_file(out), strict=True)
         checkpoint = sum(p.stat().st_size for p in (run / "checkpoints" / "step-00000002").rglob("*") if p.is_file())
@@ -55,14 +55,14 @@ def main() -> None:
     table = [
         {
             "phase": phase,
-            "seconds": f"{taken.seconds:.0f}",
-            "peak GiB of a process": f"{taken.private / 2**30:.2f}",
-            "of all together": f"{taken.together / 2**30:.2f}",
-            "on disk, GiB": f"{size / 2**30:.2f}",
+            "seconds": f"{usage.seconds:.0f}",
+            "peak GiB of a process": f"{usage.largest / 2**30:.2f}",
+            "peak GiB of all processes": f"{usage.total / 2**30:.2f}",
+            "GiB on disk": f"{size / 2**30:.2f}",
         }
-        for phase, taken, size in (
-            ("two steps and a checkpoint, 2 processes", trained, checkpoint),
-            ("convert and check", converted, exported),
+        for phase, usage, size in (
+            ("two steps and a checkpoint, 2 processes", training, checkpoint),
+            ("conversion and its check", conversion, exported),
         )
     ]
     last = steps[-1]

@@ -1,13 +1,14 @@
-"""What metrics cost: laps, the work of a log step and the exporter, as a share of a training step.
+"""How much time do metrics take, as a share of a training step: phase times, the work of a log step, and the exporter?
 
-Two ways. First each part is timed by itself and put together: the laps of every step, a log step's work in every twentieth
-(reading, counting, ``counters.json``, ``log.jsonl``, ``log.txt``, console), and the processor time that a scrape takes from the
-training process once a second, fifteen times as often as usual. That is set against the step timed here and, for scale, against
-a step of ViT-B on H100s that reach 40 % of their 989 TFLOP/s with 512 images each (58.5 GFLOP an image). There the host has the
-time while the GPU computes, so that what is told is an upper bound; but laps are events of the stream there, not timed here.
+The first method times each part separately and adds them up: the phase times of every step, the work of every twentieth
+step, which is a log step (reading, counting, ``counters.json``, ``log.jsonl``, ``log.txt``, console), and the CPU time of one
+scrape per second. Prometheus usually scrapes every fifteen seconds. The sum is compared with a step on this machine. It is also
+compared with a step of ViT-B on an H100 that reaches 40 % of its 989 TFLOP/s with 512 images (58.5 GFLOP for an image). On
+a GPU the host works while the GPU computes, so the result is an upper bound. But phase times are CUDA events there, which
+are not timed here.
 
-Second, stretches of ``log.interval`` steps of a real engine with all of it, scraped each second by another process, and with
-none of it, taken in turns, every second round in reverse order.
+The second method times intervals of ``log.interval`` steps of a real engine with metrics and without. Another process
+scrapes the exporter once a second. The variants take turns, and every second round runs in reverse order.
 
     python benchmarks/metrics.py --rounds 8 --out benchmarks/results/metrics_cpu_NAME.json
     python benchmarks/metrics.py --rounds 1 --repeats 20      (a check that it runs)
@@ -46,7 +47,7 @@ from scale_mae.training.monitoring import build_monitoring
 from scale_mae.training.time_limit import StopTimeEstimator
 
 LOG_EVERY = 20
-IMAGE, DECODER_DEPTH = 112, 2  # a quick step, of which metrics are a large share
+IMAGE, DECODER_DEPTH = 112, 2  # a short step, so that the share of metrics is large
 H100_STEP_S = 512 * 58.5e9 / (0.4 * 989e12)
 SCRAPER = """
 import sys, time, urllib.request
@@ -59,7 +60,7 @@ while True:
 
 
 class Training:
-    """A real engine, with everything that measures it."""
+    """A real engine with its metrics."""
 
     def __init__(self, world: World, folder: Path, size: str, batch: int) -> None:
         setting = {"run.dir": str(folder / "run"), "log.interval": LOG_EVERY, "model.size": size, "model.image_size": IMAGE}
@@ -86,7 +87,7 @@ class Training:
         self.url = f"http://127.0.0.1:{port}/metrics"
 
     def steps(self, images: Tensor, noise: Tensor, *, measured: bool) -> dict[str, float]:
-        """Seconds a step of one stretch between log steps."""
+        """Train one interval between log steps. Return the wall-clock and CPU seconds of a step."""
         self.model._forward_hooks.clear()
         if measured:
             self.model._forward_hooks.update(self.hooks)
@@ -107,48 +108,48 @@ class Training:
         return {"wall_s": (time.perf_counter() - wall) / LOG_EVERY, "cpu_s": (time.process_time() - cpu) / LOG_EVERY}
 
     def log(self, loss: float) -> None:
-        """The work of a log step."""
+        """Do the work of a log step."""
         self.step_number += LOG_EVERY
         self.teller.step(self.step_number, loss, 1e-5, 1.0, 1.0, 0, 0)
 
 
-def time_laps(device: torch.device, repeats: int) -> float:
-    """Seconds of processor time that the laps of a step take."""
+def time_phase_marks(device: torch.device, repeats: int) -> float:
+    """Return the CPU seconds that the phase times of a step take."""
     watch, samples = StepTimer(device), []
     for _ in range(repeats):
-        began = time.thread_time()
+        start = time.thread_time()
         for _ in range(LOG_EVERY):
             for name in ("vote", "forward", "backward", "optimizer", "data"):
                 watch.mark(name)
             watch.end_step()
-        samples.append((time.thread_time() - began) / LOG_EVERY)
+        samples.append((time.thread_time() - start) / LOG_EVERY)
         watch.read_steps()
     return median(samples)
 
 
 def time_log_steps(training: Training, repeats: int) -> tuple[float, float]:
-    """Seconds of (clock, processor) that a log step takes."""
+    """Return the (wall-clock, CPU) seconds of a log step."""
     wall, cpu = [], []
     for _ in range(repeats):
         for _ in range(LOG_EVERY):
             for name in ("vote", "forward", "backward", "optimizer", "data"):
                 training.watch.mark(name)
             training.watch.end_step()
-        began, busy = time.perf_counter(), time.thread_time()
+        wall_start, cpu_start = time.perf_counter(), time.thread_time()
         training.log(1.0)
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.thread_time() - busy)
+        wall.append(time.perf_counter() - wall_start)
+        cpu.append(time.thread_time() - cpu_start)
     return median(wall), median(cpu)
 
 
 def time_scrapes(url: str, repeats: int) -> tuple[float, int]:
-    """Seconds of processor time that the process spends on a scrape, asker included; lines of the answer."""
+    """Return the CPU seconds of a scrape in this process, including the request, and the number of series."""
     samples = []
     for _ in range(repeats):
-        began = time.process_time()
-        with urllib.request.urlopen(url) as answer:
-            content = answer.read()
-        samples.append(time.process_time() - began)
+        start = time.process_time()
+        with urllib.request.urlopen(url) as response:
+            content = response.read()
+        samples.append(time.process_time() - start)
     return median(samples), sum(not line.startswith(b"#") for line in content.splitlines())
 
 
@@ -160,7 +161,7 @@ def main() -> None:
         images = torch.randn(options.batch, 3, IMAGE, IMAGE, device=world.device)
         noise = torch.rand(options.batch, training.model.num_patches, device=world.device)
         training.steps(images, noise, measured=True)
-        laps = time_laps(world.device, options.repeats)
+        phase_marks = time_phase_marks(world.device, options.repeats)
         log_wall, log_cpu = time_log_steps(training, options.repeats)
         scrape, lines = time_scrapes(training.url, options.repeats)
 
@@ -176,27 +177,27 @@ def main() -> None:
         training.teller.log.__exit__(None, None, None)
         device = world.device
 
-    step = median(taken["wall_s"] for taken in times[False])
+    step = median(times_of_step["wall_s"] for times_of_step in times[False])
     ratios = {key: paired_ratio(times[True], times[False], key) for key in ("wall_s", "cpu_s")}
     rows = {
-        "laps of a step": (laps, 1.0),
-        f"a log step, every {LOG_EVERY} steps": (log_wall, 1 / LOG_EVERY),
-        "a scrape, each second": (scrape, None),
+        "phase times of a step": (phase_marks, 1.0),
+        f"log step, every {LOG_EVERY} steps": (log_wall, 1 / LOG_EVERY),
+        "scrape, every second": (scrape, None),
     }
     table, shares = [], {"here": 0.0, "h100": 0.0}
-    for what, (seconds, per_step) in rows.items():
-        row = {"part": what, "us": f"{seconds * 1e6:.1f}"}
-        for where, length in (("here", step), ("h100", H100_STEP_S)):
-            share = seconds * (per_step / length if per_step else 1.0)  # of a second, for a scrape
-            shares[where] += share
-            row[f"share of {'this' if where == 'here' else 'an H100s'} step"] = f"{share:.4%}"
+    for part, (seconds, per_step) in rows.items():
+        row = {"part": part, "us": f"{seconds * 1e6:.1f}"}
+        for machine, step_seconds in (("here", step), ("h100", H100_STEP_S)):
+            share = seconds * (per_step / step_seconds if per_step else 1.0)  # a scrape is a share of a second
+            shares[machine] += share
+            row[f"share of {'this machine' if machine == 'here' else 'an H100'}'s step"] = f"{share:.4%}"
         table.append(row)
-    total = {"part": "together", "us": ""}
+    total = {"part": "total", "us": ""}
     table.append(total | dict(zip(list(table[0])[2:], (f"{share:.4%}" for share in shares.values()), strict=True)))
     title = (
         f"Cost of metrics, ViT-{options.size} encoder, batch {options.batch}, {IMAGE} pixels, step {step:.3f} s here and "
-        f"{H100_STEP_S:.4f} s on an H100, {lines} series; {options.rounds} stretches of {LOG_EVERY} steps in turns, "
-        f"with / without: {ratios['wall_s']}, by CPU time {ratios['cpu_s']}"
+        f"{H100_STEP_S:.4f} s on an H100, {lines} series; {options.rounds} intervals of {LOG_EVERY} steps in turns, "
+        f"with / without metrics: {ratios['wall_s']}, by CPU time {ratios['cpu_s']}"
     )
     samples: dict[str, Any] = {"with": times[True], "without": times[False], "log_step_cpu_s": log_cpu}
     save(options.out, device=device, title=title, table=table, samples=samples, shares=shares)
@@ -204,11 +205,11 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=8, help="stretches with metrics, and as many without")
-    parser.add_argument("--repeats", type=int, default=300, help="of each part by itself")
+    parser.add_argument("--size", default="tiny", help="encoder size (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="images in a step (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="intervals with metrics, and without (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=300, help="measurements of each part (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     return parser.parse_args()
 

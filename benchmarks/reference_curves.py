@@ -42,40 +42,41 @@ KEYS = (*(f"model.{key}" for key in MODEL), "train.global_batch", "train.duratio
 def train(recipe: str, folder: Path, overrides: list[str], share: float = 1.0) -> RunRecord:
     """Start or resume pre-training in ``folder`` and stop at this share of the schedule."""
 
-    def done() -> float:
+    def progress() -> float:
         line = read_run_record(folder).log.lines[-1:] if (folder / "log.jsonl").exists() else []
         return line[0]["step"] / line[0]["total_steps"] if line else 0.0
 
-    if done() < share:
+    if progress() < share:
         command = [sys.executable, "-m", "scale_mae", "pretrain", recipe, f"run.dir={folder}", *overrides]
         with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             while process.poll() is None:
-                if share < 1 and done() >= share:
+                if share < 1 and progress() >= share:
                     process.send_signal(signal.SIGTERM)
                     break
                 time.sleep(1)
             if process.wait():
-                sys.exit(f"{folder}: pre-training failed")
+                sys.exit(f"{folder}: pre-training failed. See its log.txt.")
     return read_run_record(folder)
 
 
-def means(record: RunRecord, ends: np.ndarray) -> np.ndarray:
+def loss_means(record: RunRecord, ends: np.ndarray) -> np.ndarray:
+    """Return the mean logged loss in each interval, ``[P]``. It is NaN where nothing was logged."""
     return interval_means(record.images(record.log.lines), record.log.column("loss"), ends)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", help="name of a shipped recipe or path of a YAML file")
     parser.add_argument("--name", help="name of the curve (default: name of the recipe)")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides for all runs")
     parser.add_argument("--data", help="name of the images (default: data.source)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--intervals", type=int, default=12)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--wrong", nargs="*", default=[], metavar="section.key=value")
-    parser.add_argument("--wrong-share", type=float, default=0.4)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--result", type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3], help="seeds (default: %(default)s)")
+    parser.add_argument("--intervals", type=int, default=12, help="intervals of the schedule (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder of the run directories")
+    parser.add_argument("--wrong", nargs="*", default=[], metavar="section.key=value", help="wrong values, one run for each")
+    parser.add_argument("--wrong-share", type=float, default=0.4, help="share of the schedule (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="reference curve (JSON)")
+    parser.add_argument("--result", type=Path, help="result file (JSON)")
     args = parser.parse_args()
 
     records = [train(args.recipe, args.runs / f"seed-{seed}", [f"run.seed={seed}", *args.set]) for seed in args.seeds]
@@ -84,7 +85,7 @@ def main() -> None:
     index = Index.open(existing_index(config.data.source) or records[0].dir / INDEX_NAME)
     total = config.steps(config.train.duration, len(index)) * config.train.global_batch
     ends = np.round(np.arange(1, args.intervals + 1) * total / args.intervals)
-    losses = np.stack([means(record, ends) for record in records])
+    losses = np.stack([loss_means(record, ends) for record in records])
     setting = {key: setting_value(config, key) for key in KEYS} | {"data": [args.data or config.data.source, index.digest]}
     low, high = compute_band(losses)
     name = args.name or args.recipe
@@ -97,14 +98,14 @@ def main() -> None:
     wrong = {}
     for override in args.wrong:
         record = train(args.recipe, args.runs / f"wrong-{override}", ["run.seed=9", *args.set, override], args.wrong_share)
-        losses_of = [None if np.isnan(mean) else round(mean, 5) for mean in means(record, ends).tolist()]
-        wrong[override] = {"verdict": str(check_band(record, curve)), "loss": losses_of}
+        wrong_losses = [None if np.isnan(mean) else round(mean, 5) for mean in loss_means(record, ends).tolist()]
+        wrong[override] = {"result": str(check_band(record, curve)), "loss": wrong_losses}
 
-    kept = [override for override in args.set if not override.startswith("data.source=")]
+    runs = " ".join([args.recipe, *(override for override in args.set if not override.startswith("data.source="))])
     content = {
         "format": FORMAT,
         "name": name,
-        "about": f"{' '.join([args.recipe, *kept])}, one process, seeds {args.seeds}; made by benchmarks/reference_curves.py",
+        "about": f"{runs}, one process, seeds {args.seeds}; made by benchmarks/reference_curves.py",
         "made_with": {"scale_mae": scale_mae.__version__} | versions(),
         "setting": setting,
         "images": ends.tolist(),
@@ -113,9 +114,11 @@ def main() -> None:
         "seeds": {str(seed): row.round(5).tolist() for seed, row in zip(args.seeds, losses, strict=True)},
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
-    table = [{"run": f"seed {seed}", "judged by": "the other seeds", "verdict": text} for seed, text in leave_one_out.items()]
-    table += [{"run": name, "judged by": "all seeds", "verdict": found["verdict"]} for name, found in wrong.items()]
-    title = f"Reference curve {name}: seeds left out in turn, and wrong values"
+    table = [
+        {"run": f"seed {seed}", "checked against": "the other seeds", "result": text} for seed, text in leave_one_out.items()
+    ]
+    table += [{"run": name, "checked against": "all seeds", "result": check["result"]} for name, check in wrong.items()]
+    title = f"Reference curve {name}: each seed against the others, and wrong values"
     save(args.result, device=torch.device("cpu"), title=title, table=table, images=ends.tolist(), wrong=wrong)
 
 

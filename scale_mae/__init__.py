@@ -1,4 +1,4 @@
-"""Pre-training of masked autoencoders at scale. The public names are imported when first used, so that this is quick."""
+"""Pre-training of masked autoencoders at scale. Public names are imported on first use, because importing torch is slow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scale_mae.weights.model_loader import load_encoder as load_encoder
 
 __version__ = "0.1.0"
-_HOMES = {
+_MODULE_OF = {
     "pretrain": "scale_mae.api",
     "finetune": "scale_mae.api",
     "linprobe": "scale_mae.api",
@@ -26,6 +26,6 @@ __all__ = ["UserError", "finetune", "linprobe", "load_config", "load_encoder", "
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

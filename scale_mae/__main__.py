@@ -1,4 +1,4 @@
-"""``python -m scale_mae``, which torchrun can start."""
+"""``python -m scale_mae`` is the same as ``scale-mae``. torchrun starts it as a module."""
 
 import sys
 

@@ -43,6 +43,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, or answer a shell that requests completions. Overrides may also follow options."""
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the completion script
+        complete(parser)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+        args.overrides += rest  # argparse accepts no positional arguments after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -52,14 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for an error that the user can correct, or a code that the command documents.
     """
-    parser = build_parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
-        complete(parser)
-    args, rest = parser.parse_known_args(argv)
-    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
-        args.overrides += rest  # argparse takes no positional words after an option
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parse_arguments(argv)
     try:
         return int(args.run_command(args) or 0)
     except UserError as error:
@@ -96,7 +102,8 @@ def train(args: argparse.Namespace) -> int:
     """``scale-mae pretrain``, ``finetune`` and ``linprobe``."""
     config = load_config(args.recipe, args.overrides)
     if config.run.task != args.command:
-        raise UserError(f"{args.recipe}: a recipe for scale-mae {config.run.task} (its run.task), not for {args.command}")
+        task = config.run.task
+        raise UserError(f"{args.recipe}: has run.task={task}. Run scale-mae {task} instead of scale-mae {args.command}.")
     if args.dry_run:
         from scale_mae.distributed.launcher import get_rank_and_world_size
 
@@ -104,7 +111,9 @@ def train(args: argparse.Namespace) -> int:
         accumulation = config.accumulation(processes)
         config.deepspeed_json()
         print(config.to_yaml(), end="")
-        print(f"# {processes} processes: accumulation {accumulation}, peak learning rate {config.peak_lr:.6g}")
+        print(
+            f"# processes: {processes}, gradient accumulation steps: {accumulation}, peak learning rate: {config.peak_lr:.6g}"
+        )
         return 0
     import scale_mae
 

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from scale_mae.cli import COMMANDS, build_parser, main
+from scale_mae.cli import COMMANDS, main, parse_arguments
 from scale_mae.config import SHIPPED_CONFIGS, Config, ConfigError, json_schema, load_config, recipe_names, recipe_path
 from scale_mae.config.recipes import read_header
 from scale_mae.system.command_line import GROUPS
@@ -83,7 +83,7 @@ def test_help_of_a_command_shows_that_command_with_an_example_that_parses(comman
     assert "imagenet21k" not in text  # `scale-mae sources` lists data sets, `scale-mae recipes` lists recipes
     assert "linprobe_huge" not in text
     words = re.search(r"scale-mae ([^|>)]*)", command.example)[1]
-    args = build_parser().parse_args(shlex.split(words))
+    args = parse_arguments(shlex.split(words))
     assert args.command == command.name
     assert args.run_command is command.run
 
@@ -160,7 +160,7 @@ def test_the_completion_script_for_zsh_registers_the_command(capsys):
     assert capsys.readouterr().out.startswith("#compdef scale-mae\n")
 
 
-def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):
+def test_a_terminal_shows_a_bar_with_rate_and_remaining_time(tmp_path):
     import pty
 
     main_end, terminal = pty.openpty()
@@ -175,7 +175,7 @@ def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path):
                 break
     os.close(main_end)
     assert run.returncode == 0
-    assert re.search(rb"step 10/10 .* images/s .* left", shown)
+    assert re.search(rb"step 10/10 .* images/s  ETA ", shown)
     assert b"100%" in shown
     assert "step 10/10" in (tmp_path / "runs" / "debug" / "log.txt").read_text()
 
@@ -187,7 +187,7 @@ def test_dry_run_prints_a_config_that_loads_to_the_same(capsys, tmp_path, monkey
     (tmp_path / "again.yaml").write_text(text)
     again = load_config(tmp_path / "again.yaml")
     assert again == load_config("vit_base", ["train.global_batch=2048", "run.seed=3"])
-    assert "accumulation 8, peak learning rate 0.0012" in text
+    assert "# processes: 1, gradient accumulation steps: 8, peak learning rate: 0.0012" in text
     assert [p.name for p in tmp_path.iterdir()] == ["again.yaml"]
 
 
@@ -198,7 +198,7 @@ BAD = [
     (["pretrain", "debug", "train.globl_batch=3"], "train.globl_batch: unknown key (did you mean global_batch?)"),
     (["pretrain", "debug", "trian.seed=3"], "trian: unknown section (did you mean train?)"),
     (["pretrain", "debug", "train.micro_batch=many"], "train.micro_batch='many': input should be a valid integer"),
-    (["pretrain", "debug", "train.micro_batch=7"], "by train.micro_batch=7 x 1 processes = 7. Set train.micro_batch=4."),
+    (["pretrain", "debug", "train.micro_batch=7"], "by train.micro_batch=7 x 1 process = 7. Set train.micro_batch=4."),
     (["pretrain", "debug", "train.micro_batch=7", "--dry-run"], "train.global_batch=16 is not divisible"),
     (["pretrain", "debug", "model.image_size=33"], "model.image_size=[33, 33] is not divisible by model.patch_size=[8, 8]"),
     (["pretrain", "debug", "model.mask_ratio=0.99"], "model.mask_ratio=0.99 keeps all or none of the 16 patches"),

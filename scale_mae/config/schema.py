@@ -130,15 +130,13 @@ class Config(Section):
         """
         batch, micro = self.train.global_batch, self.train.micro_batch
         if batch % (total := micro * world_size):
-            step = 2 if self.classify.mixup or self.classify.cutmix else 1
+            step = 2 if self.classify.mixup or self.classify.cutmix else 1  # mixing needs an even micro-batch
             divisor = next((m for m in range(micro, 0, -step) if batch % (m * world_size) == 0), None)
             advice = "No smaller train.micro_batch divides it either. Change train.global_batch or the number of processes."
             if divisor:
                 advice = f"Set train.micro_batch={divisor}."
-            raise ConfigError(
-                f"train.global_batch={batch} is not divisible by train.micro_batch={micro} x {world_size} processes = {total}. "
-                f"{advice}"
-            )
+            divided_by = f"train.micro_batch={micro} x {world_size} {'process' if world_size == 1 else 'processes'} = {total}"
+            raise ConfigError(f"train.global_batch={batch} is not divisible by {divided_by}. {advice}")
         return batch // total
 
     def deepspeed_json(self) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def index(args: argparse.Namespace) -> int:
     from scale_mae.system.progress import ProgressBar
 
     if not args.out.endswith(INDEX_SUFFIX):
-        raise UserError(f"--out {args.out}: the name of an index ends in {INDEX_SUFFIX}")
+        raise UserError(f"--out {args.out}: not the name of an index. Give a name that ends in {INDEX_SUFFIX}.")
     with ProgressBar("images") as bar:
         built = build_index(args.source, args.out, verify=not args.no_verify, workers=args.workers, progress=bar.update)
     for problem in built.problems:
         warn(problem)
-    if causes := built.quarantine_counts():
-        listed = ", ".join(f"{number} {cause}" for cause, number in causes.items())
-        warn(f"quarantined, never trained on: {listed}; named in {args.out}.quarantined.txt")
+    if counts := built.quarantine_counts():
+        listed = ", ".join(f"{number} {cause}" for cause, number in counts.items())
+        warn(f"images that are quarantined and never used: {listed}. {args.out}.quarantined.txt lists them.")
     print(f"{args.out}: {len(built)} images, {len(built.classes)} named classes, digest {built.digest}")
     return 0
 
@@ -82,8 +82,8 @@ def pack(args: argparse.Namespace) -> int:
     with ProgressBar("images") as bar:
         packed = pack(args.source, args.out, **options, progress=bar.update)
     for line in packed.left_out:
-        warn(f"left out {line}")
-    print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards; data.source={args.out}")
+        warn(f"skipped {line}")
+    print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards. Train with data.source={args.out}")
     return 0
 
 

@@ -1,7 +1,7 @@
-# scale_mae with all that it needs, for one GPU machine and for clusters. How to build and use it: docs/guides/containers.md.
+# The image of scale_mae with all its dependencies, for one GPU machine and for clusters. See docs/guides/containers.md.
 #
-# The wheels of PyTorch and DALI bring their own CUDA libraries. Of CUDA the default base adds only what lets the older driver of a
-# data-centre GPU run them (cuda-compat); any Debian or Ubuntu with Python 3.11 or 3.12 does as well.
+# The base can be any Debian or Ubuntu with Python 3.11 or 3.12, because the wheels of PyTorch and DALI contain the CUDA libraries.
+# The default base adds cuda-compat, with which data-center GPUs run CUDA 13 on an older driver.
 ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG PYTHON=python3
 
@@ -11,7 +11,7 @@ RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ${PYTHON} ${PYTHON}-venv \
  && ${PYTHON} -m venv /opt/scale_mae
 WORKDIR /source
-# What we depend on has a layer of its own: a change of our code rebuilds and moves a megabyte, not gigabytes.
+# Install the dependencies in a layer of their own. Then a change of the code rebuilds and transfers megabytes, not gigabytes.
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     ${PYTHON} -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -24,7 +24,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 
 FROM ${BASE_IMAGE}
 ARG PYTHON
-# gcc, libc and the headers of Python: with engine.compile=true Triton builds the launcher of each kernel. Nothing else is ever built.
+# With engine.compile=true, Triton compiles a launcher for each kernel. Only this needs gcc, libc and the headers of Python.
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
     ${PYTHON} ${PYTHON}-venv lib${PYTHON}-dev gcc libc6-dev ca-certificates \
@@ -34,12 +34,13 @@ RUN apt-get update \
 COPY --from=build /opt/scale_mae /opt/scale_mae
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     /opt/scale_mae/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
-# Any user id will do, and a read-only root: caches go to /tmp. The two for NVIDIA are what its toolkit and enroot look for.
+# Caches go to /tmp, so that any user ID and a read-only root file system work. NVIDIA's container toolkit and enroot read the
+# two NVIDIA variables.
 ENV PATH=/opt/scale_mae/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /workspace
 USER 10001
-# Its own /dev/shm, because a builder's has 64 MB, which doctor rightly calls too small to train with.
+# Check the image. The builder's /dev/shm has 64 MB, which doctor reports as too small for training, so mount another one.
 RUN --mount=type=tmpfs,target=/dev/shm HOME=/dev/shm scale-mae doctor
 ARG VERSION=unknown
 ARG REVISION=unknown

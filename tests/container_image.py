@@ -1,11 +1,11 @@
-"""The image built by buildah from the Dockerfile, on a base that debootstrap makes of this machine's own distribution.
+"""Build the container image with buildah, on a base that debootstrap creates from this machine's own distribution.
 
     with Image(folder) as image:
-        image.run("doctor")                      # the entry point, as the image's user
-        image.run("doctor", user="1234:0", entry_point=False, read_only=True)
+        image.run("doctor")                      # the entry point, as the user of the image
+        image.run("id", user="1234:0", entry_point=False, read_only=True)
 
-buildah needs neither a daemon nor a registry, and with chroot isolation no container runtime. How this machine reaches packages
-(pip's configuration, certificates, proxies) serves the build and is mounted, not copied.
+buildah needs no daemon and no registry, and with chroot isolation no container runtime. The build uses this machine's pip
+configuration, certificates and proxies. They are mounted and not copied into the image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CERTIFICATES = "/etc/ssl/certs"
 BASE, NAME = "localhost/base", "localhost/scale-mae:test"
-# A runtime's --read-only --tmpfs /tmp, with the options that docker gives to a tmpfs, and a mounted workspace.
+# The equivalent of a container runtime's `--read-only --tmpfs /tmp --volume ...:/workspace`, with docker's options for a tmpfs.
 READ_ONLY = """\
 mount --bind {root} {root} && mount -o remount,bind,ro {root} &&
 mount -t tmpfs -o nosuid,nodev,noexec,mode=1777 tmpfs {root}/tmp && mount -t proc proc {root}/proc &&
@@ -34,17 +34,17 @@ exec chroot --userspec={user} {root} /usr/bin/env --ignore-environment --chdir=/
 
 
 class Image:
-    """The image and one container of it; entering builds, leaving deletes all.
+    """The image and one container of it. Entering builds them, and leaving deletes them.
 
     Args:
-        folder: for base, storage and workspace; 20 GB.
+        folder: Folder for base, storage and workspace. It takes 20 GB.
 
     Attributes:
-        config: what the image says about how it wants to be run (``User``, ``Env``, ``Labels``, ...).
-        root: the container's file system, to look at.
-        workspace: a folder of this machine that every user may write to, mounted at /workspace.
-        secret: words in the pip.conf that the build is given, and nowhere else.
-        facts: all that the image tells about itself, as text.
+        config: The runtime configuration of the image (``User``, ``Env``, ``Labels``, ...).
+        metadata: All metadata of the image as text.
+        root: Root of the container's file system.
+        workspace: Folder of this machine that is mounted at /workspace and that every user may write to.
+        secret: A string that occurs only in the pip.conf of the build.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,11 +62,11 @@ class Image:
             self._build()
             self._container = self._buildah("from", "--pull-never", NAME)
             self.root = Path(self._buildah("mount", self._container))
-            self.facts = self._buildah("inspect", "--type", "image", NAME)
+            self.metadata = self._buildah("inspect", "--type", "image", NAME)
         except BaseException:
             self.__exit__()
             raise
-        self.config = json.loads(self.facts)["OCIv1"]["config"]
+        self.config = json.loads(self.metadata)["OCIv1"]["config"]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,13 +75,13 @@ class Image:
         shutil.rmtree(self.folder)
 
     def run(self, *words: str, user: str = "", entry_point: bool = True, read_only: bool = False) -> str:
-        """What a command in the container prints; a failure shows it.
+        """Run a command in the container and return its standard output. Fail if the command fails.
 
         Args:
-            words: arguments of the entry point, or a whole command.
-            user: other than the image's, as ``uid:gid``.
-            entry_point: begin with the image's.
-            read_only: only /tmp and /workspace can be written to, and nothing in /tmp can be executed.
+            words: The arguments of the entry point, or a whole command.
+            user: User as ``uid:gid``. Empty means the user of the image.
+            entry_point: Whether to put the entry point of the image before ``words``.
+            read_only: Whether only /tmp and /workspace are writable. Programs in /tmp then cannot be executed.
         """
         command = [*(self.config["Entrypoint"] if entry_point else []), *words]
         if read_only:
@@ -93,7 +93,7 @@ class Image:
         return self._buildah("run", *options, "--volume", f"{self.workspace}:/workspace", self._container, "--", *command)
 
     def _choose_storage(self) -> None:
-        for driver in ("overlay", "vfs"):  # the second copies where the first links, but works on any file system
+        for driver in ("overlay", "vfs"):  # vfs copies layers instead of linking them, but works on any file system
             text = f'[storage]\ndriver = "{driver}"\ngraphroot = "{self.folder}/graph"\nrunroot = "{self.folder}/run"\n'
             (self.folder / "storage.conf").write_text(text)
             if not subprocess.run(["buildah", "info"], env=self.env, capture_output=True, check=False).returncode:
@@ -128,7 +128,7 @@ class Image:
 
 
 def _pip_configuration() -> str:
-    """pip's configuration here, environment included, but for what names files that a container does not have."""
+    """Return pip's configuration on this machine, without values that refer to files that a container does not have."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     options = {}
     for line in listed.splitlines():
@@ -141,11 +141,11 @@ def _pip_configuration() -> str:
 
 
 def _proxies() -> dict[str, str]:
-    """apt's proxies as environment variables; buildah hands these on to a build and keeps them out of the image."""
-    found = {}
+    """Return the proxies of apt as environment variables. buildah passes them to a build and keeps them out of the image."""
+    variables = {}
     for scheme in ("http", "https"):
         listed = subprocess.run(["apt-config", "dump", f"Acquire::{scheme}::Proxy"], capture_output=True, text=True, check=True)
         value = listed.stdout.partition('"')[2].partition('"')[0]
         if value and value != "DIRECT":
-            found[f"{scheme}_proxy"] = value
-    return found
+            variables[f"{scheme}_proxy"] = value
+    return variables

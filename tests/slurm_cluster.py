@@ -1,10 +1,10 @@
-"""A Slurm cluster on this machine for tests: munged, slurmctld and slurmds, with everything they write in one folder.
+"""A Slurm cluster on this machine for tests: munged, slurmctld and slurmds. All their files lie in one folder.
 
     with SlurmCluster(folder) as cluster:
         subprocess.run(["srun", "--nodes=2", "hostname"], env=cluster.env)
 
-The nodes are named ``127.0.0.1``, ``127.0.0.2``, ..., which Slurm lists as ``127.0.0.[1-2]``: a name with brackets, as on
-large clusters, whose members every machine can reach. A job of the partition ``urgent`` preempts those of the default one.
+The nodes are named ``127.0.0.1``, ``127.0.0.2``, ... Slurm lists them as ``127.0.0.[1-2]``, in brackets like the nodes of a
+large cluster, and every machine can reach them. Jobs in the partition ``urgent`` preempt jobs in the default partition.
 """
 
 from __future__ import annotations
@@ -59,21 +59,22 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP
 
 
 class SlurmError(RuntimeError):
-    """The cluster did not come up; the text ends with what its daemons last wrote."""
+    """The cluster did not start. The message ends with the last log lines of its daemons."""
 
 
 class SlurmCluster:
-    """Nodes of one Slurm cluster, all on this machine; entering waits until they are idle, leaving stops jobs and daemons.
+    """A Slurm cluster. Entering waits until its nodes are idle, and leaving stops jobs and daemons.
 
     Args:
-        folder: for configuration, key, socket, state and logs. Its path must be short (a socket's has 107 characters).
-        nodes: how many.
-        cpus: of each node, as Slurm counts them; more than the machine has is fine.
-        timeout: seconds for all nodes to become idle.
-        binds: whether Slurm gives out cores and binds processes to them, for which a node may not have more than the machine.
+        folder: Folder for configuration, key, socket, state and logs. Its path must be short, because the path of a socket may
+            have at most 107 characters.
+        nodes: Number of nodes.
+        cpus: Number of CPUs per node. It may exceed the CPUs of this machine unless ``binds``.
+        timeout: Seconds for all nodes to become idle.
+        binds: Whether Slurm allocates single cores and binds processes to them.
 
     Attributes:
-        env: environment in which ``srun``, ``scancel`` and the others talk to this cluster, free of any launcher's ranks.
+        env: Environment in which ``srun``, ``scancel`` and other commands use this cluster. It has no variables of a launcher.
     """
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2, timeout: float = 60, *, binds: bool = False) -> None:
@@ -104,33 +105,33 @@ class SlurmCluster:
             self._stop()
 
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run a command in the cluster's environment; its output is captured."""
+        """Run a command in the cluster's environment and capture its output."""
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
 
     def steps(self) -> list[str]:
-        """Running job steps, as ``job.step``."""
+        """Return the running job steps as ``job.step``."""
         return self.run("squeue", "--steps", "--noheader", "--format=%i").stdout.split()
 
     def fail_node(self, node: str) -> None:
-        """A power cut: the daemon of a node and everything that runs there are gone at once."""
+        """Simulate a power failure: kill the daemon of a node and all processes on the node at once."""
         self._daemons[f"slurmd-{node}"].kill()
         self._daemons[f"slurmd-{node}"].wait()
-        there, here = f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.env['SLURM_CONF']}"
+        on_node, of_cluster = f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.env['SLURM_CONF']}"
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = [f"{key}={value}" for key, value in process.environ().items()]
-                if there in environment and here in environment:
+                if on_node in environment and of_cluster in environment:
                     for ancestor in process.parents():
                         if ancestor.name().startswith("slurmstepd"):
                             ancestor.kill()
                     process.kill()
 
     def start_node(self, node: str) -> None:
-        """Switch a node on again."""
+        """Start a node again."""
         self._start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
 
     def logs(self, lines: int = 15) -> str:
-        """The last lines of every daemon's log."""
+        """Return the last lines of every daemon's log."""
         tails = []
         for name in self._daemons:
             text = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
@@ -143,8 +144,8 @@ class SlurmCluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         host, ports = socket.gethostname().split(".")[0], _free_ports(1 + len(self.nodes))
-        # training derives its meeting port from the job's number: two clusters at a time should not count alike, and
-        # below 400 the port is below those that the kernel lends to clients
+        # Training derives its rendezvous port from the job number. A random first number keeps two clusters on this machine
+        # apart, and numbers below 400 give ports below those that the kernel assigns to clients.
         first_job = random.randrange(1, 380)
         text = CONF.format(
             host=host, ports=ports, user=getpass.getuser(), folder=self.folder, first_job=first_job, **self.plugins
@@ -152,13 +153,13 @@ class SlurmCluster:
         for name, port in zip(self.nodes, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
         (self.folder / "slurm.conf").write_text(text)
-        # Nothing here uses control groups. Of Slurm's plugins for them, v1 leaves the machine alone until something does;
-        # the one that would be detected may want to be root or systemd's child.
+        # The cluster uses no control groups. The v1 plugin does nothing without them. The plugin that Slurm would detect may
+        # require root or systemd.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _munge_options(self) -> list[str]:
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "seed-file": "munged.seed"}
-        # force: the folder may be closed to others, which munged does not expect
+        # --force: munged rejects a folder that other users cannot read
         return ["--foreground", "--force", *(f"--{option}={self.folder / name}" for option, name in files.items())]
 
     def _start(self, program: str, *options: str, name: str | None = None) -> None:
@@ -167,8 +168,8 @@ class SlurmCluster:
             raise SlurmError(f"{program} is not installed")
         name = name or program
         with open(self.folder / f"{name}.log", "wb") as log:
-            # A session of its own: Ctrl-C reaches pytest only, which then stops the daemons in order. setpriv: a killed
-            # pytest takes them with it.
+            # In a new session, Ctrl-C reaches only pytest, which then stops the daemons in order. With setpriv, the daemons
+            # end if pytest is killed.
             self._daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig=TERM", path, *options],
                 env=self.env,
@@ -179,22 +180,22 @@ class SlurmCluster:
             )
 
     def node_states(self) -> list[str]:
-        """Of all nodes, in Slurm's words; empty while it does not answer."""
+        """Return the state of every node in Slurm's terms, or an empty list while Slurm does not answer."""
         with suppress(subprocess.TimeoutExpired):
             return self.run("sinfo", "--Node", "--noheader", "--partition=all", "--format=%T", timeout=10).stdout.split()
         return []
 
-    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self.timeout
         while not ready():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > deadline:
                 why = f"{', '.join(dead)} ended" if dead else f"not ready in {self.timeout:.0f} s: {self.node_states()}"
-                raise SlurmError(f"{what}: {why}\n{self.logs()}")
+                raise SlurmError(f"{name}: {why}\n{self.logs()}")
             time.sleep(0.2)
 
     def _cancel_jobs(self) -> None:
-        """End every job while there are daemons to do it; one that ignores SIGTERM is killed after KillWait."""
+        """End every job before the daemons stop. Slurm kills a job that ignores SIGTERM after KillWait."""
         with suppress(subprocess.TimeoutExpired):
             self.run("scancel", f"--user={getpass.getuser()}", timeout=10)
             deadline = time.monotonic() + 20
@@ -216,8 +217,8 @@ def _without_launcher(env: dict[str, str]) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         return [int(s.getsockname()[1]) for s in sockets]

@@ -1,4 +1,4 @@
-"""The image. Marked long: it is built from the Dockerfile and used, as its own user, as any user, on a read-only root."""
+"""The container image. The tests marked long build it and run it as its own user, as other users, and on a read-only root."""
 
 import os
 import re
@@ -19,14 +19,17 @@ FAKE = '#!/bin/sh\ntest "$1" = info && exit {info}\necho "$0 $*"\n'
 
 
 def instructions():
-    """(instruction, rest) of the Dockerfile, continued lines joined."""
+    """Return the instructions of the Dockerfile with their arguments. Continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     return [tuple(line.split(maxsplit=1)) for line in re.sub(r"\\\n", " ", text).splitlines() if line.strip()]
 
 
 @pytest.fixture
 def make_image(tmp_path):
-    """``make_image(docker=1, podman=0)``: its result with only these builders; the number is what their ``info`` exits with."""
+    """Return ``make_image(docker=1, podman=0)``, which runs ``make image`` with fake builders.
+
+    The numbers are the exit codes of their ``info`` commands.
+    """
 
     def run(*arguments, **builders):
         for tool in ("make", "git", "sed", "id", "cat"):
@@ -41,7 +44,7 @@ def make_image(tmp_path):
 
 
 def test_make_image_without_a_builder_is_one_error(make_image):
-    done = make_image(docker=1)  # a client whose daemon does not run
+    done = make_image(docker=1)  # a client without a running daemon
     assert done.returncode
     assert done.stdout == (
         "docker (with a running daemon), podman or buildah is required, but none works here. Install one of them.\n"
@@ -58,7 +61,7 @@ def test_make_image_takes_the_first_builder_that_works(make_image):
     assert words[-1] == "."
 
 
-def test_the_dockerfile_keeps_its_promises():
+def test_dockerfile_has_one_numeric_user_pins_packages_and_ends_with_doctor():
     lines = instructions()
     stages = [n for n, (word, _) in enumerate(lines) if word == "FROM"]
     assert len(stages) == 2
@@ -67,8 +70,8 @@ def test_the_dockerfile_keeps_its_promises():
     assert arguments == {"BASE_IMAGE", "PYTHON", "VERSION", "REVISION", "SOURCE"}
     last = lines[stages[-1] :]
     users = [n for n, (word, _) in enumerate(last) if word == "USER"]
-    assert len(users) == 1, "nothing becomes root again"
-    assert last[users[0]][1] == "10001", "a number, so that a cluster can see that it is not root"
+    assert len(users) == 1, "no instruction switches back to root"
+    assert last[users[0]][1] == "10001", "a number shows a cluster that the user is not root"
     runs = [n for n, (word, _) in enumerate(last) if word == "RUN"]
     assert last[runs[-1]][1].endswith("scale-mae doctor")
     assert runs[-1] > users[0]
@@ -78,7 +81,7 @@ def test_the_dockerfile_keeps_its_promises():
             assert "--constraint constraints.txt" in rest or "--no-deps" in rest
 
 
-def test_the_build_sees_sources_only():
+def test_build_sees_only_sources():
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     kept = {line[1:] for line in lines if line.startswith("!")}
@@ -99,7 +102,7 @@ def image(tmp_path_factory):
 @pytest.mark.service("buildah", "debootstrap")
 @pytest.mark.timeout(3600)
 class TestImage:
-    def test_it_says_what_it_is(self, image):
+    def test_config_and_labels_describe_the_image(self, image):
         assert image.config["User"] == "10001"
         assert image.config["Entrypoint"] == ["scale-mae"]
         assert image.config["Cmd"] == ["--help"]
@@ -111,52 +114,56 @@ class TestImage:
         assert "source" in labels
         assert image.run("id", "--user", entry_point=False) == "10001"
 
-    def test_it_holds_the_pinned_packages_and_no_others(self, image):
+    def test_image_contains_only_pinned_packages(self, image):
         listed = image.run("pip", "freeze", "--all", "--disable-pip-version-check", entry_point=False).splitlines()
         pins = set(re.findall(r"^[^#\s]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-        found = {
+        installed = {
             re.sub(r"[-_.]+(?=.*==)", "-", line).lower() for line in listed if not line.startswith(("pip==", "scale-mae "))
         }
-        assert found <= pins
+        assert installed <= pins
         for requirement in [r for r in requires("scale-mae") if not re.search("dev|docs", r.partition(";")[2])]:
             name = re.match(r"[\w.-]+", requirement)[0]
-            assert any(line.startswith(f"{name}==") for line in found), name
+            assert any(line.startswith(f"{name}==") for line in installed), name
 
-    def test_no_cache_no_secret_and_no_leftover_is_in_it(self, image):
-        for gone in ("source", "wheel", "root/.cache", "etc/pip.conf", "run/secrets", "opt/scale_mae/pip.conf"):
-            assert not (image.root / gone).exists(), gone
+    def test_image_contains_no_caches_secrets_or_build_files(self, image):
+        for absent in ("source", "wheel", "root/.cache", "etc/pip.conf", "run/secrets", "opt/scale_mae/pip.conf"):
+            assert not (image.root / absent).exists(), absent
         for empty in ("tmp", "workspace", "root/.config", "var/lib/apt/lists", "var/cache/apt"):
             assert not [*(image.root / empty).glob("*")], empty
         assert not [p for p in image.root.rglob("*") if p.name in {".git", ".netrc", ".pypirc", "pip.conf", ".venv"}]
-        mine = image.root / "opt" / "scale_mae"
-        assert not [p for p in mine.rglob("*") if not p.is_symlink() and (p.stat().st_uid or p.stat().st_mode & 0o002)]
-        assert list(mine.glob("lib/python3*/site-packages/scale_mae/**/*.pyc")), "compiled: a read-only root cannot keep them"
+        venv = image.root / "opt" / "scale_mae"
+        assert not [p for p in venv.rglob("*") if not p.is_symlink() and (p.stat().st_uid or p.stat().st_mode & 0o002)]
+        assert list(venv.glob("lib/python3*/site-packages/scale_mae/**/*.pyc")), (
+            "compiled files, because a read-only root cannot store them"
+        )
         names = {variable.partition("=")[0] for variable in image.config["Env"]}
         assert names == {"PATH", "HOME", "PYTHONUNBUFFERED", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
         for text in (image.secret, str(image.folder)):
-            assert text not in image.facts
+            assert text not in image.metadata
             found = subprocess.run(
                 ["grep", "-rlF", "--devices=skip", text, image.root], capture_output=True, text=True, check=False
             )
             assert found.stdout == ""
 
-    def test_the_machine_is_fit_for_it(self, image):
+    def test_doctor_and_c_compiler_work(self, image):
         assert "no problems" in image.run("doctor")
-        build = "from triton.runtime.build import _build as b; b('x', '/tmp/x.c', '/tmp', [], [], [], [])"  # for engine.compile
-        image.run("sh", "-c", f"echo '#include <Python.h>' >/tmp/x.c && python -c {shlex.quote(build)}", entry_point=False)
+        compile_c = (
+            "from triton.runtime.build import _build as b; b('x', '/tmp/x.c', '/tmp', [], [], [], [])"  # for engine.compile
+        )
+        image.run("sh", "-c", f"echo '#include <Python.h>' >/tmp/x.c && python -c {shlex.quote(compile_c)}", entry_point=False)
 
     @pytest.mark.parametrize("read_only", [False, True], ids=["", "read-only root"])
     @pytest.mark.parametrize("user", ["", "1234:0", "54321:54321"])
-    def test_it_pretrains_and_converts(self, image, user, read_only):
+    def test_image_pretrains_and_converts(self, image, user, read_only):
         name = f"run-{user.partition(':')[0]}-{read_only}"
-        how = {"user": user, "read_only": read_only}
-        image.run("pretrain", "demo", f"run.dir={name}", *SHORT, **how)
-        image.run("convert", name, "--to", "timm", "--out", f"{name}.safetensors", **how)
+        options = {"user": user, "read_only": read_only}
+        image.run("pretrain", "demo", f"run.dir={name}", *SHORT, **options)
+        image.run("convert", name, "--to", "timm", "--out", f"{name}.safetensors", **options)
         assert (image.workspace / name / "checkpoints" / "step-00000004" / "manifest.json").exists()
         assert (image.workspace / f"{name}.safetensors").stat().st_uid == int(user.partition(":")[0] or image.config["User"])
 
-    def test_several_processes_and_dali_run_in_it(self, image):
-        here = ["--local-addr", "127.0.0.1"]  # buildah names the container, but unlike a runtime does not tell /etc/hosts
-        several = ["torchrun", "--standalone", *here, "--nproc-per-node", "2", "-m", "scale_mae", "pretrain", "demo"]
-        image.run(*several, "run.dir=two", "data.decoder=dali_cpu", *SHORT, user="1234:0", entry_point=False)
+    def test_several_processes_and_dali_work(self, image):
+        local = ["--local-addr", "127.0.0.1"]  # unlike a container runtime, buildah does not add the host name to /etc/hosts
+        command = ["torchrun", "--standalone", *local, "--nproc-per-node", "2", "-m", "scale_mae", "pretrain", "demo"]
+        image.run(*command, "run.dir=two", "data.decoder=dali_cpu", *SHORT, user="1234:0", entry_point=False)
         assert (image.workspace / "two" / "checkpoints" / "step-00000004" / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""``srun`` alone launches a run: real Slurm daemons, two nodes, two ranks."""
+"""Runs that ``srun`` starts without ``scale-mae submit``, on real Slurm daemons with two nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scale_mae.distributed.launcher import first_host, get_ranks, tasks_on_node
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
-PATIENCE = 150  # seconds
+TIMEOUT = 150  # seconds
 service = pytest.mark.service("slurm-wlm", "munge")
 
 
@@ -33,14 +33,14 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def on_cluster(cluster, monkeypatch):
-    """This process is a client of the cluster."""
+    """Make this process a client of the cluster."""
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     return cluster
 
 
 @contextmanager
 def started(command, cluster, output):
-    """The running process of a command; whatever happens, it does not outlive the block, nor does an srun's job."""
+    """Yield the running process of a command. The process, and the job of an srun, end with the block at the latest."""
     with open(output, "w") as file, subprocess.Popen(command, env=cluster.env, stdout=file, stderr=file) as process:
         try:
             yield process
@@ -60,18 +60,18 @@ def log_records(run_dir):
 
 @service
 @pytest.mark.slow
-def test_srun_trains_as_one_process_does(cluster, tmp_path):
-    alone, both, output = tmp_path / "alone", tmp_path / "both", tmp_path / "output.txt"
-    with started([*ON_TWO_NODES, *TRAIN, f"run.dir={both}"], cluster, output) as srun:
-        single = cluster.run(*TRAIN, f"run.dir={alone}", timeout=PATIENCE)
+def test_srun_gives_the_losses_of_one_process(cluster, tmp_path):
+    one_process, two_nodes, output = tmp_path / "one", tmp_path / "two", tmp_path / "output.txt"
+    with started([*ON_TWO_NODES, *TRAIN, f"run.dir={two_nodes}"], cluster, output) as srun:
+        single = cluster.run(*TRAIN, f"run.dir={one_process}", timeout=TIMEOUT)
         assert single.returncode == 0, single.stderr
-        assert srun.wait(PATIENCE) == 0, output.read_text() + cluster.logs()
+        assert srun.wait(TIMEOUT) == 0, output.read_text() + cluster.logs()
 
-    records = log_records(both)
+    records = log_records(two_nodes)
     assert [r["step"] for r in records] == list(range(1, 11))
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log_records(alone)], rel=1e-5)
-    assert [read_manifest(c).world_size for c in list_checkpoints(both)] == [2, 2]
-    assert [read_manifest(c).world_size for c in list_checkpoints(alone)] == [1, 1]
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log_records(one_process)], rel=1e-5)
+    assert [read_manifest(c).world_size for c in list_checkpoints(two_nodes)] == [2, 2]
+    assert [read_manifest(c).world_size for c in list_checkpoints(one_process)] == [1, 1]
 
 
 @service
@@ -91,41 +91,41 @@ def test_scancel_saves_once_and_the_same_command_resumes(cluster, tmp_path):
     assert f"resumed from {checkpoint}\n" in text
     assert f"after step {second}\n" in text
     assert [read_manifest(c).step for c in list_checkpoints(run_dir)] == [first, second]
-    assert [r["step"] for r in log_records(run_dir)] == list(range(1, second + 1))  # none lost, none twice
+    assert [r["step"] for r in log_records(run_dir)] == list(range(1, second + 1))  # no step is missing, and none occurs twice
 
 
 def stop_after_some_steps(cluster, run_dir):
-    """Train on both nodes, SIGTERM the job step after a few optimizer steps; the step at which it ended."""
+    """Train on both nodes and send SIGTERM to the job step after a few optimizer steps. Return the last step of the run."""
     log, output = run_dir / "log.jsonl", run_dir.with_name("srun.txt")
     enough = 5 + (len(log_records(run_dir)) if log.exists() else 0)
     command = [*ON_TWO_NODES, *TRAIN, f"run.dir={run_dir}", "train.duration=2000 steps", "checkpoint.interval=2000 steps"]
     with started(command, cluster, output) as srun:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not log.exists() or log.read_text().count("\n") < enough:
-            trouble = "srun ended" if srun.poll() is not None else "too slow" if time.monotonic() > deadline else None
-            assert not trouble, f"{trouble}: {output.read_text()}\n{cluster.logs()}"
+            problem = "srun ended" if srun.poll() is not None else "too slow" if time.monotonic() > deadline else None
+            assert not problem, f"{problem}: {output.read_text()}\n{cluster.logs()}"
             time.sleep(0.1)
         (step,) = cluster.steps()
         cancelled = cluster.run("scancel", "--signal=TERM", step)
         assert cancelled.returncode == 0, cancelled.stderr
-        assert srun.wait(PATIENCE) == 0, output.read_text() + cluster.logs()
+        assert srun.wait(TIMEOUT) == 0, output.read_text() + cluster.logs()
     last = log_records(run_dir)[-1]["step"]
-    assert last < 2000, "the run ended before the signal came"
+    assert last < 2000, "the run ended before the signal arrived"
     return last
 
 
 @service
-def test_config_error_is_told_once_and_fails_the_job(cluster, tmp_path):
-    done = cluster.run(*ON_TWO_NODES, *TRAIN, f"run.dir={tmp_path}/run", "train.learning_rate=1", timeout=PATIENCE)
+def test_config_error_is_printed_once_and_fails_the_job(cluster, tmp_path):
+    done = cluster.run(*ON_TWO_NODES, *TRAIN, f"run.dir={tmp_path}/run", "train.learning_rate=1", timeout=TIMEOUT)
     assert done.returncode == 2, done.stderr
-    ours = [line for line in done.stderr.splitlines() if not line.startswith("srun:")]
-    assert len(ours) == 1, done.stderr
-    assert ours[0].startswith("scale-mae: error: train.learning_rate: unknown key")
+    own_lines = [line for line in done.stderr.splitlines() if not line.startswith("srun:")]
+    assert len(own_lines) == 1, done.stderr
+    assert own_lines[0].startswith("scale-mae: error: train.learning_rate: unknown key")
     assert not (tmp_path / "run").exists()
 
 
 @service
-def test_tasks_here_counts_what_slurm_started(cluster):
+def test_tasks_on_node_agrees_with_slurm(cluster):
     show = "echo $SLURM_NODEID $SLURM_STEP_TASKS_PER_NODE"
     done = cluster.run("srun", "--nodes=2", "--ntasks=3", "--overcommit", "sh", "-c", show)
     tasks = Counter(tuple(line.split()) for line in done.stdout.splitlines())
@@ -138,13 +138,13 @@ def test_tasks_here_counts_what_slurm_started(cluster):
     ("tasks_per_node", "counts"),
     [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,1", [2, 1]), ("1(x12)", [1] * 12), ("3,4(x2)", [3, 4, 4])],
 )
-def test_tasks_here(tasks_per_node, counts):
+def test_tasks_on_node(tasks_per_node, counts):
     assert [tasks_on_node(tasks_per_node, node) for node in range(len(counts))] == counts
 
 
 @pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])
 def test_first_host_of_a_plain_list(nodes, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # needs no program
+    monkeypatch.setenv("PATH", "")  # a list without brackets needs no scontrol
     assert first_host(nodes) == "gpu03"
 
 
@@ -156,16 +156,16 @@ def test_first_host_of_a_list_with_brackets(nodes, first, on_cluster):
     assert first_host(nodes) == first
 
 
-def test_first_host_without_scontrol_says_what_to_do(monkeypatch):
+def test_first_host_without_scontrol_is_an_error_with_advice(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\] .* set MASTER_ADDR"):
         first_host("gpu[1-2]")
 
 
-def test_each_step_and_restart_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
-    def met_at(job, step, restart):
+def test_each_step_and_restart_of_a_job_has_its_own_rendezvous_port(monkeypatch):
+    def port_of(job, step, restart):
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "SLURM_RESTART_COUNT"):
-            monkeypatch.setenv(name, "to be put back")
+            monkeypatch.setenv(name, "restored after the test")
             monkeypatch.delenv(name)
         words = {
             "SLURM_PROCID": 1,
@@ -181,6 +181,6 @@ def test_each_step_and_restart_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
         assert get_ranks() == (1, 2, 0)
         return int(os.environ["MASTER_PORT"])
 
-    ports = {met_at(job, step, restart) for job in (7, 8, 9) for step in (0, 1) for restart in (None, 1, 2, 3, 4)}
+    ports = {port_of(job, step, restart) for job in (7, 8, 9) for step in (0, 1) for restart in (None, 1, 2, 3, 4)}
     assert len(ports) == 30
     assert 20000 <= min(ports) <= max(ports) < 32768

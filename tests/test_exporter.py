@@ -89,7 +89,7 @@ def stop(processes, pipes):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_ranks(tmp_path_factory):
     """Return a scrape of a run of two ranks, its log line and target file, and the run directory after the stop."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
     running = start(2, run_dir, **{"checkpoint.interval": "3 steps"})
@@ -102,8 +102,8 @@ def two(tmp_path_factory):
     return series, line, entry, run_dir
 
 
-def test_a_scrape_contains_the_values_of_the_log_line(two):
-    series, line, _, _ = two
+def test_a_scrape_contains_the_values_of_the_log_line(two_ranks):
+    series, line, _, _ = two_ranks
     keys = {"images": "images_processed", "steps": "steps_done"}  # log keys of counters with another name
     for name, spec in RUN_METRICS.items():
         if spec.type == "gauge" and spec.source:
@@ -122,9 +122,9 @@ def test_a_scrape_contains_the_values_of_the_log_line(two):
     assert 0 < value(series, "disk_free_bytes") < value(series, "disk_size_bytes")
 
 
-def test_every_log_key_and_every_metric_is_in_its_table(two, make_exporter):
+def test_every_log_key_and_every_metric_is_in_its_table(two_ranks, make_exporter):
     optional = {key for key in LOG_KEYS if key.startswith(("val_", "decode_failures_"))}
-    assert {key for key in two[1] if not key.startswith("decode_failures_")} == LOG_KEYS.keys() - optional
+    assert {key for key in two_ranks[1] if not key.startswith("decode_failures_")} == LOG_KEYS.keys() - optional
     assert {spec.source for spec in RUN_METRICS.values() if spec.type == "gauge" and spec.source} <= LOG_KEYS.keys()
     families = {family.name.removeprefix(PREFIX): family for family in make_exporter().collect()}
     families["info"] = families.pop(PREFIX.rstrip("_"))
@@ -136,8 +136,8 @@ def test_every_log_key_and_every_metric_is_in_its_table(two, make_exporter):
     assert not NODE_METRICS.keys() & RUN_METRICS.keys()
 
 
-def test_the_phases_of_a_log_line_sum_to_the_time_of_a_step(two):
-    _, line, _, run_dir = two
+def test_the_phases_of_a_log_line_sum_to_the_time_of_a_step(two_ranks):
+    _, line, _, run_dir = two_ranks
     parts = ("data_loading_s", "forward_backward_s", "optimizer_s", "other_s")
     for step, values in log(run_dir, "step_time_s", "checkpoint_s", *parts).items():
         assert values[0] == pytest.approx(sum(values[2:]))
@@ -146,8 +146,8 @@ def test_the_phases_of_a_log_line_sum_to_the_time_of_a_step(two):
     assert line["mfu"] is line["energy_j"] is None
 
 
-def test_the_info_metric_describes_the_run_and_the_target_file_names_it(two):
-    series, _, entry, run_dir = two
+def test_the_info_metric_describes_the_run_and_the_target_file_names_it(two_ranks):
+    series, _, entry, run_dir = two_ranks
     (labels,) = [dict(labels) for name, labels in series if name == "scale_mae_info"]
     run = json.loads((run_dir / "run.id").read_text())["id"]
     assert labels.keys() == set(INFO_LABELS)
@@ -156,8 +156,8 @@ def test_the_info_metric_describes_the_run_and_the_target_file_names_it(two):
     assert all("run" not in dict(labels) for name, labels in series if name != "scale_mae_info")
 
 
-def test_the_target_file_is_removed_at_exit_and_the_history_has_the_reason(two):
-    _, _, _, run_dir = two
+def test_the_target_file_is_removed_at_exit_and_the_history_has_the_reason(two_ranks):
+    _, _, _, run_dir = two_ranks
     assert list((run_dir.parent / "prometheus").iterdir()) == []
     events = history.read(run_dir)
     assert events[0]["event"] == "start"
@@ -172,14 +172,14 @@ def test_the_target_file_is_removed_at_exit_and_the_history_has_the_reason(two):
     assert events[-1]["reason"].startswith("stopped by")
 
 
-def test_the_number_of_series_is_the_same_for_one_rank_and_two(two, tmp_path):
+def test_the_number_of_series_is_the_same_for_one_rank_and_two(two_ranks, tmp_path):
     running = start(1, tmp_path / "run", **{"train.micro_batch": 16, "checkpoint.interval": "3 steps"})
     try:
         wait_for(lambda: logged(tmp_path / "run", 5))
         series, _ = scrape_a_line(tmp_path / "run", target(tmp_path / "run"))
     finally:
         stop(*running)
-    assert {key for key in series if key[0] != "scale_mae_info"} == {key for key in two[0] if key[0] != "scale_mae_info"}
+    assert {key for key in series if key[0] != "scale_mae_info"} == {key for key in two_ranks[0] if key[0] != "scale_mae_info"}
 
 
 @pytest.mark.parametrize("damage", [False, True])

@@ -239,7 +239,7 @@ def test_nvml_reads_the_gpu_that_torch_uses():
     gpu = nvml.read(number)
     assert 10 < gpu.power < 2000
     assert 5 < gpu.temperature < 110
-    assert gpu.throttled is not None
+    assert gpu.throttle_reasons is not None
     before = nvml.energy_joules(number)
     time.sleep(1)
     assert 5 < nvml.energy_joules(number) - before < 2000

@@ -51,7 +51,7 @@ class RunCharts:
             curves.append(Series("repeated later", images, steps, column(superseded, "loss"), "dots"))
             caption += " Dots are steps that the run repeated later, after a restart or a rollback."
         if self._markers:
-            caption += " Vertical lines are restarts, rollbacks, skipped steps and stops; see Incidents."
+            caption += " Vertical lines mark incidents. The section Incidents lists them."
         charts = [Chart("loss", "Loss", caption, "loss", curves, self._markers, log_scale=True)]
         caption = "Learning rate of each logged step."
         charts += self._simple("learning-rate", "Learning rate", caption, "rate", {"learning rate": "lr"})

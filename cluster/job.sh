@@ -48,7 +48,7 @@ exit_if_cancelled() {
 }
 
 # End this job if it was cancelled, or if too many attempts in a row started from the checkpoint that is still the newest.
-# $1: why the attempt ended. Empty at the start of the script, when the previous attempt left no trace.
+# $1: why the attempt ended. It is empty at the start of the script: a node failure or a requeue leaves no message.
 exit_without_progress() {
   exit_if_cancelled "$@"
   local checkpoint repeats reason restarts="$max_restarts restarts"
@@ -56,7 +56,7 @@ exit_without_progress() {
   repeats=$(awk -v last="checkpoint=$checkpoint" '{ n = $NF == last ? n + 1 : 0 } END { print n + 0 }' "$attempts")
   if [ "$repeats" -gt "$max_restarts" ]; then
     [ "$max_restarts" = 1 ] && restarts="1 restart"
-    reason="no new checkpoint after $restarts. Newest checkpoint: $checkpoint. Last attempt: ${1:-ended from outside the job}"
+    reason="no new checkpoint after $restarts. Newest checkpoint: $checkpoint. Last attempt: ${1:-ended without a message}"
     log_message "Run failed: $reason"
     echo "failed: $reason" > "$exit_status"
     exit 1
@@ -122,7 +122,7 @@ set +e -uo pipefail
 nodes=0
 for count in @node_counts@; do [ "$count" -le "$SLURM_JOB_NUM_NODES" ] && { nodes=$count; break; }; done
 if [ "$nodes" = 0 ]; then
-  log_message "Failed: train.global_batch does not divide over $SLURM_JOB_NUM_NODES nodes, but over @node_counts@."
+  log_message "Failed: the job has $SLURM_JOB_NUM_NODES nodes, but train.global_batch divides only over: @node_counts@."
   exit 1
 fi
 
@@ -138,7 +138,7 @@ cache=@cache_dir@
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
 export CUDA_CACHE_PATH=$cache/cuda MPLCONFIGDIR=$cache/matplotlib
 
-# Start one process per GPU (or per CPU slot). The code is the copy made at submission. If one process dies, srun ends all.
+# Start one process per GPU (or CPU slot), with the copy of the code. If one process dies, srun ends the others.
 launch() {
   exit_if_cancelled
   srun --export=ALL --nodes="$nodes" --ntasks=$((nodes * @tasks_per_node@)) --ntasks-per-node=@tasks_per_node@ \
@@ -146,8 +146,8 @@ launch() {
     @python@ "$run/slurm/code/run.py" "$@"
 }
 
-# Exclude the bad nodes from all later starts. Slurm changes the excluded nodes of pending jobs only. So change the next jobs
-# of the chain, or submit another job that replaces this one. $1: why the attempt ended.
+# Exclude the bad nodes from all later starts. Slurm can do this only for pending jobs. Therefore change the next jobs of the
+# chain, or submit another job that replaces this one. $1: why the attempt ended.
 exclude_bad_nodes_and_restart() {
   local nodes_to_exclude next
   exit_without_progress "$1"

@@ -73,7 +73,7 @@ def run_slurm_command(*command: str, env: dict[str, str] | None = None) -> str:
             f"{command[0]} did not answer in {TIMEOUT_SECONDS} s. Check the Slurm controller: scontrol ping"
         ) from None
     if done.returncode:
-        raise SlurmError(f"{command[0]}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+        raise SlurmError(f"{command[0]} failed: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout
 
 

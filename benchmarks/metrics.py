@@ -77,7 +77,7 @@ class Training:
         self.engine = Engine(self.model, config, world)
         instruments = build_monitoring(config, world, self.model, 1_281_167, 10**6, 0, None)
         self.watch = instruments.watch
-        saver = Saver(folder / "run", config, world, zero_stage=1, nbytes=0, main_only_nbytes=0)
+        saver = Saver(folder / "run", config, world, zero_stage=1, max_bytes=0, main_only_bytes=0)
         parts: Any = (instruments, world, FailureCounter(0.1), saver, StopTimeEstimator(0), SimpleNamespace(fallbacks=0))
         self.teller = MetricsLogger(*parts, save_every=1000, newest=None, skipped_steps=0, rollbacks=0)
         self.hooks = dict(self.model._forward_hooks)

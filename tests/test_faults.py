@@ -480,7 +480,7 @@ def train_without_locks(config):
 def test_a_file_system_without_locks_is_reported_in_the_log(tmp_path):
     config = make_config(tmp_path / "run", **{"train.micro_batch": 16})
     assert run_ranks(1, train_without_locks, config)[0].finished
-    message = "run.lock: its file system has no locks (Operation not supported); nothing keeps a second job out"
+    message = "run.lock: the file system has no locks (Operation not supported). Make sure that no second job uses this folder."
     assert message in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -506,7 +506,7 @@ def delete_file(folder):
         (reshape_parameter, None, r"prime has shape \[11, 7\], but \[7, 11\] in the model"),
         (remove_counters, None, r"contains no counters"),
         (insert_call, 1, r"optim_states\.pt: cannot be read"),
-        (delete_file, 1, r"1 of 2 \*_optim_states\.pt files are missing: rank 1\."),
+        (delete_file, 1, r"1 of 2 \*_optim_states\.pt files is missing: rank 1\."),
     ],
 )
 def test_a_checkpoint_that_does_not_match_is_a_one_line_error_on_every_rank_and_changes_nothing(

@@ -389,10 +389,10 @@ def forget(content):
 SAVES, ABSENT = "different saves", "not supported"
 DAMAGE = {
     # missing and superfluous files, files of other numbers of ranks
-    "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files are missing: rank 1"),
+    "a shard missing": ("zero2-fp32", drop("*rank_1_*"), "1 of 2 .*_optim_states.pt files is missing: rank 1"),
     "a shard of stage 3 missing": ("zero3-fp32", drop("*rank_0_*optim*"), "1 of 2 .*_optim_states.pt .* missing: rank 0"),
-    "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "2 of 2 .*_optim_states.pt .* missing: rank 0, 1"),
-    "all shards of stage 3 missing": ("zero3-bf16", drop("*optim*"), "2 of 2 .*_optim_states.pt .* missing: rank 0, 1"),
+    "all shards missing": ("zero1-bf16-wrapper", drop("*optim*"), "2 of 2 .*_optim_states.pt .* are missing: ranks 0, 1"),
+    "all shards of stage 3 missing": ("zero3-bf16", drop("*optim*"), "2 of 2 .*_optim_states.pt .* are missing: ranks 0, 1"),
     "a part of the model missing": ("zero3-bf16", drop("*rank_1_*model*"), "1 of 2 .*_model_states.pt .* missing: rank 1"),
     "the model missing": ("zero2-fp32", drop("*model*"), r"contains no \*_model_states.pt"),
     "a shard too many": ("zero2-fp32", again("*rank_1_*", OPTIM.format(2)), "rank_2_.*: 2 processes wrote this"),
@@ -407,7 +407,7 @@ DAMAGE = {
         change("*rank_1_*optim*", optim(partition_count=4)),
         f"rank_1_.*by .*4.* processes, but .* by 2. .*{SAVES}",
     ),
-    "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* missing: rank 2, 3"),
+    "a model of 4": ("zero2-fp32", change("*model*", lambda c: c.update(dp_world_size=4)), "2 of 4 .* are missing: ranks 2, 3"),
     # files of different steps
     "an earlier shard": ("zero2-fp16", put("*rank_1_*"), f"rank 0 has made 3.0 updates, .* rank 1 has made 2.0. .*{SAVES}"),
     "an earlier shard, wrapped": (

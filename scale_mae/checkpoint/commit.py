@@ -36,7 +36,7 @@ class Committer:
         run_dir: Run directory.
         config: The configuration, which is stored in each checkpoint.
         zero_stage: ZeRO stage.
-        max_bytes: Upper bound of the size of a checkpoint.
+        max_bytes: Upper bound of the size of a checkpoint in bytes.
         keep_interval: ``checkpoint.keep_interval`` in steps.
     """
 
@@ -78,10 +78,11 @@ class Committer:
             if world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
-        return sum(entry["bytes"] for entry in entries.values()), self._finish(final, keep_all) if world.is_main else []
+        messages = self._finish(final, keep_all) if world.is_main else []
+        return sum(entry["bytes"] for entry in entries.values()), messages
 
     def _create_staging(self, staging: Path) -> None:
-        """Create the staging folder, after leftovers of killed processes are deleted and the free space is checked."""
+        """Delete leftovers of killed processes, check the free space, and create the staging folder."""
         staging.parent.mkdir(parents=True, exist_ok=True)
         flush(staging.parent.parent)  # makes the new folder's name durable
         for leftover in staging.parent.glob(f".{STEP_PREFIX}*.tmp"):
@@ -117,7 +118,7 @@ class Committer:
 
 
 def _entries(written: Mapping[Path, str | None], staging: Path) -> dict[str, dict[str, Any]]:
-    """Flush files and return their manifest entries by their path inside the checkpoint."""
+    """Flush files and return their manifest entries, by path inside the checkpoint."""
     entries = {}
     for path, expected_checksum in written.items():
         flush(path)
@@ -134,7 +135,7 @@ def _rename_staging(manifest: Manifest, staging: Path, final: Path) -> None:
     flush(staging / MANIFEST_FILE)
     for folder in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
         flush(folder)
-    if final.exists():  # it was found damaged when the run resumed, and could not be renamed then
+    if final.exists():  # a damaged checkpoint that could not be renamed when the run resumed
         rename_as_damaged(final)
     staging.rename(final)
     flush(final.parent)

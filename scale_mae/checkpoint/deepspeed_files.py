@@ -4,8 +4,8 @@
     stage 1, 2  the same, and one (bf16_)zero_pp_rank_N_mp_rank_00_optim_states.pt for each process
     stage 3     one zero_pp_rank_N_mp_rank_00_model_states.pt and one ..._optim_states.pt for each process
 
-The files are read by :mod:`scale_mae.checkpoint.deepspeed_unpickle`. Where the values of a parameter are in these files, only
-:mod:`scale_mae.checkpoint.deepspeed_layout` knows.
+:mod:`scale_mae.checkpoint.deepspeed_unpickle` reads one file. :mod:`scale_mae.checkpoint.deepspeed_layout` locates the values
+of a parameter in the files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def find_deepspeed_folder(path: Path) -> Path:
         ) from None
     if tag not in os.listdir(path) or not (path / tag).is_dir():
         raise CheckpointError(
-            f"{path / 'latest'}: names the folder {tag[:100]!r}, which does not exist. Give a folder instead."
+            f"{path / 'latest'}: names the folder {tag[:100]!r}, which does not exist. Give the folder with *_model_states.pt."
         )
     return path / tag
 
@@ -85,7 +85,7 @@ def open_deepspeed_files(folder: Path) -> DeepSpeedFiles:
     world_size = int(models[0]["dp_world_size"])
     is_partitioned = model_paths[min(model_paths)].name.startswith("zero_pp_rank_")
     if models[0]["mp_world_size"] != 1 or any("ds_zero_partition_groups" in optimizer for optimizer in optimizers):
-        raise CheckpointError(f"{folder}: uses tensor parallelism or mixture of experts, which are not supported.")
+        raise CheckpointError(f"{folder}: written with tensor parallelism or mixture of experts, which are not supported.")
     if optimizers and is_partitioned != (stage == 3):
         raise CheckpointError(f"{folder}: *_model_states.pt and *_optim_states.pt have different ZeRO stages. {MIXED_SAVES}")
     has_optimizer_files = optimizers or is_partitioned or models[0]["param_shapes"]
@@ -115,7 +115,7 @@ def _find_files(folder: Path) -> tuple[dict[int, Path], dict[int, Path]]:
         match = model_match or optimizer_match
         if not match or int(match.group(2)):
             raise CheckpointError(
-                f"{path}: belongs to mixture of experts, tensor or pipeline parallelism, which are not supported."
+                f"{path}: written with mixture of experts, tensor or pipeline parallelism, which are not supported."
             )
         files, rank = models if model_match else optimizers, int(match.group(1) or 0)
         if rank in files:
@@ -130,9 +130,11 @@ def _check_count(folder: Path, kind: str, paths: dict[int, Path], count: int) ->
     """Check that there is one file of each rank below ``count``, and no other file."""
     missing = [str(rank) for rank in range(count) if rank not in paths]
     if missing:
-        ranks = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        verb, ranks = ("is", "rank") if len(missing) == 1 else ("are", "ranks")
+        numbers = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {count} *_{kind}.pt files are missing: rank {ranks}. Copy the missing files."
+            f"{folder}: {len(missing)} of {count} *_{kind}.pt files {verb} missing: {ranks} {numbers}. "
+            "Copy all files of the save."
         )
     if len(paths) > count:
         raise CheckpointError(

@@ -16,7 +16,7 @@ class CheckpointError(UserError):
 
 
 def convert_os_errors(action: Callable[[], T], checkpoint: Path, written_to: Path | None = None) -> T:
-    """Return the result of ``action``, which helps to save a checkpoint. A CheckpointError fails the save, but not the run.
+    """Run ``action``, and raise its OSError as a CheckpointError, which fails the save of a checkpoint but not the run.
 
     Args:
         action: The action.

@@ -52,7 +52,7 @@ class LocalStaging:
             main_only_bytes: The part of it that only rank 0 writes. The ranks write equal shares of the rest.
 
         Raises:
-            CheckpointError: One of the processes has not enough space. It is raised on all processes.
+            CheckpointError: A process cannot write, or a disk is too small. It is raised on all processes.
         """
         self._world.run_on_all(lambda: convert_os_errors(self._empty, final, self.path))
         needed = (max_bytes - main_only_bytes) * len(self._ranks_on_disk) // self._world.size

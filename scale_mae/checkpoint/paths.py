@@ -1,8 +1,10 @@
 """Names and paths of checkpoints in a run directory.
 
-checkpoints/step-00000100/           a checkpoint: manifest.json  config.yaml  latest  deepspeed/*.pt
-checkpoints/damaged-step-00000080/   a checkpoint that no run resumes from: it is damaged, or a rollback discarded it
-checkpoints/latest                   name of the newest checkpoint, for people and scripts; scale_mae does not read it
+    checkpoints/step-00000100/           a checkpoint: manifest.json  config.yaml  latest  deepspeed/*.pt
+    checkpoints/damaged-step-00000080/   a checkpoint that no run resumes from: it is damaged, or a rollback discarded it
+    checkpoints/latest                   name of the newest checkpoint, for people and scripts; scale_mae does not read it
+
+A folder in ``checkpoints/`` whose name starts with a dot is being written or deleted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Saves checkpoints during training, directly to the run directory or first to a node-local disk.
 
 :mod:`scale_mae.checkpoint.commit` makes each save atomic. Without a node-local disk, training waits for the whole commit. With
-one (:mod:`scale_mae.checkpoint.node_local_staging`), training waits only for the local write, and a thread does the rest.
+a node-local disk, training waits only for the local write, and a thread does the rest. See
+:mod:`scale_mae.checkpoint.node_local_staging`.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Saver:
         config: The configuration. It is stored in each checkpoint.
         world: The process group.
         zero_stage: ZeRO stage.
-        nbytes: Upper bound of the size of a checkpoint in bytes.
-        main_only_nbytes: The part of ``nbytes`` that only rank 0 writes.
+        max_bytes: Upper bound of the size of a checkpoint in bytes.
+        main_only_bytes: The part of ``max_bytes`` that only rank 0 writes.
         keep_interval: ``checkpoint.keep_interval`` in steps.
         failures: Number of failed saves before this process started.
 
@@ -74,13 +75,13 @@ class Saver:
         world: World,
         *,
         zero_stage: int,
-        nbytes: int,
-        main_only_nbytes: int,
+        max_bytes: int,
+        main_only_bytes: int,
         keep_interval: int | None = None,
         failures: int = 0,
     ) -> None:
-        self._world, self._nbytes, self._main_only_nbytes = world, nbytes, main_only_nbytes
-        self._committer = Committer(run_dir, config, zero_stage, nbytes, keep_interval)
+        self._world, self._max_bytes, self._main_only_bytes = world, max_bytes, main_only_bytes
+        self._committer = Committer(run_dir, config, zero_stage, max_bytes, keep_interval)
         self.failures = failures
         self.error: CheckpointError | None = None
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
@@ -129,7 +130,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # after other errors a process may be gone, and the save would never end
+        # after another error, a process may have ended, and this would wait forever
         if kind is None or issubclass(kind, UserError):
             self.wait()
             if self._local:
@@ -139,7 +140,7 @@ class Saver:
         """Write this process's files to the local disk."""
         checkpoint = self._committer.path(step)
         # ``write`` has barriers, so it must not start before every process is prepared
-        local.prepare(checkpoint, self._nbytes, self._main_only_nbytes)
+        local.prepare(checkpoint, self._max_bytes, self._main_only_bytes)
         return self._world.run_on_all(lambda: convert_os_errors(lambda: write(local.path), checkpoint, local.path))
 
     def _copy_and_commit(
@@ -149,7 +150,9 @@ class Saver:
         try:
             result = self._commit(self._thread_world, step, lambda folder: local.copy(files, folder), keep_all)
         except Exception as error:  # nothing would report an error that leaves the thread
-            failure = CheckpointError(f"{self._committer.path(step)}: not copied from {local.path} ({error})")
+            failure = CheckpointError(
+                f"{self._committer.path(step)}: not copied from {local.path} ({error}). Earlier checkpoints are not affected."
+            )
             result = SaveResult(step, error=failure)
         local.clear()
         self._end_save(result, start, blocked_seconds)
@@ -163,7 +166,7 @@ class Saver:
         return SaveResult(step, path=self._committer.path(step), nbytes=nbytes, messages=tuple(messages))
 
     def _end_save(self, result: SaveResult, start: float, blocked_seconds: float | None = None) -> None:
-        """Record a result. ``blocked_seconds=None``: training was blocked all the time."""
+        """Record a result. ``blocked_seconds=None`` means that training was blocked all the time."""
         seconds = time.perf_counter() - start
         self.error = result.error
         self.failures += result.path is None

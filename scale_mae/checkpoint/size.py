@@ -9,7 +9,7 @@ def checkpoint_size(parameters: int, precision: str, zero_stage: int) -> tuple[i
     Args:
         parameters: Number of parameters of the model.
         precision: ``train.precision``.
-        zero_stage: Stage of ZeRO. Without ZeRO (0), rank 0 writes everything.
+        zero_stage: ZeRO stage. Without ZeRO (stage 0), rank 0 writes everything.
     """
     module = parameters * (4 if precision == "fp32" else 2)
     nbytes = module + parameters * 12  # fp32 weights and two moments

@@ -94,8 +94,8 @@ class Trainer:
             failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
             measured = state.get("metrics")
             notes.append(f"resumed from {checkpoint}")
-        nbytes, main_only_nbytes = checkpoint_size(parameters, config.train.precision, self.engine.zero_stage)
-        sizes = {"zero_stage": self.engine.zero_stage, "nbytes": nbytes, "main_only_nbytes": main_only_nbytes}
+        max_bytes, main_only_bytes = checkpoint_size(parameters, config.train.precision, self.engine.zero_stage)
+        sizes = {"zero_stage": self.engine.zero_stage, "max_bytes": max_bytes, "main_only_bytes": main_only_bytes}
         keep_interval = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
         self.saver = Saver(self.dir, config, world, **sizes, keep_interval=keep_interval, failures=failed_saves)
         self.pace = StopTimeEstimator(16 * parameters, recent_saves)

@@ -65,18 +65,19 @@ exit_without_progress() {
 
 # Restart: requeue this job, or leave the run to the next job of the chain. $1: why the attempt ended.
 restart_run() {
-  exit_without_progress "$1"
+  local reason=${1%.}
+  exit_without_progress "$reason"
   if $requeue; then
-    log_message "Attempt ended: $1. The job requeues itself."
+    log_message "Attempt ended: $reason. The job requeues itself."
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     log_message "Slurm rejects the requeue. To resume now: sbatch $script"
     log_message "For later runs, set requeue: false in the site file and submit with --chain."
     exit 1
   fi
   if is_last_of_chain; then
-    log_message "Attempt ended: $1. To resume: sbatch $script"
+    log_message "Attempt ended: $reason. To resume: sbatch $script"
   else
-    log_message "Attempt ended: $1. The next job of the chain resumes the run."
+    log_message "Attempt ended: $reason. The next job of the chain resumes the run."
   fi
   exit 0
 }

@@ -180,7 +180,7 @@ NAMED = "imagenet1k:train:data"
         ([f"data.source={NAMED}"], ""),
         ([f"data.source={NAMED}/train"], "data.source: data/train: training images are missing"),
         (["data.source=imagenet1k:train:absent"], "data.source: absent: no such folder"),
-        (["data.source=imagenet2k:train:data"], "no layout imagenet2k"),
+        (["data.source=imagenet2k:train:data"], "no data set layout imagenet2k"),
         (["model.init_from=data/00.tar"], ""),
         (["model.init_from=two\nlines.pth"], r"model.init_from=two\nlines.pth: no such file or folder"),
         (["model.init_from=absent.pth", "run.dir=begun"], ""),  # the checkpoint replaces these weights

@@ -72,7 +72,7 @@ def make_own_runs(folder):
         reader = ZeroReader(locate_checkpoint(config.run.dir, print) / DEEPSPEED_TAG)
         model = build_classifier_from_config(config, len(CLASSES))
         if name == "probe":
-            model.probe(SWEEP)
+            model.add_probes(SWEEP)
         model.load_state_dict(dict(reader), strict=True)
         model.best = reader.state["classifier"]["best_probe"]
         made[name] = (Path(config.run.dir), model.eval())

@@ -39,7 +39,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # checkpoint looks for the module of a device
     with FakeTensorMode():
         yield torch.device(request.param, 0)
-    for cache in (transforms._statistics, transforms._of_rows):
+    for cache in (transforms._statistics, transforms._row_statistics):
         cache.cache_clear()  # they keep fake tensors
 
 
@@ -58,7 +58,7 @@ def made(build, device, dtype=torch.float32):
 
 
 def mae(**options):
-    return build_mae("nano", image_size=(SIDE, SIDE), patch=PATCH, decoder_width=64, decoder_depth=2, **options)
+    return build_mae("nano", image_size=(SIDE, SIDE), patch_size=PATCH, decoder_width=64, decoder_depth=2, **options)
 
 
 def batch(device):
@@ -98,11 +98,11 @@ def test_color_jitter(device):
 
 def classifier(setting):
     options = {"image_size": (SIDE, SIDE), "patch_size": PATCH, "classes": CLASSES, "drop_path": 0.1}
-    model = build_classifier(SIZES["nano"], seed=0, scratch=False, **options)
+    model = build_classifier(SIZES["nano"], seed=0, from_scratch=False, **options)
     if setting == "last blocks":
         model.freeze(1.5)
     if setting == "probes":
-        model.probe((0.5, 1.0))
+        model.add_probes((0.5, 1.0))
     return model
 
 

@@ -174,7 +174,7 @@ def test_frozen_weights_stay_as_they_are_whatever_the_engine_casts(dtype):
 def test_probes_side_by_side_learn_as_each_would_alone():
     images, targets = torch.randn(6, 3, 32, 32), torch.eye(7)[:6]
     model = make_model(pool="token")
-    model.probe([1.0, 0.5])
+    model.add_probes([1.0, 0.5])
     assert isinstance(model.head, LinearProbes)
     assert set(dict(model.named_parameters())) == set(model.lr_scales())
     assert model.lr_scales()["head.probes.1.weight"] == 0.5
@@ -192,7 +192,7 @@ def test_probes_side_by_side_learn_as_each_would_alone():
 
 def test_operations_are_counted_for_what_is_trained():
     whole, probe = make_model(), make_model()
-    probe.probe([1.0])
+    probe.add_probes([1.0])
     tokens, width = 17, 32
     block = 2 * tokens * width * 12 * width + 4 * tokens * tokens * width
     embed, head = 2 * 16 * 192 * width, 2 * width * 7

@@ -1,8 +1,8 @@
-"""A ViT that classifies: fine-tuned as a whole, in its last blocks only, or with frozen weights under linear probes.
+"""A ViT classifier: fine-tuned as a whole or in its last blocks, or frozen with linear probes on top.
 
-Shapes: B images, C classes, D width, N probes. Parameter names are timm's, so that files interchange without a rename table.
-What is not trained is a buffer under its usual name, as it is of no concern to the optimizer, nor to the engine that shards and
-rounds parameters: it stays fp32, to the bit.
+Shapes: B images, C classes, D width, N probes. Parameter names are those of timm, so that weights load without renaming.
+Frozen weights are buffers under their usual names. They stay exactly as they were loaded, in fp32, because the optimizer and
+the engine change, shard and round parameters only.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ from typing import Any, Literal, NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_mae.model.flops import Flops, vit_flops
+from scale_mae.model.losses import soft_target_cross_entropy
 from scale_mae.model.sizes import LAYER_NORM_EPS, PROBE_EPS, EncoderSize
 
 Pool = Literal["mean", "token"]
-POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # as timm calls them
-HEAD_STD, PROBE_STD = 2e-5, 0.01  # of the first weights of a head on trained and on frozen features; He et al. 2022, code
+POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # our name -> timm's name
+HEAD_STD = 2e-5  # standard deviation of the initial weights of a head that is fine-tuned; He et al. 2022, code
+PROBE_STD = 0.01  # standard deviation of the initial weights of a linear probe; He et al. 2022, code
 
 
 class ClassifierOutput(NamedTuple):
-    """``loss`` scalar fp32, the cross entropy in nats; ``logits`` ``[B, C]``, of probes ``[N, B, C]``."""
+    """The result of a forward pass.
+
+    Attributes:
+        loss: Cross-entropy in nats, scalar, fp32.
+        logits: ``[B, C]``, or ``[N, B, C]`` for probes.
+    """
 
     loss: Tensor
     logits: Tensor
 
 
 class LinearProbes(nn.Module):
-    """Linear classifiers side by side on the same features, which a BatchNorm without affine scales (He et al. 2022, A.1).
+    """Several linear classifiers on the same features, after a BatchNorm without affine parameters (He et al. 2022, A.1).
 
     Args:
         width: D.
@@ -52,21 +58,25 @@ class LinearProbes(nn.Module):
         self.probes = nn.ModuleList(linear)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Logits ``[N, B, C]``."""
+        """Return the logits, ``[N, B, C]``."""
         scaled = self.norm(features_BD.float()).to(self.probes[0].weight.dtype)
         return torch.stack([probe(scaled) for probe in self.probes])
 
 
 class Classifier(VisionTransformer):  # type: ignore[misc]
-    """See this module's text.
+    """A ViT classifier. All parts are trained until :meth:`freeze` or :meth:`add_probes` is called.
 
     Args:
-        size: width, depth and heads.
+        size: Width, depth and heads.
         image_size: (height, width) in pixels.
-        patch: (height, width) in pixels; divides ``image_size``.
+        patch_size: (height, width) in pixels; must divide ``image_size``.
         classes: C.
         pool: ``mean`` of the patch tokens, then ``fc_norm``; or the class ``token`` after ``norm``.
-        drop_path: stochastic depth of the last block; from 0 for the first in equal steps.
+        drop_path: Stochastic depth rate of the last block. The rates rise linearly from 0 at the first block.
+
+    Attributes:
+        frozen: Whether any part is frozen.
+        lr_multipliers: Multiple of the learning rate of each probe.
     """
 
     def __init__(
@@ -92,52 +102,55 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
             drop_path_rate=drop_path,
         )
         self.size, self.drop_path = size, drop_path
-        self.rates: tuple[float, ...] = (1.0,)
-        self.frozen, self._frozen_share = False, 0.0  # whether any part is; share of the blocks that are, for counting
+        self.lr_multipliers: tuple[float, ...] = (1.0,)
+        self.frozen, self._frozen_fraction = False, 0.0  # the fraction of the blocks, to count operations
 
-    def freeze(self, train_blocks: float) -> None:
-        """Train the last blocks only, with the norm after them and the head; of half a block its MLP.
+    def freeze(self, trainable_blocks: float) -> None:
+        """Freeze everything except the last blocks, the norm after them, and the head.
 
         Args:
-            train_blocks: 0 leaves the head alone.
+            trainable_blocks: Number of blocks to train. With half a block, its MLP is trained. With 0, only the head is.
 
         Raises:
-            ValueError: the encoder has not so many blocks.
+            ValueError: The encoder has fewer blocks.
         """
-        depth, whole, half = len(self.blocks), int(train_blocks), train_blocks % 1
-        if train_blocks > depth:
-            raise ValueError(f"classify.trainable_blocks={train_blocks:g}, but the encoder has {depth} blocks")
+        depth, full, half = len(self.blocks), int(trainable_blocks), trainable_blocks % 1
+        if trainable_blocks > depth:
+            raise ValueError(
+                f"classify.trainable_blocks={trainable_blocks:g}, but the encoder has {depth} blocks. Set at most {depth}."
+            )
         _to_buffers(self.patch_embed)
         for name in ("cls_token", "pos_embed"):
             _to_buffer(self, name)
-        for block in self.blocks[: depth - whole]:
+        for block in self.blocks[: depth - full]:
             _to_buffers(block)
         if half:
-            block = self.blocks[depth - whole - 1]
+            block = self.blocks[depth - full - 1]
             for part in (block.norm2, block.mlp):
-                _to_buffers(part, back=True)
-        if not train_blocks:
+                _to_parameters(part)
+        if not trainable_blocks:
             _to_buffers(self.norm)
             _to_buffers(self.fc_norm)
-        for module in self.modules():  # of what autocast leaves to itself, which takes no input finer than its weights
+        for module in self.modules():  # autocast does not convert the input of a layer norm, which must match its weights
             if isinstance(module, nn.LayerNorm) and any(True for _ in module.parameters()):
-                module.register_forward_pre_hook(lambda norm, given: given[0].to(norm.weight.dtype))
+                module.register_forward_pre_hook(lambda norm, inputs: inputs[0].to(norm.weight.dtype))
         self.frozen = True
-        # the MLP is two thirds of a block's products, near enough
-        self._frozen_share = (depth - whole - half * 2 / 3) / depth
+        # approximately two thirds of the operations of a block are in its MLP
+        self._frozen_fraction = (depth - full - half * 2 / 3) / depth
 
-    def probe(self, rates: Sequence[float]) -> None:
-        """Freeze everything, and put linear probes in the head's place.
+    def add_probes(self, lr_multipliers: Sequence[float]) -> None:
+        """Freeze everything and replace the head by linear probes.
 
         Args:
-            rates: multiple of the learning rate of each.
+            lr_multipliers: Multiple of the learning rate of each probe.
         """
         self.freeze(0)
-        self.head, self.rates = LinearProbes(self.embed_dim, self.num_classes, len(rates)), tuple(rates)
+        self.lr_multipliers = tuple(lr_multipliers)
+        self.head = LinearProbes(self.embed_dim, self.num_classes, len(self.lr_multipliers))
 
     @property
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks whose activations the backward pass needs."""
+        """The trained blocks: the backward pass needs their activations."""
         return [block for block in self.blocks if any(True for _ in block.parameters())]
 
     @property
@@ -146,87 +159,92 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         return self.drop_path > 0
 
     def lr_scales(self) -> dict[str, float]:
-        """Multiple of the learning rate, by name of a parameter; of others it is 1."""
+        """Return the multiple of the learning rate by parameter name. For other parameters it is 1."""
         if not isinstance(self.head, LinearProbes):
             return {}
         names = [name for name, _ in self.head.named_parameters()]
-        return {f"head.{name}": self.rates[int(name.split(".")[1])] for name in names}
+        return {f"head.{name}": self.lr_multipliers[int(name.split(".")[1])] for name in names}
 
     def flops(self) -> Flops:
-        """Operations of one image."""
-        heads = self.num_classes * len(self.rates)
+        """Return the floating-point operations per image."""
+        outputs = self.num_classes * len(self.lr_multipliers)
         patches, pixels = self.patch_embed.num_patches, 3 * math.prod(self.patch_embed.patch_size)
-        return vit_flops(self.size, num_patches=patches, patch_pixels=pixels, classes=heads, frozen=self._frozen_share)
+        return vit_flops(self.size, num_patches=patches, patch_pixels=pixels, classes=outputs, frozen=self._frozen_fraction)
 
-    def statistics(self) -> list[Tensor]:
-        """Running means of what a process has seen, which differ between processes; fp32, in place."""
+    def batch_norm_statistics(self) -> list[Tensor]:
+        """Return the running statistics of the BatchNorms themselves, in fp32. They differ between processes."""
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm1d)]
         return [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
 
     def forward(self, images_B3HW: Tensor, targets_BC: Tensor | None = None) -> ClassifierOutput:
-        """Classify.
+        """Classify images and compute the loss.
 
         Args:
-            images_B3HW: normalised images.
-            targets_BC: probability of each class; None: the loss is 0.
+            images_B3HW: Normalized images.
+            targets_BC: Probability of each class. Without it the loss is 0.
         """
-        trained = next(p.dtype for p in self.parameters())
-        with self._arithmetic(images_B3HW.device, trained):
-            x = images_B3HW if self.frozen else images_B3HW.to(trained)
+        dtype = next(p.dtype for p in self.parameters())
+        with self._autocast(images_B3HW.device, dtype):
+            x = images_B3HW if self.frozen else images_B3HW.to(dtype)
             logits = self.head(self.forward_head(self.forward_features(x), pre_logits=True))
         loss = torch.zeros((), device=logits.device)
         if targets_BC is not None:
-            # a probe's loss is its own: the sum of all gives each the gradients that it would have alone
-            likelihoods = functional.log_softmax(logits.float(), dim=-1)
-            loss = -(targets_BC.float() * likelihoods).sum(dim=-1).mean(dim=-1).sum()
+            loss = soft_target_cross_entropy(logits, targets_BC)
         return ClassifierOutput(loss, logits)
 
-    def _arithmetic(self, device: torch.device, trained: torch.dtype) -> AbstractContextManager[Any]:
-        """Frozen weights are fp32, trained ones what the engine makes of them: products are computed in the latter."""
-        mixed = self.frozen and trained != torch.float32
-        return torch.autocast(device.type, dtype=trained) if mixed else nullcontext()
+    def _autocast(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """Compute products in the dtype of the trained weights. The frozen weights are in fp32."""
+        mixed = self.frozen and dtype != torch.float32
+        return torch.autocast(device.type, dtype=dtype) if mixed else nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Classifier:
-        kept = dict(self.named_buffers())
+        buffers = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, before in buffers.items():
             moved = self.get_buffer(name)
-            if moved.dtype != before.dtype:  # a cast would round what is to stay as it is
-                owner, _, own = name.rpartition(".")
-                setattr(self.get_submodule(owner), own, before.to(moved.device))
+            if moved.dtype != before.dtype:  # a cast would round the frozen weights
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.get_submodule(owner), attribute, before.to(moved.device))
         return self
 
 
-def build_classifier(size: EncoderSize, *, seed: int, scratch: bool, **kwargs: Any) -> Classifier:
-    """A classifier whose first weights are a function of ``seed``; nothing is frozen yet.
+def build_classifier(size: EncoderSize, *, seed: int, from_scratch: bool, **kwargs: Any) -> Classifier:
+    """Build a classifier whose initial weights depend on the seed only. Nothing is frozen yet.
 
     Args:
-        size: of the encoder.
-        seed: of everything random.
-        scratch: its encoder is going to learn from these weights; else it gets others, and the head begins near zero.
-        kwargs: see :class:`Classifier`.
+        size: Size of the encoder.
+        seed: Seed of the initial weights.
+        from_scratch: The encoder is trained from these weights. Otherwise it gets pre-trained weights later, and the head
+            starts near zero.
+        kwargs: Further arguments of :class:`Classifier`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(size, **kwargs)
-        if not scratch:
+        if not from_scratch:
             nn.init.trunc_normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     return model
 
 
-def _to_buffers(module: nn.Module, *, back: bool = False) -> None:
+def _to_buffers(module: nn.Module) -> None:
+    """Replace all parameters by buffers of the same names."""
     for part in module.modules():
-        for name in [*(part._buffers if back else part._parameters)]:
-            _to_buffer(part, name, back=back)
+        for name in [*part._parameters]:
+            _to_buffer(part, name)
 
 
-def _to_buffer(module: nn.Module, name: str, *, back: bool = False) -> None:
-    """Make a parameter a buffer of the same name, or the other way round."""
+def _to_buffer(module: nn.Module, name: str) -> None:
     tensor = getattr(module, name)
-    if tensor is None:
-        return
-    delattr(module, name)
-    if back:
-        module.register_parameter(name, nn.Parameter(tensor))
-    else:
+    if tensor is not None:
+        delattr(module, name)
         module.register_buffer(name, tensor.detach())
+
+
+def _to_parameters(module: nn.Module) -> None:
+    """Replace all buffers by parameters of the same names."""
+    for part in module.modules():
+        for name in [*part._buffers]:
+            tensor = getattr(part, name)
+            if tensor is not None:
+                delattr(part, name)
+                part.register_parameter(name, nn.Parameter(tensor))

@@ -1,4 +1,4 @@
-"""Exact operation counts of the models."""
+"""Counts the floating-point operations of the models exactly."""
 
 from __future__ import annotations
 
@@ -9,33 +9,41 @@ from scale_mae.model.sizes import EncoderSize
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one image in a MAE; 1 multiply-add = 2, matrix products only (the usual convention for MFU).
+    """Floating-point operations per image.
 
-    ``patch_embed`` is apart because its backward pass computes no gradient with respect to the image. ``blocks`` has the
-    forward pass of each transformer block, encoder first, and of these operations those of the block's last product.
-    ``frozen`` are those of the forward pass that have no backward pass; if there are any, ``patch_embed`` is among them.
+    A multiply-add counts as 2. Only matrix products count, as is usual for MFU.
+
+    Attributes:
+        patch_embed: Forward pass of the patch projection. Its backward pass computes no gradient for the image.
+        encoder: Forward pass of the encoder blocks.
+        decoder_embed: Forward pass of the projection from encoder to decoder.
+        decoder: Forward pass of the decoder blocks.
+        head: Forward pass of the last layer: the predictor of a masked autoencoder, or the head of a classifier.
+        blocks: For each trained block, encoder first: the operations of its forward pass, and those of its last product.
+        frozen: Forward pass of all parts that have no backward pass. If it is not 0, it includes ``patch_embed``.
     """
 
     patch_embed: int
     encoder: int
-    bridge: int
+    decoder_embed: int
     decoder: int
-    predict: int
+    head: int
     blocks: tuple[tuple[int, int], ...]
     frozen: int = 0
 
     @property
     def forward(self) -> int:
         """Operations of the forward pass."""
-        return self.patch_embed + self.encoder + self.bridge + self.decoder + self.predict
+        return self.patch_embed + self.encoder + self.decoder_embed + self.decoder + self.head
 
     @property
     def train(self) -> int:
-        """Operations of forward and backward; recomputed activations are not work done and do not count."""
+        """Operations of the forward and backward pass. Recomputed activations do not count."""
         return 3 * self.forward - (2 * self.frozen or self.patch_embed)
 
 
 def _block(tokens: int, width: int, mlp_ratio: float) -> tuple[int, int]:
+    """Return the operations of a transformer block, and those of its last product."""
     hidden = int(width * mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width + 2 * hidden)
     attention = 2 * 2 * tokens * tokens * width
@@ -51,46 +59,47 @@ def mae_flops(
     decoder_width: int = 512,
     decoder_depth: int = 8,
 ) -> Flops:
-    """Operation counts of one image.
+    """Count the operations of a masked autoencoder for one image.
 
     Args:
-        size: the encoder.
-        patches: L, patches of the whole image.
-        num_visible: visible patches that the encoder sees.
-        patch_pixels: values in one patch, ``3 * patch_h * patch_w``.
-        decoder_width: D of the decoder.
-        decoder_depth: blocks of the decoder.
+        size: The size of the encoder.
+        num_patches: Patches of the image.
+        num_visible: Patches that the encoder sees.
+        patch_pixels: Values per patch, ``3 * patch_h * patch_w``.
+        decoder_width: Width of the decoder.
+        decoder_depth: Blocks of the decoder.
     """
     encoder = [_block(num_visible + 1, size.width, size.mlp_ratio)] * size.depth
     decoder = [_block(num_patches + 1, decoder_width, 4.0)] * decoder_depth
     return Flops(
         patch_embed=2 * num_patches * patch_pixels * size.width,
-        encoder=sum(whole for whole, _ in encoder),
-        bridge=2 * (num_visible + 1) * size.width * decoder_width,
-        decoder=sum(whole for whole, _ in decoder),
-        predict=2 * (num_patches + 1) * decoder_width * patch_pixels,
+        encoder=sum(block for block, _ in encoder),
+        decoder_embed=2 * (num_visible + 1) * size.width * decoder_width,
+        decoder=sum(block for block, _ in decoder),
+        head=2 * (num_patches + 1) * decoder_width * patch_pixels,
         blocks=(*encoder, *decoder),
     )
 
 
 def vit_flops(size: EncoderSize, *, num_patches: int, patch_pixels: int, classes: int, frozen: float = 0.0) -> Flops:
-    """Operation counts of one image in a classifier, which sees every patch.
+    """Count the operations of a classifier for one image.
 
     Args:
-        size: the encoder.
-        patches: L.
-        patch_pixels: values in one patch, ``3 * patch_h * patch_w``.
-        classes: outputs of the head.
-        frozen: share of the blocks that is not trained, from the first on; the patch projection is not either then.
+        size: The size of the encoder, which sees every patch.
+        num_patches: Patches of the image.
+        patch_pixels: Values per patch, ``3 * patch_h * patch_w``.
+        classes: Outputs of the head.
+        frozen: Fraction of the blocks that is not trained, from the first block on. If it is not 0, the patch projection is
+            not trained either.
     """
     block = _block(num_patches + 1, size.width, size.mlp_ratio)
     embed, trained = 2 * num_patches * patch_pixels * size.width, round(size.depth * (1 - frozen))
     return Flops(
         patch_embed=embed,
         encoder=block[0] * size.depth,
-        bridge=0,
+        decoder_embed=0,
         decoder=0,
-        predict=2 * size.width * classes,
+        head=2 * size.width * classes,
         blocks=(block,) * trained,
         frozen=round(embed + block[0] * size.depth * frozen) if frozen else 0,
     )

@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sine-cosine position tables (Vaswani et al. 2017, as MAE lays them out)."""
+"""Fixed two-dimensional sine-cosine position embeddings (Vaswani et al. 2017, in the layout of MAE), and their resizing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def _sincos(positions_L: Tensor, dim: int) -> Tensor:
-    """``[L]`` coordinates to ``[L, dim]``: all sines, then all cosines, of geometrically spaced frequencies."""
+def _sincos(coordinates_L: Tensor, dim: int) -> Tensor:
+    """Embed coordinates ``[L]`` as ``[L, dim]``: all sines, then all cosines, of geometrically spaced frequencies."""
     exponents = torch.arange(dim // 2, dtype=torch.float64) / (dim / 2)
-    angles = torch.outer(positions_L, 10000.0**-exponents)
+    angles = torch.outer(coordinates_L, 10000.0**-exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Position table for a class token and ``grid = (rows, columns)`` of patches.
+    """Return the position embedding of a class token and ``grid = (rows, columns)`` of patches.
 
-    The first half of each row encodes the column, the second half the row: the order that released MAE weights were
-    trained with. The class token's row is zero.
+    The first half of each embedding encodes the column, the second half the row. The released MAE weights were trained with
+    this order. The embedding of the class token is zero.
 
     Returns:
         ``[1, 1 + rows * columns, dim]`` in fp32, computed in fp64.
@@ -27,7 +27,7 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
         ValueError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {dim}")
+        raise ValueError(f"a 2-D sine-cosine position embedding needs a width divisible by 4, not {dim}")
     rows, columns = grid
     row_L = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
     column_L = torch.arange(columns, dtype=torch.float64).repeat(rows)
@@ -36,25 +36,27 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid of patches, as MAE's fine-tuning does it (He et al. 2022, appendix A.1).
+    """Resize a position embedding to another grid of patches, as MAE's fine-tuning does (He et al. 2022, appendix A.1).
 
-    The class token's row stays; the others, laid out as ``old_grid = (rows, columns)``, are interpolated bicubically
-    (corners not aligned, no antialiasing). Equal grids give the table itself, unchanged to the bit.
+    The embedding of the class token stays. The others are interpolated bicubically (``align_corners=False``, no antialiasing).
+    If the grids are equal, the table is returned unchanged.
 
     Args:
         table: ``[1, 1 + rows * columns, D]``, class token first.
-        old_grid: rows and columns of the table.
-        new_grid: rows and columns wanted.
+        old_grid: (rows, columns) of the table.
+        new_grid: (rows, columns) of the result.
 
     Returns:
-        ``[1, 1 + new rows * new columns, D]`` in the table's dtype, computed in fp32.
+        ``[1, 1 + new rows * new columns, D]`` in the dtype of the table, computed in fp32.
 
     Raises:
-        ValueError: the table does not have the rows of ``old_grid``.
+        ValueError: The shape of the table does not match ``old_grid``.
     """
     rows, columns = old_grid
     if table.dim() != 3 or table.shape[:2] != (1, 1 + rows * columns):
-        raise ValueError(f"a table of shape {list(table.shape)} is not one for {rows} x {columns} patches and a class token")
+        raise ValueError(
+            f"a position embedding of shape {list(table.shape)} does not match {rows} x {columns} patches and a class token"
+        )
     if old_grid == new_grid:
         return table
     plane = table[:, 1:].float().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)

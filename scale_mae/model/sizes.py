@@ -1,16 +1,24 @@
-"""The table of encoder sizes, and exact operation counts for any of them."""
+"""The table of encoder sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAYER_NORM_EPS = 1e-6  # of every norm of encoder and decoder
+LAYER_NORM_EPS = 1e-6  # of every layer norm in encoder and decoder
 PROBE_EPS = 1e-6  # of the BatchNorm before linear probes
 
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """One encoder: width and depth in the paper's sense, and the patch side it is usually built with (pixels)."""
+    """The size of an encoder.
+
+    Attributes:
+        width: Embedding dimension.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        patch_size: Default patch side in pixels.
+        mlp_ratio: Hidden width of the MLP as a multiple of ``width``.
+    """
 
     width: int
     depth: int
@@ -19,8 +27,8 @@ class EncoderSize:
     mlp_ratio: float = 4.0
 
 
-# tiny, small, base, large: Touvron et al. 2021 and Dosovitskiy et al. 2021; huge: He et al. 2022; giant: Zhai et al. 2022;
-# 2b: Singh et al. 2023 (MAE pre-pretraining). nano is ours: it learns on two CPU cores in minutes, for the demo.
+# Sources: tiny, small, base and large, Touvron et al. 2021 and Dosovitskiy et al. 2021; huge, He et al. 2022; giant, Zhai et
+# al. 2022; 2b, Singh et al. 2023 (MAE pre-pretraining). nano is from scale_mae: it learns in minutes on two CPU cores.
 SIZES: dict[str, EncoderSize] = {
     "nano": EncoderSize(width=96, depth=6, heads=3, patch_size=16),
     "tiny": EncoderSize(width=192, depth=12, heads=3, patch_size=16),

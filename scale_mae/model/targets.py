@@ -1,6 +1,6 @@
-"""What the decoder predicts: pixels of a patch, plain or normalised by the patch's own mean and deviation.
+"""The learning target: the pixels of each patch, plain or normalized by the patch's own mean and standard deviation.
 
-Shapes: B images, H x W pixels, L patches, P = 3 * patch_h * patch_w values of one patch (row, column, channel order).
+Shapes: B images, H x W pixels, L patches, P = 3 * patch_h * patch_w values per patch (in row, column, channel order).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 Target = Literal["norm_pixel", "pixel"]
-EPS = 1e-6  # added to a patch's variance, as in the reference
+EPS = 1e-6  # added to the variance of a patch, as in the reference
 
 
 def patchify(images_B3HW: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -22,7 +22,7 @@ def patchify(images_B3HW: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches_BLP: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`patchify`; ``grid`` is (rows, columns) of patches. Returns ``[B, 3, H, W]``."""
+    """Invert :func:`patchify`. ``grid`` is (rows, columns) of patches. Returns ``[B, 3, H, W]``."""
     (ph, pw), (rows, columns) = patch_size, grid
     b = patches_BLP.shape[0]
     x = patches_BLP.reshape(b, rows, columns, ph, pw, -1)
@@ -30,28 +30,31 @@ def unpatchify(patches_BLP: Tensor, patch_size: tuple[int, int], grid: tuple[int
 
 
 def patch_statistics(patches_BLP: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``sqrt(var + 1e-6)`` of each patch, ``[B, L, 1]``, with the unbiased variance, in fp32."""
+    """Return mean and standard deviation ``sqrt(var + 1e-6)`` of each patch, ``[B, L, 1]`` in fp32.
+
+    The variance is unbiased, as in the reference.
+    """
     patches = patches_BLP.float()
     var, mean = patches.var(dim=-1, keepdim=True), patches.mean(dim=-1, keepdim=True)
     return mean, (var + EPS).sqrt()
 
 
 def compute_target(images_B3HW: Tensor, patch_size: tuple[int, int], target: Target) -> Tensor:
-    """The regression target ``[B, L, P]`` in fp32."""
+    """Return the regression target ``[B, L, P]`` in fp32."""
     patches = patchify(images_B3HW.float(), patch_size)
     if target == "pixel":
         return patches
-    mean, deviation = patch_statistics(patches)
-    return (patches - mean) / deviation
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
 
 
 def prediction_to_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch_size: tuple[int, int], target: Target) -> Tensor:
-    """Predicted patches ``[B, L, P]`` as (normalised-image) pixel values of patches, ``[B, L, P]``.
+    """Convert predicted patches to pixel values of normalized images, ``[B, L, P]``.
 
-    A normalised prediction has no brightness or contrast of its own: it is given those of the true patch, which the
-    model never saw. Pictures made this way must say so.
+    A ``norm_pixel`` prediction has no brightness and contrast of its own. It gets those of the true patch, which the model
+    never saw. State this next to every picture made this way.
     """
     if target == "pixel":
         return pred_BLP.float()
-    mean, deviation = patch_statistics(patchify(images_B3HW.float(), patch_size))
-    return pred_BLP.float() * deviation + mean
+    mean, std = patch_statistics(patchify(images_B3HW.float(), patch_size))
+    return pred_BLP.float() * std + mean

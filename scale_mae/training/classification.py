@@ -110,7 +110,7 @@ class ClassificationTask:
 
     def _settle(self) -> None:
         """Running means of what each process has seen become those of all. Training does not feel it: updates are linear."""
-        if own := self.model.statistics():
+        if own := self.model.batch_norm_statistics():
             mean = torch.cat(own) / self._world.size
             self._world.all_reduce_sum(mean)
             for statistic, value in zip(own, torch.split(mean, [len(t) for t in own]), strict=True):

@@ -23,7 +23,7 @@ def build_classifier_from_config(config: Config, classes: int) -> Classifier:
     return build_classifier(
         SIZES[m.size],
         seed=config.run.seed,
-        scratch=m.init_from is None,
+        from_scratch=m.init_from is None,
         image_size=m.image_size,
         patch_size=m.patch,
         classes=classes,
@@ -123,7 +123,7 @@ def build_initial_classifier(
         if config.run.task == "linprobe":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed)
-                model.probe(config.classify.lr_multipliers)
+                model.add_probes(config.classify.lr_multipliers)
         elif config.classify.trainable_blocks is not None:
             model.freeze(config.classify.trainable_blocks)
     except ValueError as error:

@@ -97,8 +97,8 @@ class DataConfig(Section):
     augmentation: Literal["none", "fixed_crop", "random_crop", "random_crop_once", "random_crop_jitter"] = "random_crop"
     """How images are cropped. `none`: the center, 7/8 of the short side, without flips. `fixed_crop`: a crop of the same size
     at a random place. `random_crop`: a crop of random area, aspect ratio and place (RandomResizedCrop of torchvision).
-    `random_crop_once`: as `random_crop`, but a crop that does not fit is clipped to the image instead of drawn again; the
-    linear probes of the MAE paper use it. `random_crop_jitter`: `random_crop` followed by color jitter."""
+    `random_crop_once`: as `random_crop`, but a crop that does not fit is clipped to the image instead of drawn again, as
+    for the linear probes of the MAE paper. `random_crop_jitter`: `random_crop` followed by color jitter."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the area of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -106,8 +106,8 @@ class DataConfig(Section):
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     color_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4)
-    """Strength of the jitter of brightness, contrast and saturation, as in ColorJitter of torchvision. It is used only with
-    `data.augmentation=random_crop_jitter`."""
+    """Strength of the jitter of brightness, contrast and saturation, as in ColorJitter of torchvision. A strength of 0.4 draws
+    a factor from 0.6 to 1.4. It is used only with `data.augmentation=random_crop_jitter`."""
     randaugment: RandAugment = None
     """RandAugment policy in the notation of timm, such as `rand-m9-mstd0.5-inc1`. It is applied after crop and flip. `null`
     disables RandAugment."""
@@ -122,7 +122,7 @@ class DataConfig(Section):
     but the processes of a node together use at most an eighth of its free memory."""
     max_failure_ratio: float = Field(0.001, ge=0, le=1, json_schema_extra=CHANGEABLE)
     """Largest fraction of unreadable images among the last 100,000 images. Each unreadable image is replaced by another one.
-    A run that exceeds the limit stops with an error."""
+    With the default, the run stops with an error if more than 100 of the last 100,000 images are unreadable."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> DataConfig:
@@ -141,8 +141,8 @@ class OptimConfig(Section):
     """The optimizer and its learning rate: a linear warm-up from 0, then half a cosine."""
 
     name: Literal["adamw", "lars"] = "adamw"
-    """Optimizer. `lars` (You et al. 2017) is for large batches and few parameters, such as linear probes. It requires
-    `engine.deepspeed=zero0`."""
+    """Optimizer. `adamw`: AdamW. `lars`: LARS (You et al. 2017), for large batches and few parameters, such as linear probes.
+    It requires `engine.deepspeed=zero0`."""
     base_lr: float = Field(1.5e-4, gt=0)
     """Peak learning rate for a global batch of 256 images. The peak learning rate of the run is
     `optim.base_lr * train.global_batch / 256`."""
@@ -156,7 +156,7 @@ class OptimConfig(Section):
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Decay rates of the first and second moment of AdamW."""
     eps: float = Field(1e-8, gt=0)
-    """Epsilon of AdamW."""
+    """Epsilon of AdamW, a small number that is added to the denominator of the update."""
     momentum: DecayRate = 0.9
     """Momentum of LARS."""
     trust_coefficient: float = Field(0.001, gt=0)
@@ -192,9 +192,9 @@ class ClassifyConfig(Section):
     """Stochastic depth: the probability that the last block skips a residual branch. The probability grows linearly from 0 in
     the first block."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Label smoothing: the probability that the target distributes equally over all classes."""
+    """Label smoothing: the probability that the target distributes equally over all classes. `0` disables it."""
     mixup: float = Field(0.0, ge=0)
-    """Alpha of mixup. `0` disables mixup."""
+    """Alpha of mixup. `0` disables mixup. Mixup and CutMix require an even `train.micro_batch`."""
     cutmix: float = Field(0.0, ge=0)
     """Alpha of CutMix. `0` disables CutMix."""
     mixup_switch_prob: float = Field(0.5, ge=0, le=1)
@@ -202,8 +202,8 @@ class ClassifyConfig(Section):
     random_erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a random rectangle of an image is replaced by noise."""
     lr_multipliers: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
-    """Linear probes to train at once on the same features, one for each multiple of the learning rate. The result is that of
-    the best probe."""
+    """Multiples of the learning rate, for `run.task=linprobe`. One linear probe is trained for each of them, all on the same
+    features. The result is that of the best probe."""
 
     @model_validator(mode="after")
     def _check_trainable_parts(self) -> ClassifyConfig:
@@ -223,7 +223,7 @@ class TrainConfig(Section):
     """Length of the run: a number and a unit, such as `800 epochs`, `1000 steps` or `5e6 images`."""
     global_batch: int = Field(4096, gt=0)
     """Images per optimizer step, over all processes. It must be divisible by `train.micro_batch` times the number of
-    processes; the quotient is the number of gradient accumulation steps."""
+    processes. The quotient is the number of gradient accumulation steps."""
     micro_batch: int = Field(64, gt=0, json_schema_extra=CHANGEABLE)
     """Images per forward pass of one process."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -253,8 +253,8 @@ class CheckpointConfig(Section):
     """When to save checkpoints and which of them to keep."""
 
     interval: Duration = Field("20 epochs", json_schema_extra=CHANGEABLE)
-    """Interval between checkpoints, such as `20 epochs` or `1000 steps`. The run also saves a checkpoint after its last step
-    when it receives SIGTERM, SIGINT, SIGUSR1 or SIGHUP, and before the time limit of its Slurm job."""
+    """Interval between checkpoints, such as `20 epochs` or `1000 steps`. The run also saves one after its last step, on
+    SIGTERM, SIGINT, SIGUSR1 or SIGHUP, and before the time limit of its Slurm job."""
     keep_latest: int = Field(3, gt=0, json_schema_extra=CHANGEABLE)
     """Number of newest checkpoints to keep."""
     keep_interval: Duration | None = Field(None, json_schema_extra=CHANGEABLE)
@@ -285,10 +285,10 @@ class RollbackConfig(Section):
     non-finite gradients is always skipped and needs no rollback."""
 
     spike_threshold: float | None = Field(12.0, gt=0, json_schema_extra=CHANGEABLE)
-    """A loss is a spike if it is more than this number of standard deviations above the median of the last good steps. The
-    standard deviation is estimated from the median absolute deviation. `null` disables the detection of spikes."""
+    """A loss is a spike if it is more than this number of standard deviations above the median loss of the last good steps.
+    The standard deviation is estimated from the median absolute deviation. `null` disables the detection of spikes."""
     window: int = Field(200, ge=20, json_schema_extra=CHANGEABLE)
-    """Number of good steps that the median and the deviation are taken over. Until there are so many, no loss is a spike."""
+    """Number of good steps over which the median and the deviation are computed. Before that many steps, no loss is a spike."""
     max_spikes: int = Field(5, gt=0, json_schema_extra=CHANGEABLE)
     """Number of spikes that triggers a rollback. Each good step between them lowers the count by one."""
     max_skipped_steps: int = Field(10, gt=0, json_schema_extra=CHANGEABLE)

@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline
 from PIL import Image, ImageFile
 
 from scale_mae.data import dali, pillow
-from scale_mae.data.dali import DaliDecoder, Jpeg, plain_jpeg, resized_on_gpu
+from scale_mae.data.dali import DaliDecoder, Jpeg, plain_jpeg_header, resize_on_gpu
 from scale_mae.data.errors import ImageError, ImageStatus
 from scale_mae.data.pillow import EXIF_ORIENTATION, Crop
 
@@ -109,7 +109,7 @@ def test_images_are_upright(decoder, orientation):
 
 def test_orientation_in_xmp_counts_too(decoder):
     data = jpeg(photo(60, 90, np.random.default_rng(0)), xmp=XMP)
-    assert plain_jpeg(data) == (60, 90, 6)  # upright
+    assert plain_jpeg_header(data) == (60, 90, 6)  # upright
     check_parity(decoder, [(data, Crop(20, 5, 50, 40, False))])
 
 
@@ -120,7 +120,7 @@ def test_resizing_for_gpus_is_the_references(decoder):
     for _, item in planned:
         pixels = np.array(Image.open(io.BytesIO(item.data)))
         boxes.append(torch.from_numpy(pixels)[item.start[0] : item.end[0], item.start[1] : item.end[1]])
-    images = resized_on_gpu(boxes, [item for _, item in planned], SIZE).numpy()
+    images = resize_on_gpu(boxes, [item for _, item in planned], SIZE).numpy()
     assert np.abs(images.astype(int) - np.stack([pillow.decode(*pair, SIZE) for pair, _ in planned])).max() <= 3
 
 

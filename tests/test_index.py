@@ -383,9 +383,9 @@ def test_an_interrupted_packing_goes_on(tmp_path):
     again = pack(source, tmp_path / "out", **options).index
     assert all(path.stat().st_mtime_ns == written for path, written in shards.items())
     assert [again.read(i) for i in range(30)] == [expected.read(i) for i in range(30)]
-    with pytest.raises(DataError, match="holds another packing"):
+    with pytest.raises(DataError, match="contains shards of other images or settings"):
         pack(source, tmp_path / "out", short_side=17)
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(DataError, match="data: not empty"):
         pack(source, tmp_path / "data")
     with pytest.raises(DataError, match="quality"):
         pack(source, tmp_path / "new", quality=100)
@@ -417,8 +417,8 @@ def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
         (root / "class0" / f"{i}.jpg").unlink()
     packed = pack(source, out, short_side=16, shard_mb=0.01)
     assert before < len(packed.index.shards)
-    assert len(packed.index) + len(packed.left_out) == 60
-    named = [line for line in packed.left_out if "class1" in line]
+    assert len(packed.index) + len(packed.skipped) == 60
+    named = [line for line in packed.skipped if "class1" in line]
     assert len(named) == 10
     assert not list(out.glob("*.tmp"))
 

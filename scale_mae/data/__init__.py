@@ -1,1 +1,1 @@
-"""What exists, what comes when, how it is decoded."""
+"""Data: sources and their index, the sample plan, decoders, augmentation, and the loader of batches."""

@@ -81,7 +81,7 @@ def pack(args: argparse.Namespace) -> int:
     options = {key: getattr(args, key) for key in ("short_side", "quality", "shard_mb", "seed", "workers")}
     with ProgressBar("images") as bar:
         packed = pack(args.source, args.out, **options, progress=bar.update)
-    for line in packed.left_out:
+    for line in packed.skipped:
         warn(f"skipped {line}")
     print(f"{args.out}: {len(packed.index)} images in {len(packed.index.shards)} shards. Train with data.source={args.out}")
     return 0

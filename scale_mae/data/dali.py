@@ -1,8 +1,10 @@
-"""DALI decodes, PyTorch resizes: the same images as the reference decoder's, in less time, on a CPU or a GPU.
+"""The DALI decoder: DALI decodes, PyTorch resizes. It returns the images of the reference decoder in less time, on CPU or GPU.
 
-DALI gets plain JPEG only, and of each image only the box that is wanted. It does not resize: at the borders of a box its
-filters repeat pixels where Pillow's leave them out, it does not round and clip between the two passes as Pillow does (up to
-20 levels of difference in photographs with blown-out lights), and on a CPU it takes seven times as long as PyTorch.
+DALI decodes plain JPEG files only, and only the box of the crop. Pillow decodes all other images.
+
+PyTorch resizes, not DALI, for three reasons. At the borders of a box, DALI repeats pixels where Pillow ignores them. DALI does
+not round and clip between the two passes as Pillow does, which changes photographs with overexposed parts by up to 20 of 255.
+On a CPU, DALI takes seven times as long as PyTorch.
 """
 
 from __future__ import annotations
@@ -23,27 +25,30 @@ from scale_mae.data import pillow
 from scale_mae.data.errors import ImageError
 from scale_mae.data.pillow import Crop, Header
 
-MARGIN = 8  # pixels decoded around a box: chroma is interpolated from its neighbours, also at the border of the box
-MAX_SHRINK = 32  # beyond, the filter does not fit into what a GPU kernel of PyTorch holds
-HARDWARE_SHARE = 0.65  # of the images that GPUs with a JPEG engine decode there; the others keep their CUDA cores busy
-MAX_PIXELS = 1 << 26  # larger ones are Pillow's, which may refuse them
-USUAL_SIDE = 1024  # pixels; the JPEG engine's memory begins with this and grows
-SKIPPED = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # JPEG segments that say nothing about which decoder can take it
-FRAMES = {0xC0, 0xC1, 0xC2}  # Huffman coded, baseline to progressive
-# orientation -> transposed first, then rows in reverse, columns in reverse
+MARGIN = 8  # pixels decoded around a box, because chroma upsampling interpolates between neighbors
+MAX_SHRINK = 32  # for larger factors, the filter does not fit into PyTorch's GPU kernel
+HARDWARE_LOAD = 0.65  # fraction of the images that a GPU with a JPEG engine decodes there; its CUDA cores decode the others
+MAX_PIXELS = 1 << 26  # Pillow decodes larger images
+PREALLOCATED_SIDE = 1024  # pixels; the JPEG engine allocates memory for this size first, and more when needed
+IGNORED_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # markers of JPEG segments that do not affect the choice
+FRAMES = {0xC0, 0xC1, 0xC2}  # markers of Huffman-coded frames, from baseline to progressive
+# EXIF orientation -> transpose first, then reverse the rows, reverse the columns
 TURNS = {1: (0, 0, 0), 2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
 class Jpeg(NamedTuple):
-    """An image for DALI: which box to decode, and what makes the wanted part of it.
+    """An image for DALI: the box to decode, and how to get the crop from this box.
 
     Attributes:
-        data: the encoded image.
-        crop: as asked for.
-        start, end: row and column of the box to decode, in the stored image.
-        rows, columns: the crop in the decoded box.
-        transpose: the crop is to be transposed before it is resized,
-        mirror_rows, mirror_columns: and mirrored after.
+        data: The encoded image.
+        crop: The requested crop of the upright image.
+        start: First row and column of the box, in the stored image.
+        end: The row and column after the last ones of the box.
+        rows: Rows of the crop in the decoded box.
+        columns: Columns of the crop in the decoded box.
+        transpose: Transpose the crop before resizing.
+        mirror_rows: Reverse the rows after resizing.
+        mirror_columns: Reverse the columns after resizing.
     """
 
     data: bytes
@@ -58,19 +63,19 @@ class Jpeg(NamedTuple):
 
 
 class DaliDecoder:
-    """Decodes as :func:`scale_mae.data.pillow.decode` does; what DALI does not take or fails at, with that.
+    """Decodes with DALI. :func:`scale_mae.data.pillow.decode` decodes other formats, and images at which DALI fails.
 
-    ``prepare_image`` may be called from many threads at once, ``decode_batch`` and ``close`` from one at a time.
+    Many threads may call ``prepare_image`` at the same time, but only one may call ``decode_batch`` and ``close``.
 
     Args:
         image_size: (height, width) of the results in pixels.
-        batch_size: images that ``decode_batch`` gets at most.
-        threads: that decode and resize.
-        device_id: the GPU that decodes and resizes; None for the CPU.
+        batch_size: Largest number of images in a batch.
+        threads: Number of threads that decode and resize.
+        device_id: The GPU that decodes and resizes. ``None`` selects the CPU.
 
     Attributes:
-        fallbacks: images so far that DALI was asked for and Pillow had to decode.
-        failure: what DALI said the last time.
+        fallbacks: Number of images that Pillow decoded after DALI failed.
+        failure: The last error message of DALI.
 
     Raises:
         RuntimeError: DALI does not start.
@@ -85,26 +90,26 @@ class DaliDecoder:
         self.fallbacks, self.failure = 0, ""
 
     def prepare_image(self, data: bytes, crop: Crop) -> NDArray[np.uint8] | Jpeg:
-        """First stage of one image: what DALI is to decode, or the image ``[H, W, 3]`` where Pillow has to.
+        """Plan the decoding of a plain JPEG file, or decode any other image with Pillow: ``[H, W, 3]``.
 
         Raises:
-            ImageError: not an image, too large, damaged, or smaller than the crop.
+            ImageError: See :func:`scale_mae.data.pillow.decode`.
         """
-        header = plain_jpeg(data)
-        if header is None or not self._suits(header, crop):
+        header = plain_jpeg_header(data)
+        if header is None or not self._can_decode(header, crop):
             return pillow.decode(data, crop, self._size)
-        return _planned(data, header, crop)
+        return _plan(data, header, crop)
 
     def decode_batch(self, prepared: Sequence[NDArray[np.uint8] | Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
-        """Second stage of a batch.
+        """Decode the planned JPEG files and put all images together.
 
         Returns:
-            uint8 ``[B, H, W, 3]`` on the decoder's device, in the given order, and the rows that could not be decoded after
-            all, which are zero.
+            Images in the given order, uint8 ``[B, H, W, 3]`` on the device of the decoder, and the errors of unreadable
+            images by row. Their rows are zero.
         """
         jpegs = {row: item for row, item in enumerate(prepared) if isinstance(item, Jpeg)}
         with torch.cuda.stream(self._stream):
-            images_BHW3, errors = self._decoded(list(jpegs.values()))
+            images_BHW3, errors = self._decode_jpegs(list(jpegs.values()))
             if len(jpegs) < len(prepared):
                 arrays = {row: item for row, item in enumerate(prepared) if not isinstance(item, Jpeg)}
                 mixed_BHW3 = images_BHW3.new_zeros(len(prepared), *self._size, 3)
@@ -112,30 +117,30 @@ class DaliDecoder:
                 mixed_BHW3[list(arrays)] = torch.from_numpy(np.stack(list(arrays.values()))).to(self._device)
                 images_BHW3 = mixed_BHW3
         if self._stream is not None:
-            self._stream.synchronize()  # DALI may overwrite what was read, and the images are complete for every stream
-            images_BHW3.record_stream(torch.cuda.default_stream(self._device))  # where training reads them
+            self._stream.synchronize()  # afterwards DALI may reuse its buffers, and other streams may read the images
+            images_BHW3.record_stream(torch.cuda.default_stream(self._device))  # training reads them there
         rows = list(jpegs)
         return images_BHW3, {rows[number]: error for number, error in errors.items()}
 
     def close(self) -> None:
-        """Give back threads and memory."""
+        """Release threads and memory."""
         self._pool.shutdown()
         self._pipeline = None
 
-    def _suits(self, header: Header, crop: Crop) -> bool:
+    def _can_decode(self, header: Header, crop: Crop) -> bool:
         inside = crop.top + crop.height <= header.height and crop.left + crop.width <= header.width
-        line = min(crop.height, crop.width) == 1  # PyTorch's resizing gets the strides of single columns wrong
+        line = min(crop.height, crop.width) == 1  # PyTorch's resizing handles the strides of single columns incorrectly
         shrink = max(crop.height / self._size[0], crop.width / self._size[1])
         return inside and not line and shrink <= MAX_SHRINK and header.width * header.height <= MAX_PIXELS
 
     def _build(self) -> Pipeline:
-        # a batch at a time, because finish returns what it was given: there is nothing to prefetch
+        # no queue: decode_batch returns the images of its own arguments, so there is nothing to prefetch
         pipeline = Pipeline(self._batch_size, self._threads, self._device_id, prefetch_queue_depth=1)
         define_graph(pipeline, "cpu" if self._device_id is None else "mixed")
         pipeline.build()
         return pipeline
 
-    def _decoded(self, jpegs: list[Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
+    def _decode_jpegs(self, jpegs: list[Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
         if not jpegs:
             return torch.zeros(0, *self._size, 3, dtype=torch.uint8, device=self._device), {}
         try:
@@ -143,20 +148,20 @@ class DaliDecoder:
             encoded = [np.frombuffer(jpeg.data, np.uint8) for jpeg in jpegs]
             start, end = np.array([jpeg.start for jpeg in jpegs], np.int32), np.array([jpeg.end for jpeg in jpegs], np.int32)
             (boxes,) = self._pipeline.run(encoded=encoded, start=start, end=end)
-            return self._resized(boxes, jpegs), {}
-        except Exception as error:  # whatever DALI raises, because of one image or all of them; Pillow says which and why
-            self._pipeline = None  # it is of no more use
+            return self._resize(boxes, jpegs), {}
+        except Exception as error:  # DALI raises errors of many kinds, and does not say which image failed; Pillow does
+            self._pipeline = None  # a failed pipeline cannot be used again
             self.failure = str(error)
             self.fallbacks += len(jpegs)
-            return self._with_pillow(jpegs)
+            return self._decode_with_pillow(jpegs)
 
-    def _resized(self, boxes: Any, jpegs: list[Jpeg]) -> Tensor:
+    def _resize(self, boxes: Any, jpegs: list[Jpeg]) -> Tensor:
         if self._stream is not None:
-            return resized_on_gpu([torch.utils.dlpack.from_dlpack(box) for box in boxes], jpegs, self._size)
-        arrays = self._pool.map(_resized, map(np.asarray, boxes), jpegs, [self._size] * len(jpegs))
+            return resize_on_gpu([torch.utils.dlpack.from_dlpack(box) for box in boxes], jpegs, self._size)
+        arrays = self._pool.map(_resize_on_cpu, map(np.asarray, boxes), jpegs, [self._size] * len(jpegs))
         return torch.from_numpy(np.stack(list(arrays)))
 
-    def _with_pillow(self, jpegs: list[Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
+    def _decode_with_pillow(self, jpegs: list[Jpeg]) -> tuple[Tensor, dict[int, ImageError]]:
         images_BHW3 = np.zeros((len(jpegs), *self._size, 3), np.uint8)
         errors = {}
         tasks = [self._pool.submit(pillow.decode, jpeg.data, jpeg.crop, self._size) for jpeg in jpegs]
@@ -169,10 +174,10 @@ class DaliDecoder:
 
 
 def define_graph(pipeline: Pipeline, device: str) -> None:
-    """Add the decoder to an empty pipeline: encoded images and the boxes to decode go in, the boxes come out.
+    """Add the decoder to an empty pipeline. Its inputs are encoded images and boxes; its output is the decoded boxes.
 
     Args:
-        pipeline: whose graph is empty.
+        pipeline: A pipeline with an empty graph.
         device: ``cpu``, or ``mixed`` for a decoder that reads host memory and writes GPU memory.
     """
     with pipeline:
@@ -186,25 +191,25 @@ def define_graph(pipeline: Pipeline, device: str) -> None:
             end=end,
             axis_names="HW",
             output_type=types.RGB,
-            adjust_orientation=False,  # it reads EXIF only; Pillow also reads XMP
+            adjust_orientation=False,  # DALI reads EXIF only, Pillow also XMP
             jpeg_fancy_upsampling=True,
-            hw_decoder_load=HARDWARE_SHARE,
-            preallocate_width_hint=USUAL_SIDE,
-            preallocate_height_hint=USUAL_SIDE,
+            hw_decoder_load=HARDWARE_LOAD,
+            preallocate_width_hint=PREALLOCATED_SIDE,
+            preallocate_height_hint=PREALLOCATED_SIDE,
         )
         pipeline.set_outputs(boxes)
 
 
-def plain_jpeg(data: bytes) -> Header | None:
-    """Size and orientation of a JPEG that DALI decodes as Pillow does, from its header; None for everything else.
+def plain_jpeg_header(data: bytes) -> Header | None:
+    """Return size and orientation of a JPEG file that DALI decodes as Pillow does. Return ``None`` for all other data.
 
-    8 bits, grey or YCbCr, Huffman coded, with an end. Damage between header and end is filled in alike by both, except that
-    DALI takes a few images that Pillow refuses.
+    Such a file has 8 bits per channel, is gray or YCbCr, is Huffman coded, and has an end marker. If the data in between is
+    damaged, both decoders fill in the same pixels, except for a few images that Pillow rejects.
     """
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return None
     header, tagged, at = None, False, 2
-    while at + 20 < len(data):  # longer than what is read of any segment
+    while at + 20 < len(data):  # less than 20 bytes of each segment are read
         start, marker, length = unpack_from(">BBH", data, at)
         if start == 0xFF and marker in FRAMES and header is None:
             bits, height, width, components = unpack_from(">BHHB", data, at + 4)
@@ -212,20 +217,21 @@ def plain_jpeg(data: bytes) -> Header | None:
                 return None
             header = Header(width, height, orientation=1)
         elif start == 0xFF and marker == 0xDA:
-            return pillow.read_image_header(data, verify=False) if header and tagged else header
-        elif start != 0xFF or marker not in SKIPPED:
+            return pillow.read_image_header(data) if header and tagged else header
+        elif start != 0xFF or marker not in IGNORED_SEGMENTS:
             return None
-        tagged |= marker == 0xE1  # EXIF or XMP, which may tell an orientation
+        tagged |= marker == 0xE1  # EXIF or XMP, which may contain an orientation
         if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15] != 1:
             return None  # not YCbCr
         at += 2 + length
     return None
 
 
-def _planned(data: bytes, header: Header, crop: Crop) -> Jpeg:
+def _plan(data: bytes, header: Header, crop: Crop) -> Jpeg:
+    """Find the box of the stored image from which the crop of the upright image comes."""
     transpose, mirror_rows, mirror_columns = map(bool, TURNS[header.orientation])
-    rows = _undone(crop.top, crop.height, header.height, mirror_rows)
-    columns = _undone(crop.left, crop.width, header.width, mirror_columns)
+    rows = _before_mirroring(crop.top, crop.height, header.height, mirror_rows)
+    columns = _before_mirroring(crop.left, crop.width, header.width, mirror_columns)
     height, width = header.height, header.width
     if transpose:
         rows, columns, height, width = columns, rows, width, height
@@ -243,27 +249,29 @@ def _planned(data: bytes, header: Header, crop: Crop) -> Jpeg:
     )
 
 
-def _undone(first: int, length: int, total: int, mirrored: bool) -> slice:
+def _before_mirroring(first: int, length: int, total: int, mirrored: bool) -> slice:
     first = total - first - length if mirrored else first
     return slice(first, first + length)
 
 
-def _resized(box_hw3: NDArray[np.uint8], jpeg: Jpeg, size: tuple[int, int]) -> NDArray[np.uint8]:
-    # NumPy copies, because PyTorch would start threads of its own in each of the pool's
+def _resize_on_cpu(box_hw3: NDArray[np.uint8], jpeg: Jpeg, size: tuple[int, int]) -> NDArray[np.uint8]:
+    # copy with NumPy, because PyTorch would start its own threads in every thread of the pool
     part_hw3 = box_hw3[jpeg.rows, jpeg.columns]
     part_hw3 = np.ascontiguousarray(part_hw3.transpose(1, 0, 2) if jpeg.transpose else part_hw3)
     image_13hw = torch.from_numpy(part_hw3)[None].permute(0, 3, 1, 2)
-    image_13HW = interpolate(image_13hw, size, mode="bicubic", antialias=True)  # rows first, and rounds, as Pillow
+    image_13HW = interpolate(image_13hw, size, mode="bicubic", antialias=True)  # horizontal pass first, rounded, as in Pillow
     image_HW3: NDArray[np.uint8] = image_13HW[0].permute(1, 2, 0).numpy()
     return image_HW3[:: -1 if jpeg.mirror_rows else 1, :: -1 if jpeg.mirror_columns else 1]
 
 
-def resized_on_gpu(boxes: Sequence[Tensor], jpegs: Sequence[Jpeg], size: tuple[int, int]) -> Tensor:
-    """What :func:`_resized` does, with few kernels and in floating point because there are none for uint8.
+def resize_on_gpu(boxes: Sequence[Tensor], jpegs: Sequence[Jpeg], size: tuple[int, int]) -> Tensor:
+    """Crop, resize and turn decoded boxes as on the CPU, with few kernels.
+
+    The arithmetic is floating point, because PyTorch has no uint8 resizing kernel for GPUs.
 
     Args:
-        boxes: as decoded, uint8 ``[h, w, 3]``, each of its own size.
-        jpegs: what is wanted of them.
+        boxes: Decoded boxes of different sizes, uint8 ``[h, w, 3]``.
+        jpegs: The plan of each box.
         size: (height, width) of the results.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Packing: images again as small, clean, shuffled JPEGs in tar shards, for training whose decoders cannot keep up.
+"""Packs images as small, clean, shuffled JPEGs into tar shards, for machines whose decoders limit the training speed.
 
-Which image goes where depends on the index and the settings only, so each shard is made on its own, in parallel, and an
-interrupted packing goes on with the shards that are missing.
+The index and the settings alone determine the content of each shard. Workers can therefore write the shards in parallel, and
+an interrupted run continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -30,21 +30,38 @@ from scale_mae.system.lock import exclusive_lock
 from scale_mae.system.process_pool import map_unordered, shared_state
 from scale_mae.system.resources import available_cores
 
-TRIED = 100  # images encoded for trial, to learn how large they become
-SETTINGS = "packing.json"
-LEFT_OUT = ".left_out.txt"
+TRIAL_IMAGES = 100  # encoded first, to estimate the size of an image
+SETTINGS_FILE = "packing.json"
+SKIPPED_SUFFIX = ".skipped.txt"
+CONTINUE = "Run the same command again to continue."
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """The index of the shards, and a line for each image that could not be packed."""
+    """The result of packing.
+
+    Attributes:
+        index: The index of the shards.
+        skipped: One line for each image that could not be packed.
+    """
 
     index: Index
-    left_out: Sequence[str]
+    skipped: Sequence[str]
 
 
 @dataclass(frozen=True)
 class _Packing:
+    """The state that the worker processes share.
+
+    Attributes:
+        index: The images to pack.
+        folder: The folder of the shards.
+        order: Shuffles the images.
+        short_side: Largest short side in pixels.
+        quality: JPEG quality.
+        per_shard: Images per shard.
+    """
+
     index: Index
     folder: Path
     order: SamplePlan
@@ -64,75 +81,82 @@ def pack(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackResult:
-    """Re-encode all usable images of a source into shuffled tar shards in the WebDataset convention, with their index.
+    """Re-encode all usable images of a source into shuffled tar shards in the WebDataset convention, and index them.
 
     Args:
-        source: an index, or what one is made of.
-        out: folder for ``shard-000000.tar`` and so on, ``classes.txt`` and ``data.index``.
-        short_side: larger images are scaled down to it, in pixels.
-        quality: of the JPEGs, 1 to 95.
-        shard_mb: size of a shard in megabytes (10^6 bytes), about.
-        seed: of the order.
-        workers: processes; by default as many as cores.
-        progress: called with (images done, images in all).
+        source: An index, or any source of images.
+        out: Folder for ``shard-000000.tar`` and so on, ``classes.txt`` and ``data.index``.
+        short_side: Larger images are scaled down until their short side has this many pixels.
+        quality: JPEG quality, 1 to 95.
+        shard_mb: Approximate size of a shard in megabytes (10^6 bytes).
+        seed: Seed of the shuffled order.
+        workers: Number of processes; one per core by default.
+        progress: Called with the number of packed images and the number of all images.
 
     Raises:
-        DataError: an unusable source or setting, a folder of another packing, or a shard that cannot be written.
+        DataError: The source, an option or the folder cannot be used, or a shard cannot be written.
     """
     if not (short_side > 0 and 1 <= quality <= 95 and 0 < shard_mb < math.inf):
-        raise DataError(f"--short-side {short_side} --quality {quality} --shard-mb {shard_mb:g}: positive, quality at most 95")
+        raise DataError(
+            f"--short-side {short_side} --quality {quality} --shard-mb {shard_mb:g}: a value is out of range. Set a short side "
+            "above 0, a quality from 1 to 95 and a shard size above 0."
+        )
     folder, index, workers = Path(out), open_index(source), workers or available_cores()
     settings = {"data": index.digest, "short_side": short_side, "quality": quality, "shard_mb": shard_mb, "seed": seed}
     packing = _Packing(index, folder, SamplePlan(seed, len(index), 1), short_side, quality, 1)
     try:
         with exclusive_lock(folder / f"{INDEX_NAME}.lock", f"{folder} is being packed"):
-            packing = replace(packing, per_shard=_begin(packing, settings))
-            _write_missing(packing, workers, progress or (lambda done, total: None))
-            left_out = [line for path in sorted(folder.glob(f"*{LEFT_OUT}")) for line in path.read_text("utf-8").splitlines()]
+            packing = replace(packing, per_shard=_prepare_folder(packing, settings))
+            _write_missing_shards(packing, workers, progress or (lambda done, total: None))
+            files = sorted(folder.glob(f"*{SKIPPED_SUFFIX}"))
+            skipped = [line for path in files for line in path.read_text("utf-8").splitlines()]
             packed = build_index(str(folder), folder / INDEX_NAME, workers=workers)
     except BrokenProcessPool:
         raise DataError(
-            f"{source}: a packing process was killed, by an image or for want of memory; scale-mae index {source} finds such "
-            "images; the same command goes on where it stopped"
+            f"{source}: a packing process was killed, by an image or by a lack of memory. "
+            f"`scale-mae index {source}` finds such images. {CONTINUE}"
         ) from None
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error}); the same command goes on where it stopped") from None
-    if len(packed) + len(left_out) != len(index):
-        raise DataError(f"{folder}: holds {len(packed)} of {len(index)} images and left out {len(left_out)}; take a new folder")
-    if not existing_index(source):  # an index of the user's own has told what it leaves out
-        left_out += [f"{where}: {cause}" for where, cause in index.quarantined_images()]
-    return PackResult(packed, left_out)
+        raise DataError(f"{folder}: cannot be written ({error}). {CONTINUE}") from None
+    if len(packed) + len(skipped) != len(index):
+        raise DataError(
+            f"{folder}: contains {len(packed)} images and {len(skipped)} were skipped, but the source has {len(index)} images. "
+            "Choose a new folder."
+        )
+    if not existing_index(source):  # the user of an index already knows its quarantine
+        skipped += [f"{location}: {cause}" for location, cause in index.quarantined_images()]
+    return PackResult(packed, skipped)
 
 
-def _begin(packing: _Packing, settings: dict[str, Any]) -> int:
-    """Check the folder, or prepare it; images of a shard, which must not change when a packing goes on."""
-    folder, described = packing.folder, packing.folder / SETTINGS
-    if described.exists():
+def _prepare_folder(packing: _Packing, settings: dict[str, Any]) -> int:
+    """Check the folder, or prepare it. Return the images per shard, which must not change when the packing continues."""
+    folder, file = packing.folder, packing.folder / SETTINGS_FILE
+    if file.exists():
         try:
-            there = json.loads(described.read_text("utf-8"))
-            per_shard = int(there.pop("images_per_shard"))
+            previous = json.loads(file.read_text("utf-8"))
+            per_shard = int(previous.pop("images_per_shard"))
         except (ValueError, KeyError):
-            raise DataError(f"{described}: damaged; name another folder") from None
-        if there != settings:
-            raise DataError(f"{folder} holds another packing ({there}); name another folder")
+            raise DataError(f"{file}: damaged. Choose another folder.") from None
+        if previous != settings:
+            raise DataError(f"{folder}: contains shards of other images or settings ({previous}). Choose another folder.")
         return per_shard
     if any(path.name not in (CLASSES_FILE, f"{INDEX_NAME}.lock") for path in folder.iterdir()):
-        raise DataError(f"{folder} is not empty; name another folder")
+        raise DataError(f"{folder}: not empty. Choose another folder.")
     classes = packing.index.classes
     if any("\n" in name for name in classes):
-        raise DataError("a class has a line break in its name; rename it")
+        raise DataError(f"{packing.index.source}: a class name contains a line break. Rename the class.")
     if classes:
         (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in classes), "utf-8", errors="surrogateescape")
     per_shard = _images_per_shard(packing, settings["shard_mb"] * 1e6)
-    staging = described.with_suffix(".tmp")
+    staging = file.with_suffix(".tmp")
     staging.write_text(json.dumps(settings | {"images_per_shard": per_shard}), "utf-8")
-    staging.rename(described)
+    staging.rename(file)
     return per_shard
 
 
-def _write_missing(packing: _Packing, workers: int, progress: Progress) -> None:
+def _write_missing_shards(packing: _Packing, workers: int, progress: Progress) -> None:
     total = len(packing.index)
-    missing = [first for first in range(0, total, packing.per_shard) if not _shard(packing, first).exists()]
+    missing = [first for first in range(0, total, packing.per_shard) if not _shard_path(packing, first).exists()]
     done = total - sum(min(packing.per_shard, total - first) for first in missing)
     with map_unordered(_write_shard, missing, processes=workers, max_pending=workers, state=packing) as results:
         for images in results:
@@ -140,16 +164,16 @@ def _write_missing(packing: _Packing, workers: int, progress: Progress) -> None:
             progress(done, total)
 
 
-def _images_per_shard(packing: _Packing, size: float) -> int:
-    """Images of a shard of ``size`` bytes, from those that come first."""
-    tried = []
-    for sample in _samples(packing, 0, min(TRIED, len(packing.index))):
+def _images_per_shard(packing: _Packing, shard_bytes: float) -> int:
+    """Estimate the number of images in a shard from the first images."""
+    sizes = []
+    for sample in _samples(packing, 0, min(TRIAL_IMAGES, len(packing.index))):
         try:
             data = reencode_as_jpeg(packing.index.read(sample), packing.short_side, packing.quality)
         except ImageError:
             continue
-        tried.append(512 * (3 + math.ceil(len(data) / 512)))  # a header each for image and label, contents in whole blocks
-    return max(1, int(size / np.mean(tried))) if tried else 1
+        sizes.append(512 * (3 + math.ceil(len(data) / 512)))  # headers of image and label, a block for the label, the image
+    return max(1, int(shard_bytes / np.mean(sizes))) if sizes else 1
 
 
 def _samples(packing: _Packing, first: int, last: int) -> list[int]:
@@ -157,32 +181,36 @@ def _samples(packing: _Packing, first: int, last: int) -> list[int]:
     return samples
 
 
-def _shard(packing: _Packing, first: int) -> Path:
+def _shard_path(packing: _Packing, first: int) -> Path:
     return packing.folder / f"shard-{first // packing.per_shard:06d}.tar"
 
 
 def _write_shard(first: int) -> int:
-    """One shard, whole or not at all, and beside it a line for each image left out; runs in a worker. Images dealt with."""
+    """Write one shard atomically, and a file that names its skipped images. This runs in a worker.
+
+    Returns:
+        The number of packed and skipped images.
+    """
     packing: _Packing = shared_state()
     index = packing.index
     last = min(first + packing.per_shard, len(index))
-    path = _shard(packing, first)
-    staging, left_out = path.with_suffix(".tmp"), []
+    path = _shard_path(packing, first)
+    staging, skipped = path.with_suffix(".tmp"), []
     with open(staging, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for position, sample in enumerate(_samples(packing, first, last), first):
             try:
                 data = reencode_as_jpeg(index.read(sample), packing.short_side, packing.quality)
             except ImageError as error:
-                left_out.append(f"{index.location(sample)}: {error}\n")
+                skipped.append(f"{index.location(sample)}: {error}\n")
                 continue
             _add(tar, f"{position:09d}.jpg", data)
             if (label := int(index.entries[sample]["label"])) != NO_LABEL:
                 _add(tar, f"{position:09d}.cls", b"%d" % label)
-        tar.close()  # writes the end of the archive, which has to be in the file before it is flushed
+        tar.close()  # writes the end of the archive, which must be in the file before the flush
         file.flush()
         os.fsync(file.fileno())
-    if left_out:
-        path.with_suffix(LEFT_OUT).write_text("".join(left_out), "utf-8")
+    if skipped:
+        path.with_suffix(SKIPPED_SUFFIX).write_text("".join(skipped), "utf-8")
     staging.rename(path)
     return last - first
 

@@ -1,1 +1,1 @@
-"""The masked autoencoder."""
+"""Models: the masked autoencoder and the classifier, and their masking, targets, losses and sizes."""

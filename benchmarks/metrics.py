@@ -75,11 +75,19 @@ class Training:
         (folder / "run").mkdir()
         self.model = build_mae(size, image_size=(IMAGE, IMAGE), decoder_depth=DECODER_DEPTH, seed=0)
         self.engine = Engine(self.model, config, world)
-        instruments = build_monitoring(config, world, self.model, 1_281_167, 10**6, 0, None)
-        self.watch = instruments.watch
+        monitoring = build_monitoring(config, world, self.model, dataset_size=1_281_167, total_steps=10**6)
+        self.step_timer = monitoring.step_timer
         saver = Saver(folder / "run", config, world, zero_stage=1, max_bytes=0, main_only_bytes=0)
-        parts: Any = (instruments, world, FailureCounter(0.1), saver, StopTimeEstimator(0), SimpleNamespace(fallbacks=0))
-        self.teller = MetricsLogger(*parts, save_every=1000, newest=None, skipped_steps=0, rollbacks=0)
+        decoder: Any = SimpleNamespace(fallbacks=0)
+        self.metrics_logger = MetricsLogger(
+            monitoring=monitoring,
+            world=world,
+            failure_counter=FailureCounter(0.1),
+            saver=saver,
+            stop_time=StopTimeEstimator(0),
+            decoder=decoder,
+            save_interval=1000,
+        )
         self.hooks = dict(self.model._forward_hooks)
         self.step_number = 0
         (entry,) = (folder / "prometheus").glob("*.json")
@@ -94,15 +102,15 @@ class Training:
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(LOG_EVERY):
             if measured:
-                self.watch.mark("vote")
+                self.step_timer.mark("vote")
             loss = self.engine.forward_backward(images, noise)
             if measured:
-                self.watch.mark("backward")
+                self.step_timer.mark("backward")
             self.engine.step(1e-5)
             if measured:
-                self.watch.mark("optimizer")
-                self.watch.mark("data")
-                self.watch.end_step()
+                self.step_timer.mark("optimizer")
+                self.step_timer.mark("data")
+                self.step_timer.end_step()
         if measured:
             self.log(float(loss))
         return {"wall_s": (time.perf_counter() - wall) / LOG_EVERY, "cpu_s": (time.process_time() - cpu) / LOG_EVERY}
@@ -110,7 +118,9 @@ class Training:
     def log(self, loss: float) -> None:
         """Do the work of a log step."""
         self.step_number += LOG_EVERY
-        self.teller.step(self.step_number, loss, 1e-5, 1.0, 1.0, 0, 0)
+        self.metrics_logger.log_step(
+            step=self.step_number, loss=loss, lr=1e-5, grad_norm=1.0, loss_scale=1.0, skipped_steps=0, rollbacks=0
+        )
 
 
 def time_phase_marks(device: torch.device, repeats: int) -> float:
@@ -133,8 +143,8 @@ def time_log_steps(training: Training, repeats: int) -> tuple[float, float]:
     for _ in range(repeats):
         for _ in range(LOG_EVERY):
             for name in ("vote", "forward", "backward", "optimizer", "data"):
-                training.watch.mark(name)
-            training.watch.end_step()
+                training.step_timer.mark(name)
+            training.step_timer.end_step()
         wall_start, cpu_start = time.perf_counter(), time.thread_time()
         training.log(1.0)
         wall.append(time.perf_counter() - wall_start)
@@ -174,7 +184,7 @@ def main() -> None:
                 times[measured].append(training.steps(images, noise, measured=measured))
         scraper.kill()
         scraper.wait()
-        training.teller.log.__exit__(None, None, None)
+        training.metrics_logger.log.__exit__(None, None, None)
         device = world.device
 
     step = median(times_of_step["wall_s"] for times_of_step in times[False])

@@ -76,7 +76,7 @@ def _train(task: str, recipe: str | Path | Config, overrides: dict[str, Any]) ->
         if world.is_main:
             held.enter_context(exit_status.recording_errors())
         watchdog = held.enter_context(Watchdog(config.run.watchdog_minutes, world.rank))
-        result = Trainer(config, world, stop, watchdog, notes).loop()
+        result = Trainer(config, world, stop, watchdog, notes).train()
         if world.is_main:
             exit_status.write("finished" if result.finished else result.stopped)
         return result

@@ -29,7 +29,7 @@ def train_and_tell(configs):
     with process_group() as ranks, StopRequest() as stop:
         for config in configs:
             run = Trainer(config, ranks, stop, Watchdog(0, 0))
-            run.loop()
+            run.train()
             assert isinstance(run.engine, Engine)
             sharded = run.engine.zero_stage > 0
             masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)

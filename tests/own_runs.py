@@ -60,7 +60,7 @@ def _train_all(several):
 
     with process_group() as ranks, StopRequest() as stop:
         for config in several:
-            Trainer(config, ranks, stop, Watchdog(0, 0)).loop()
+            Trainer(config, ranks, stop, Watchdog(0, 0)).train()
 
 
 def make_own_runs(folder):

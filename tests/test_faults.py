@@ -235,7 +235,7 @@ def train_all(configs):
     from scale_mae.training.watchdog import Watchdog
 
     with process_group() as ranks, StopRequest() as stop:
-        return [Trainer(config, ranks, stop, Watchdog(0, 0)).loop().finished for config in configs]
+        return [Trainer(config, ranks, stop, Watchdog(0, 0)).train().finished for config in configs]
 
 
 def test_damaged_checkpoints_are_renamed_and_the_run_resumes_from_the_one_before(expected, tmp_path):
@@ -323,7 +323,7 @@ def train_with_a_failing_commit(config, step, bad_image):
     from scale_mae.data.errors import DataError
     from scale_mae.training.trainer import Trainer
 
-    commit, one_step = Committer.commit, Trainer._one_step
+    commit, train_step = Committer.commit, Trainer.train_step
 
     def fail(self, world, current_step, *args, **more):
         if current_step == step:
@@ -334,9 +334,9 @@ def train_with_a_failing_commit(config, step, bad_image):
     def end(self, *args):
         if self.step == step and bad_image:
             raise DataError("a bad image")
-        return one_step(self, *args)
+        return train_step(self, *args)
 
-    Committer.commit, Trainer._one_step = fail, end
+    Committer.commit, Trainer.train_step = fail, end
     return train(config)
 
 
@@ -352,7 +352,7 @@ def test_a_run_that_ends_with_an_error_logs_that_its_last_save_failed(tmp_path):
     with pytest.raises(RankError, match="a bad image"):
         run_ranks(2, train_with_a_failing_commit, config, 6, True)
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "checkpoint lost, 1 so far: the disk is gone" in text.partition("Stopped by an error: a bad image")[0]
+    assert "Checkpoint not saved (1 so far): the disk is gone" in text.partition("Stopped by an error: a bad image")[0]
 
 
 def train_with_a_bit_flip(config):
@@ -421,7 +421,7 @@ def test_a_pointer_that_cannot_be_updated_loses_no_checkpoint(tmp_path, local):
     assert run_ranks(2, train, config)[0].finished
     assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [8, 10]
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "checkpoint lost" not in text
+    assert "Checkpoint not saved" not in text
     assert text.count("latest: not updated (Directory not empty)") == 5
     assert log(tmp_path / "run", "checkpoint_failures")[10] == (0,)
 
@@ -527,7 +527,7 @@ def train_with_a_small_local_disk(folder, index, nbytes):
 def test_a_local_save_needs_free_space_for_all_ranks_of_the_node(expected, tmp_path):
     run_in_mount_namespace("train_with_a_small_local_disk", tmp_path, checkpoint_bytes(expected[0]))
     text = (tmp_path / "run" / "log.txt").read_text()
-    lost = r"checkpoint lost, . so far: .*/checkpoints/step-.{8}: not written \(.*/local/.* GB are needed, .* GB are free"
+    lost = r"Checkpoint not saved \(. so far\): .*/step-.{8}: not written \(.*/local/.* GB are needed, .* GB are free"
     assert len(re.findall(lost, text)) == 3, text
 
 
@@ -655,8 +655,8 @@ def test_a_full_or_read_only_disk_loses_checkpoints_but_not_the_run(expected, tm
         ("overrun", "No space left|disk is full or not writable"),
     ):
         text = (tmp_path / f"{name} kept" / "log.txt").read_text()
-        assert len(re.findall(f"checkpoint lost, . so far: .*({reason})", text)) == 7, text
-        assert "step-00000001\n" in text.partition("resumed from")[2]
+        assert len(re.findall(rf"Checkpoint not saved \(. so far\): .*({reason})", text)) == 7, text
+        assert "step-00000001 at step 1 " in text.partition("Resumed from")[2]
         assert log(tmp_path / f"{name} kept", "loss", "lr", "grad_norm") == expected_log
     assert log(tmp_path / "read-only" / "run", "loss", "lr", "grad_norm") == expected_log
     results = json.loads((tmp_path / "results.json").read_text())

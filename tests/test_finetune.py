@@ -250,7 +250,7 @@ def train(task, recipe, overrides, stop_after=None):
 
     torch.set_num_threads(1)
     if stop_after:
-        step = Trainer._one_step
+        step = Trainer.train_step
 
         def stopping(self, feed):
             vote = step(self, feed)
@@ -258,7 +258,7 @@ def train(task, recipe, overrides, stop_after=None):
                 self.stop.request("a test")
             return vote
 
-        Trainer._one_step = stopping
+        Trainer.train_step = stopping
     result = getattr(scale_mae, task)(load_config(recipe, overrides))
     return result.step, result.finished
 
@@ -364,8 +364,8 @@ def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
     assert run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))[0] == (4, True)
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [event["step"] for event in history if event["event"] == "evaluation_failed"] == [2, 4]
-    assert f"step 4: not evaluated, training goes on: {damaged}" in (run / "log.txt").read_text()
-    assert "not evaluated" not in (run / "exit_status").read_text()
+    assert f"The evaluation at step 4 failed; training continues: {damaged}" in (run / "log.txt").read_text()
+    assert "evaluation" not in (run / "exit_status").read_text()
     assert str(damaged) in evaluations(read_run_record(run))
 
 
@@ -469,8 +469,8 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
             "classify.trainable_blocks=7, but the encoder has 6 blocks",
         ),
         ({"classify.val_source": "nowhere", "model.init_from": None}, "classify.val_source=nowhere"),
-        ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is no class of data.source"),
-        ({"data.source": "ONE", "model.init_from": None}, "all images are of one class"),
+        ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is not a class of data.source"),
+        ({"data.source": "ONE", "model.init_from": None}, "all images belong to one class"),
         ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval=0 epochs is 0 steps"),
         ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
     ],

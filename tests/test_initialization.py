@@ -629,7 +629,7 @@ def train_several(configs, stops):
                         request.ask("the test")
 
                 run.log.write_metrics = metrics
-                run.loop()
+                run.train()
                 tables.append((run.engine.model.pos_embed.dtype, run.engine.model.pos_embed.clone().numpy()))
     return tables
 
@@ -667,7 +667,7 @@ def test_a_learned_table_stays_exact_through_bf16_resume_and_export(learned, tmp
             assert dtype == torch.float32
             assert torch.equal(torch.from_numpy(value), table)
     straight, resumed = configs[stage], configs[f"{stage} resumed"]
-    assert "resumed from" in said(resumed.run.dir)
+    assert "Resumed from" in said(resumed.run.dir)
     assert log(resumed.run.dir, "loss", "lr") == log(straight.run.dir, "loss", "lr")
     assert_equal(weights(resumed.run.dir, 6), weights(straight.run.dir, 6))
     out = convert(resumed.run.dir, "timm", tmp_path / "e.safetensors")

@@ -31,11 +31,11 @@ def test_where_a_run_went_back_to_again_with_nothing_saved_since_it_goes_further
         return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= max_step), None)
 
     monkeypatch.setattr(rollback, "latest_valid", latest_valid)
-    recovery = object.__new__(rollback.RollbackController)
-    recovery._dir = tmp_path
+    controller = object.__new__(rollback.RollbackController)
+    controller._run_dir, controller._log_message = tmp_path, [].append
     for past, chosen in (([], 30), ([30], 15), ([30, 15], 30), ([30, 15, 30], 15)):  # after 15, step 30 was saved anew
-        recovery._past = [{"to": to} for to in past]
-        assert recovery._choose(40, []).name == f"step-{chosen:08d}", past
+        controller._past = [{"to": to} for to in past]
+        assert controller._choose_checkpoint(40).name == f"step-{chosen:08d}", past
 
 
 # ---------------------------------------------------------------- steps with gradients that are not finite
@@ -78,7 +78,7 @@ HEAL = RollbackConfig(window=20, spike_threshold=10.0, max_spikes=3, max_skipped
 def verdict_of(losses, config=HEAL, skipped=(), health=None):
     health = health or AnomalyDetector(config)
     for step, loss in enumerate(losses, 1):
-        if verdict := health.add(step, loss, step in skipped):
+        if verdict := health.add_step(step, loss, step in skipped):
             return verdict
     return None
 
@@ -92,25 +92,25 @@ def noise(number, seed=0):
 
 
 def test_some_losses_in_a_row_that_are_too_high_give_a_verdict_that_names_them():
-    assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Anomaly(31, 33, "the loss was too high")
+    assert verdict_of([*noise(30), 2.0, 2.0, 2.0]) == Anomaly(31, 33, "loss spikes")
     assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 1.0, 2.0, 2.0, *noise(9)]) is None
-    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0]) == Anomaly(31, 35, "the loss was too high")  # one takes back one
+    assert verdict_of([*noise(30), 2.0, 2.0, 1.0, 2.0, 2.0]) == Anomaly(31, 35, "loss spikes")  # one takes back one
     assert verdict_of([*noise(30), 0.1, 0.1, 0.1, 0.1]) is None  # only upward
     assert verdict_of([*noise(19), 2.0, 2.0, 2.0]) is None  # the window is not full
     assert verdict_of([*noise(30), 9.0, 9.0, 9.0], HEAL.model_copy(update={"spike_threshold": None})) is None
 
 
 def test_steps_left_out_in_a_row_give_a_verdict_at_any_time():
-    assert verdict_of(noise(9), skipped={3, 4, 5, 6}) == Anomaly(3, 6, "gradients were not finite")
+    assert verdict_of(noise(9), skipped={3, 4, 5, 6}) == Anomaly(3, 6, "non-finite gradients")
     assert verdict_of(noise(9), skipped={2, 3, 4, 6, 7, 8}) is None
     assert verdict_of([1.0, math.nan, math.inf, 1e30, -math.inf, math.nan], skipped={4}) == Anomaly(
-        2, 5, "gradients were not finite"
+        2, 5, "non-finite gradients"
     )
 
 
 def test_losses_that_do_not_differ_or_rise_slowly_are_no_spikes():
     assert verdict_of([1.0] * 30 + [1.005] * 30) is None
-    assert verdict_of([1.0] * 30 + [1.5] * 3) == Anomaly(31, 33, "the loss was too high")
+    assert verdict_of([1.0] * 30 + [1.5] * 3) == Anomaly(31, 33, "loss spikes")
     assert verdict_of(np.linspace(1, 3, 2000).tolist()) is None
     assert verdict_of([0.0] * 60) is None
 
@@ -123,8 +123,8 @@ def test_a_resumed_run_comes_to_the_same_verdict(tail, cut):
     for step, loss in enumerate(losses, 1):
         if step == cut:
             resumed = AnomalyDetector(HEAL, json.loads(json.dumps(resumed.state())))
-        verdict = whole.add(step, loss, False)
-        assert resumed.add(step, loss, False) == verdict
+        verdict = whole.add_step(step, loss, False)
+        assert resumed.add_step(step, loss, False) == verdict
         assert resumed.suspicious == whole.suspicious
         if verdict:
             break
@@ -192,16 +192,16 @@ def train_without(config, left_out):
 
 def killed_as_it_goes_on(config, value):
     """The rollback is recorded and loaded; then all is over."""
-    from scale_mae.training.trainer import Run
+    from scale_mae.training.trainer import Trainer
 
     poison(value, *POISON)
-    go_back = Run._go_back
+    go_back = Trainer._roll_back
 
     def then_die(self, verdict):
         go_back(self, verdict)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Run._go_back = then_die
+    Trainer._roll_back = then_die
     return train(config)
 
 
@@ -224,8 +224,8 @@ def test_a_run_goes_back_and_leaves_out_what_led_astray_killed_or_not(tmp_path, 
     assert event["detected"] == (29 if case == "spike" else 35)  # seen at the next log step
     assert len(event["samples"]) == 20
     text = (tmp_path / "whole/log.txt").read_text()
-    assert "in steps 27 to 29; 64 images from position 400 on lead there" in text
-    assert "goes back from step" in text
+    assert "in steps 27 to 29. The run skips 64 images from position 400 (" in text
+    assert "Rollback 1 from step" in text
     # as if the run had never seen those images
     run_ranks(2, train_without, clean, LEFT_OUT)
     assert log(tmp_path / "whole", "loss", "lr", "grad_norm") == log(tmp_path / "clean", "loss", "lr", "grad_norm")
@@ -257,7 +257,7 @@ def command(run_dir, value, span, *words):
     told = run_dir.with_suffix(".err")
     with open(told, "w") as file, contextlib.redirect_stderr(file):
         code = main(["pretrain", str(path), *words])
-    return code, [line for line in told.read_text().splitlines() if "error" in line]
+    return code, [line for line in told.read_text().splitlines() if line.startswith("scale-mae: error:")]
 
 
 def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
@@ -265,15 +265,16 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
     code, lines = run_ranks(1, command, tmp_path / "run", math.nan, (POISON[0], 10**9))[0]
     assert code == 2
     assert len(lines) == 1
-    assert "gradients were not finite in steps 25 to 27; 64 images from position 368 on lead there (" in lines[0]
-    assert "the run went back 3 times before, as often as rollback.max_rollbacks allows" in lines[0]
+    assert "non-finite gradients in steps 25 to 27, and" in lines[0]
+    assert "rollback.max_rollbacks=3 allows no further rollback" in lines[0]
+    assert "64 images from position 368 (" in lines[0]
     assert "history.jsonl" in lines[0]
-    assert (tmp_path / "run/exit_status").read_text().startswith("failed: gradients were not finite in steps 25 to 27")
+    assert (tmp_path / "run/exit_status").read_text().startswith("failed: non-finite gradients in steps 25 to 27")
     events = [(e["number"], e["to"], e["skipped_steps"]) for e in rollbacks(tmp_path / "run")]
     assert events == [(1, 24, [26, 29]), (2, 20, [25, 28]), (3, 24, [25, 27])]
     (last,) = [e for e in history.read(tmp_path / "run") if e["event"] == "rollback_failed"]
     assert (last["positions"], len(last["samples"])) == ([368, 608], 20)  # what was left out before lies between
-    assert last["reason"] == "gradients were not finite"
+    assert last["reason"] == "non-finite gradients"
     aside = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("damaged-*"))
     assert [name[:21] for name in aside] == ["damaged-step-00000024"]  # the first one, which was no better
     assert log(tmp_path / "run", "checkpoint_step")[22] == (20,)  # not the one that was turned away from
@@ -282,7 +283,7 @@ def test_a_run_that_went_back_often_enough_stops_with_one_line(tmp_path):
 def test_a_run_without_a_checkpoint_to_go_back_to_says_so(tmp_path):
     code, lines = run_ranks(1, command, tmp_path / "run", math.nan, POISON, "checkpoint.interval=1000 steps")[0]
     assert code == 2
-    assert "there is no checkpoint before them to go back to" in lines[0]
+    assert "there is no earlier checkpoint to roll back to" in lines[0]
 
 
 def test_a_checkpoint_waits_until_it_is_known_what_its_steps_are_worth(tmp_path):
@@ -318,19 +319,19 @@ def test_a_clean_run_gives_no_reason_for_suspicion(tmp_path):
     assert len(losses) == 300
     health = AnomalyDetector(RollbackConfig(window=50, spike_threshold=RollbackConfig().spike_threshold / 2))
     for step, loss in enumerate(losses, 1):
-        health.add(step, loss, False)
+        health.add_step(step, loss, False)
         assert not health.suspicious, step
 
 
-def test_a_run_begun_anew_has_no_past(tmp_path):
-    from scale_mae.training.rollback import _past
+def test_a_run_begun_anew_has_noread_rollbacks(tmp_path):
+    from scale_mae.training.rollback import read_rollbacks
 
     history.append(tmp_path, "rollback", number=1, to=4, positions=[64, 96])
-    assert len(_past(tmp_path)) == 1
+    assert len(read_rollbacks(tmp_path)) == 1
     history.append(tmp_path, "start", step=4)
-    assert len(_past(tmp_path)) == 1
+    assert len(read_rollbacks(tmp_path)) == 1
     history.append(tmp_path, "start", step=0)
-    assert _past(tmp_path) == []
+    assert read_rollbacks(tmp_path) == []
     history.append(tmp_path, "rollback", number=1, to=4)
-    with pytest.raises(UserError, match="does not tell what it left out"):
-        _past(tmp_path)
+    with pytest.raises(UserError, match="does not contain the positions that it skipped"):
+        read_rollbacks(tmp_path)

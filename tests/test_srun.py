@@ -83,13 +83,13 @@ def test_scancel_saves_once_and_the_same_command_resumes(cluster, tmp_path):
     assert checkpoint.name == f"step-{first:08d}"
     assert read_manifest(checkpoint).world_size == 2
     text = (run_dir / "log.txt").read_text()
-    assert text.count("stopped by") == text.count(f"after step {first}\n") == 1
-    assert "resumed" not in text
+    assert text.count("stopped by") == text.count(f"after step {first}.\n") == 1
+    assert "Resumed" not in text
 
     second = stop_after_some_steps(cluster, run_dir)
     text = (run_dir / "log.txt").read_text()
-    assert f"resumed from {checkpoint}\n" in text
-    assert f"after step {second}\n" in text
+    assert f"Resumed from {checkpoint} at step" in text
+    assert f"after step {second}.\n" in text
     assert [read_manifest(c).step for c in list_checkpoints(run_dir)] == [first, second]
     assert [r["step"] for r in log_records(run_dir)] == list(range(1, second + 1))  # no step is missing, and none occurs twice
 

@@ -221,7 +221,7 @@ def test_preempted_run_saves_waits_and_resumes_to_the_same_losses(cluster, undis
     assert f"{job} PENDING" in urgent.read_text()
     assert finish(cluster, run) == undisturbed
     assert len(attempts(run)) == 2
-    assert " saved " in log_text(run).split("Restart: 1.")[0], "preempted without a checkpoint"
+    assert "Saved checkpoint" in log_text(run).split("Restart: 1.")[0], "preempted without a checkpoint"
 
 
 @service
@@ -239,10 +239,10 @@ def test_run_saves_and_stops_before_the_time_limit(cluster, here, capsys):
     assert f"stopped by the time limit after step {read_manifest(checkpoint).step}. The job requeues itself.\n" in log_text(run)
     assert attempts(run)[-1].endswith(f"checkpoint={checkpoint.name}")
     wait_for_steps(cluster, run, "the run is cancelled")
-    assert f"resumed from {checkpoint}" in log_text(run)
+    assert f"Resumed from {checkpoint}" in log_text(run)
     assert main(["cancel", str(run)]) == 0
     wait(cluster, run, "the end", queue_is_empty(cluster))
-    assert "stopped by SIG" not in log_text(run).split("resumed from")[0]
+    assert "stopped by SIG" not in log_text(run).split("Resumed from")[0]
 
 
 @service
@@ -408,7 +408,7 @@ def test_variables_of_an_outer_job_or_launcher_do_not_reach_the_job(cluster, her
     for name in outer:
         monkeypatch.delenv(name)
     finish(cluster, run)
-    assert "2 processes on cpu" in log_text(run)
+    assert "x 2 cpu ranks" in log_text(run)
     assert read_manifest(list_checkpoints(run)[-1]).world_size == 2
 
 

@@ -222,7 +222,7 @@ def test_a_save_that_fails_on_one_rank_loses_that_checkpoint_only(undisturbed, t
     failures = log(tmp_path / "run", "checkpoint_failures")
     assert failures[4] == (0,)
     assert failures[10] == (1,)
-    assert "checkpoint lost, 1 so far" in (tmp_path / "run/log.txt").read_text()
+    assert "Checkpoint not saved (1 so far)" in (tmp_path / "run/log.txt").read_text()
 
 
 def train_on_a_full_disk_with_bad_weights(config):
@@ -306,7 +306,7 @@ def test_the_newest_good_checkpoint_is_used_when_a_newer_one_is_damaged(undistur
     assert log(folder, "loss", "lr", "grad_norm") == {s: v for s, v in undisturbed[1].items() if s > 8}
     text = (folder / "log.txt").read_text()
     assert "Skipped a damaged checkpoint" in text
-    assert "resumed from" in text
+    assert "Resumed from" in text
 
 
 @pytest.mark.parametrize(

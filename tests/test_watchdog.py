@@ -26,7 +26,7 @@ def hang(config, rank, how, errors):
     from scale_mae.training import watchdog
     from scale_mae.training.batch_iterator import BatchIterator
 
-    watchdog.GRACE = 1.0
+    watchdog.GRACE_SECONDS = 1.0
     mine = int(os.environ["RANK"])
     os.dup2(os.open(f"{errors}-{mine}", os.O_WRONLY | os.O_CREAT), 2)
     original, taken = BatchIterator.take, []
@@ -58,7 +58,7 @@ def test_a_rank_that_stops_moving_ends_all_with_their_stacks(tmp_path, how):
     told = [(tmp_path / f"error-{rank}").read_text() for rank in (0, 1)]
     assert processes[0].exitcode == EXIT_CODE, told
     assert "rank 0 | no progress for 0.1 minutes (run.watchdog_minutes)" in told[0]
-    assert "in _one_step" in told[0]  # where it waits for the other
+    assert "in train_step" in told[0]  # where it waits for the other
     assert processes[1].exitcode != 0
     assert how.__name__ in told[1]
     assert not (tmp_path / "run" / FILE).exists()  # for a job script: start again
@@ -69,7 +69,7 @@ def wait_without_a_step(minutes):
 
     with Watchdog(minutes, 0) as watchdog:
         if not minutes:
-            watchdog.beat()
+            watchdog.report_progress()
         time.sleep(1.5)
     return "alive"
 
@@ -77,11 +77,11 @@ def wait_without_a_step(minutes):
 def move_again(minutes):
     from scale_mae.training import watchdog
 
-    watchdog.GRACE = 1.0
+    watchdog.GRACE_SECONDS = 1.0
     with watchdog.Watchdog(minutes, 0) as watched:
-        watched.beat()
+        watched.report_progress()
         time.sleep(60 * minutes + 0.9)
-        watched.beat()
+        watched.report_progress()
         time.sleep(0.5)
     return "alive"
 
@@ -122,13 +122,13 @@ def test_the_time_to_stop_follows_the_slowest_save(tmp_path, monkeypatch):
 
 
 def test_one_save_that_hung_long_ago_does_not_stop_jobs_early_for_ever(monkeypatch):
-    pace = StopTimeEstimator(nbytes=10**10, saves=[])
+    pace = StopTimeEstimator(checkpoint_bytes=10**10, save_seconds=[])
     assert pace.lead_seconds == 2 * 50 + 30
-    pace = StopTimeEstimator(nbytes=0, saves=[7200.0])
-    pace.stepped(40)
+    pace = StopTimeEstimator(checkpoint_bytes=0, save_seconds=[7200.0])
+    pace.add_step(40)
     assert pace.lead_seconds == 2 * 7200 + 2 * 40 + 30
     for _ in range(3):
-        pace.saved(1.0)
+        pace.add_save(1.0)
     assert pace.lead_seconds == 2 * 1 + 2 * 40 + 30
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     stop = StopRequest()
@@ -160,7 +160,7 @@ def test_a_signal_to_any_rank_stops_all_after_one_save(tmp_path, number):
     assert len({r.step for r in results}) == 1
     assert 1 <= results[0].step < 10
     assert results[1].stopped == f"stopped by {number.name} after step {results[1].step}"
-    assert results[0].stopped.startswith("stopped by a signal on another process")
+    assert results[0].stopped.startswith("stopped by a signal to another process")
     assert [c.name for c in list_checkpoints(tmp_path)] == [f"step-{results[0].step:08d}"]
     assert max(log(tmp_path, "loss")) == results[0].step
 

@@ -1,11 +1,12 @@
-"""Is a run healthy? Told from every step's loss and from the steps that were left out, one after another.
+"""Detect anomalies of a run: loss spikes and skipped steps.
 
-A loss is too high when it lies ``rollback.spike_threshold`` deviations above the median of the last ``rollback.window``
-good ones. The deviation
-is 1.4826 times the median absolute one: for a normal distribution the standard deviation, and not moved by single outliers
-(Rousseeuw and Croux 1993). A bad step, too high or left out, never enters the window. A good step takes back one that was
-too high, no more, so that a loss which is too high most of the time is not forgiven for the rest. The verdict on a step
-depends on the steps before it alone, not on when it is asked for, so that a resumed run comes to the same.
+A loss is a spike if it lies ``rollback.spike_threshold`` deviations above the median of the last ``rollback.window``
+good losses. The deviation is 1.4826 times the median absolute deviation. For a normal distribution this equals the
+standard deviation, and single outliers do not change it (Rousseeuw and Croux 1993).
+
+Spikes and skipped steps are bad steps. They never enter the window. A good step cancels one earlier spike, not all of
+them, so that a loss that spikes in most steps is an anomaly. The result for a step depends only on the steps before it. It
+does not depend on when it is requested, so a resumed run gets the same result.
 """
 
 from __future__ import annotations
@@ -19,75 +20,82 @@ from typing import Any
 
 from scale_mae.config.sections import RollbackConfig
 
-NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-LEAST = 1e-3  # of the median: a smaller deviation counts as this, so that losses that hardly differ are not all spikes
+STD_PER_MAD = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
+# The least deviation, as a share of the median. Without it, every change of a constant loss would be a spike.
+MIN_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A run has gone bad.
+    """Too many bad steps: spikes, or skipped steps.
 
     Attributes:
-        first: first bad step, counted from 1.
-        last: the one that was too many.
-        reason: what was wrong with them.
+        first_step: The first bad step, counted from 1.
+        last_step: The last bad step, which exceeded the limit.
+        reason: ``loss spikes`` or ``non-finite gradients``.
     """
 
-    first: int
-    last: int
+    first_step: int
+    last_step: int
     reason: str
 
 
 class AnomalyDetector:
-    """Judges steps.
+    """Checks the steps of a run one after another.
 
     Args:
-        config: how many bad steps are too many.
-        state: from a checkpoint.
+        config: The thresholds.
+        state: :meth:`state` from a checkpoint.
     """
 
     def __init__(self, config: RollbackConfig, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {"losses": [], "first": 0, "high": 0, "skipped": 0}
+        state = state or {"losses": [], "first_step": 0, "spikes": 0, "skipped": 0}
         self._config = config
         self._losses: deque[float] = deque(state["losses"], maxlen=config.window)
-        self._first, self._high, self._skipped = int(state["first"]), int(state["high"]), int(state["skipped"])
+        self._first_step = int(state["first_step"])
+        self._spikes, self._skipped = int(state["spikes"]), int(state["skipped"])
 
     @property
     def suspicious(self) -> bool:
-        """Whether bad steps are not outweighed yet by good ones, so that nobody knows what the run is worth."""
-        return bool(self._high or self._skipped)
+        """Whether there are bad steps that good steps have not canceled yet. They may become an anomaly."""
+        return bool(self._spikes or self._skipped)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"losses": list(self._losses), "first": self._first, "high": self._high, "skipped": self._skipped}
+        """Return the state for a checkpoint."""
+        return {
+            "losses": list(self._losses),
+            "first_step": self._first_step,
+            "spikes": self._spikes,
+            "skipped": self._skipped,
+        }
 
-    def add(self, step: int, loss: float, skipped: bool) -> Anomaly | None:
-        """Judge the next step.
+    def add_step(self, step: int, loss: float, skipped: bool) -> Anomaly | None:
+        """Add the next step, and return an anomaly if there are too many bad steps.
 
         Args:
-            step: its number, counted from 1.
-            loss: of its global batch.
-            skipped: its gradients were not finite and it was left out.
+            step: Number of the step, counted from 1.
+            loss: Loss of its global batch.
+            skipped: Whether the step was skipped because its gradients were not finite.
         """
         skipped = skipped or not math.isfinite(loss)
-        high = not skipped and self._is_high(loss)
-        if not (skipped or high):
+        spike = not skipped and self._is_spike(loss)
+        if not (skipped or spike):
             self._losses.append(loss)
-            self._high, self._skipped = max(0, self._high - 1), 0
+            self._spikes, self._skipped = max(0, self._spikes - 1), 0
             return None
         if not self.suspicious:
-            self._first = step
-        self._high += high
+            self._first_step = step
+        self._spikes += spike
         self._skipped += skipped
-        if self._high >= self._config.max_spikes:
-            return Anomaly(self._first, step, "the loss was too high")
+        if self._spikes >= self._config.max_spikes:
+            return Anomaly(self._first_step, step, "loss spikes")
         if self._skipped >= self._config.max_skipped_steps:
-            return Anomaly(self._first, step, "gradients were not finite")
+            return Anomaly(self._first_step, step, "non-finite gradients")
         return None
 
-    def _is_high(self, loss: float) -> bool:
+    def _is_spike(self, loss: float) -> bool:
         if self._config.spike_threshold is None or len(self._losses) < self._config.window:
             return False
-        middle = median(self._losses)
-        deviation = NORMAL * median(abs(other - middle) for other in self._losses)
-        return loss - middle > self._config.spike_threshold * max(deviation, LEAST * abs(middle))
+        center = median(self._losses)
+        deviation = STD_PER_MAD * median(abs(other - center) for other in self._losses)
+        return loss - center > self._config.spike_threshold * max(deviation, MIN_DEVIATION * abs(center))

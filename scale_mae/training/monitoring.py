@@ -1,4 +1,4 @@
-"""What measures a run and where it is told, put together: clocks, counters, the log with its sinks, the exporter."""
+"""The parts that measure a run: step timer, metrics, counters, GPU readings, the log with its sinks, and the exporter."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from scale_mae.metrics.sinks import Log, Sink, build_log, print_to_stderr
 from scale_mae.metrics.step_timer import StepTimer
 from scale_mae.metrics.trackers import build_trackers
 from scale_mae.runs.run_id import get_run_id
+from scale_mae.system.versions import package_versions
 
 
 @dataclass(frozen=True)
 class Monitoring:
-    """See this module's text.
+    """The parts that measure a run and publish its metrics.
 
     Attributes:
-        run: what is told of the run itself.
-        watch: laps of its steps.
-        meter: makes the metrics of a log line.
-        counters: counts that go on over restarts.
-        node: this machine.
-        nvml: its GPUs.
-        gpu: NVML's number of this process's GPU.
-        log: sinks of this process; most processes have none.
+        run: Identity and labels of the run.
+        step_timer: Times the phases of steps.
+        calculator: Computes the metrics of a log step.
+        counters: Counters that continue across restarts.
+        node: The node of this process.
+        nvml: GPU readings.
+        gpu: NVML's index of this process's GPU; None without a GPU.
+        log: The sinks of this process. Most processes have none.
     """
 
     run: RunInfo
-    watch: StepTimer
+    step_timer: StepTimer
     calculator: MetricsCalculator
     counters: Counters
     node: Node
@@ -53,82 +54,111 @@ class Monitoring:
     log: Log
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {
-            "counters": dict(self.counters.values),
-            **self.calculator.state(),
-        }
+        """Return the state for a checkpoint."""
+        return {"counters": dict(self.counters.values), **self.calculator.state()}
 
 
 def build_monitoring(
-    config: Config, world: World, model: TrainableModule, images: int, total_steps: int, step: int, saved: dict[str, Any] | None
+    config: Config,
+    world: World,
+    model: TrainableModule,
+    dataset_size: int,
+    total_steps: int,
+    *,
+    step: int = 0,
+    state: dict[str, Any] | None = None,
 ) -> Monitoring:
-    """Put everything together. All processes call it.
+    """Build all parts. All processes call this.
 
     Args:
-        config: of the run.
-        world: the processes.
-        model: what is trained.
-        images: of the data set.
-        total_steps: of the schedule.
-        step: where the run stands.
-        saved: :meth:`Monitoring.state` of the checkpoint that it goes on from.
+        config: The configuration of the run.
+        world: The process group.
+        model: The model. Its forward passes are timed.
+        dataset_size: Number of training images.
+        total_steps: Length of the schedule.
+        step: The number of steps done.
+        state: :meth:`Monitoring.state` of the checkpoint from which the run resumes.
     """
-    run_dir, saved, nvml = Path(config.run.dir), saved or {}, Nvml()
-    name, counters = world.run_on_main(lambda: (get_run_id(run_dir), _restarted(run_dir, saved.get("counters"))))
+    run_dir, state, nvml = Path(config.run.dir), state or {}, Nvml()
+    run_id, counters = world.run_on_main(lambda: (get_run_id(run_dir), _count_restart(run_dir, state.get("counters"))))
     node = detect_node(world, nvml)
-    watch = StepTimer(world.device)
-    model.register_forward_hook(watch.mark_forward)
-    flops = model.flops()
-    recomputed = recomputed_flops(flops, config.train.activation_checkpointing, config.train.activation_checkpointing_every)
-    peak = None
-    if world.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
-    calculator = MetricsCalculator(config.train.global_batch, images, world.size, flops.train, recomputed, total_steps, peak)
-    calculator.restore(saved)
-    run = RunInfo(name, run_dir, _facts(config, counters))
+    step_timer = StepTimer(world.device)
+    model.register_forward_hook(step_timer.mark_forward)
+    calculator = _build_calculator(config, world, model, dataset_size, total_steps)
+    calculator.restore(state)
+    run = RunInfo(run_id, run_dir, _run_labels(config, counters))
     sinks: list[Sink] = []
-    problems: list[str] = []
+    warnings: list[str] = []
     if config.log.metrics_port is not None and (world.local_rank == 0 or world.is_main):
-        discovery = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
+        discovery_dir = Path(config.log.discovery_dir or run_dir.resolve().parent / "prometheus")
+        port, is_main = config.log.metrics_port, world.is_main
         try:
-            exporter = Exporter(run, node, nvml, counters, watch, config.log.metrics_port, discovery, is_first=world.is_main)
-            sinks, problems = [exporter], exporter.warnings
+            exporter = Exporter(run, node, nvml, counters, step_timer, port, discovery_dir, is_first=is_main)
+            sinks, warnings = [exporter], exporter.warnings
         except OSError as error:
-            problems = [f"no metrics for Prometheus from node {node.number}: {error}"]
+            warnings = [f"Node {node.number} exports no metrics to Prometheus: {error}"]
     if world.is_main:
-        sinks += build_trackers(config, name, step)
+        sinks += build_trackers(config, run_id, step)
     log = build_log(run_dir, total_steps, step, sinks) if world.is_main else Log(sinks)
-    for problem in problems:
-        (log.write_message if world.is_main else print_to_stderr)(problem)
-    return Monitoring(run, watch, calculator, counters, node, nvml, node.placements[world.rank][1], log)
+    for warning in warnings:
+        (log.write_message if world.is_main else print_to_stderr)(warning)
+    return Monitoring(run, step_timer, calculator, counters, node, nvml, node.placements[world.rank][1], log)
 
 
-def start_facts(instruments: Monitoring, world: World, zero_stage: int, versions: dict[str, str]) -> dict[str, Any]:
-    """What the history says of a process group that begins."""
+def start_event(monitoring: Monitoring, world: World, zero_stage: int) -> dict[str, Any]:
+    """Return the fields of the event ``start`` in the run's history."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     return {
-        "restarts": int(instruments.counters["restarts"]),
+        "restarts": int(monitoring.counters["restarts"]),
         "world_size": world.size,
         "zero_stage": zero_stage,
         "device": device,
         "host": node_address(),
-        "job_id": _job_id(),
-        "versions": versions,
+        "job_id": _slurm_job_id(),
+        "versions": package_versions(),
         "command": shlex.join(sys.orig_argv),
     }
 
 
-def _restarted(run_dir: Path, saved: dict[str, float] | None) -> Counters:
-    """The run's counters, this start among them, if it is not the first."""
-    counters = restore_counters(run_dir, saved)
+def describe_settings(config: Config, world: World, task_description: str, zero_stage: int) -> str:
+    """Return the settings of a run for its log: task, batch, number of ranks, precision, ZeRO stage and learning rate."""
+    train, accumulation_steps = config.train, config.accumulation(world.size)
+    return (
+        f"{task_description}, {train.global_batch} images per step ({train.micro_batch} per rank x {accumulation_steps} "
+        f"accumulation {'step' if accumulation_steps == 1 else 'steps'} x {world.size} {world.device.type} "
+        f"{'rank' if world.size == 1 else 'ranks'}), {train.precision}, ZeRO-{zero_stage}, "
+        f"peak lr {config.peak_lr:.3g}"
+    )
+
+
+def _build_calculator(
+    config: Config, world: World, model: TrainableModule, dataset_size: int, total_steps: int
+) -> MetricsCalculator:
+    flops, train = model.flops(), config.train
+    peak = peak_flops(torch.cuda.get_device_name(world.device), train.precision) if world.device.type == "cuda" else None
+    return MetricsCalculator(
+        global_batch=train.global_batch,
+        dataset_size=dataset_size,
+        world_size=world.size,
+        flops_per_image=flops.train,
+        recomputed_flops_per_image=recomputed_flops(
+            flops, train.activation_checkpointing, train.activation_checkpointing_every
+        ),
+        total_steps=total_steps,
+        peak_flops=peak,
+    )
+
+
+def _count_restart(run_dir: Path, state: dict[str, float] | None) -> Counters:
+    """Restore the counters of the run, and count this start as a restart if it is not the first start."""
+    counters = restore_counters(run_dir, state)
     counters.add("restarts", 1 if counters.values else 0)
     return counters
 
 
-def _facts(config: Config, counters: Counters) -> dict[str, str]:
+def _run_labels(config: Config, counters: Counters) -> dict[str, str]:
     return {
-        "job_id": _job_id() or "",
+        "job_id": _slurm_job_id() or "",
         "restart": f"{counters['restarts']:.0f}",
         "version": __version__,
         "model": config.model.size,
@@ -137,5 +167,5 @@ def _facts(config: Config, counters: Counters) -> dict[str, str]:
     }
 
 
-def _job_id() -> str | None:
+def _slurm_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")

@@ -1,4 +1,4 @@
-"""What a run trains: the model it begins with, what one micro-batch gives it, and how it is judged on the way."""
+"""What a run trains: the initial model, the inputs of a micro-batch, and the evaluation during training."""
 
 from __future__ import annotations
 
@@ -19,84 +19,91 @@ from scale_mae.weights.initialization import build_initial_model
 
 
 class Task(Protocol):
-    """See this module's text."""
+    """The interface of a training task. The model computes the loss; see :mod:`scale_mae.model`."""
 
     @property
     def model(self) -> TrainableModule:
-        """On the host, the same on every process."""
+        """The model on the host, the same on all processes."""
 
     @property
     def num_patches(self) -> int:
-        """That mask noise is wanted for; 0: none."""
+        """Number of patches that need mask noise. 0 if the task uses no masks."""
 
     @property
-    def what(self) -> str:
-        """The model and its task in words."""
+    def description(self) -> str:
+        """The model and the task for the log, such as ``MAE pre-training of ViT-base``."""
 
-    def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
-        """What the model's forward pass takes, on the device of the images."""
+    def model_inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs of the model's forward pass, on the device of the images."""
 
-    def due(self, step: int, total: int) -> bool:
-        """Whether it is to be judged after a step."""
+    def should_evaluate(self, step: int, total_steps: int) -> bool:
+        """Return whether to evaluate the model after a step."""
 
-    def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
-        """How good the model is: metrics, and lines for people. All processes call it.
+    def evaluate(self, engine: Engine, step: int, report_progress: Callable[[], None]) -> tuple[Metrics, list[str]]:
+        """Evaluate the model. Return metrics, and lines for the log. All processes call this.
 
         Args:
-            engine: trains it.
-            step: steps done.
-            beat: called now and then, so that nobody thinks the run hangs.
+            engine: The engine that trains the model.
+            step: The number of steps done.
+            report_progress: Called after each batch, so that the watchdog does not end the process.
         """
 
-    def saved(self, checkpoint: Path) -> None:
-        """The weights that were judged last may be in a checkpoint now. The first process calls it."""
+    def on_checkpoint_saved(self, checkpoint: Path) -> None:
+        """Handle the last checkpoint of the run, which may contain the weights of the last evaluation. Rank 0 calls this."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to tell of the model besides."""
+        """Return entries for the state of a checkpoint."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of a checkpoint, which :meth:`state` is part of."""
+        """Restore the task from the state of a checkpoint, which contains the entries of :meth:`state`."""
 
 
 class PretrainingTask:
-    """A masked autoencoder; see :class:`Task`. Its loss is all there is to judge it by."""
+    """Pre-training of a masked autoencoder; see :class:`Task`. It has no evaluation."""
 
-    def __init__(self, config: Config, world: World, notes: list[str], *, resumed: bool) -> None:
-        self.model = build_initial_model(config, world, notes, resumed=resumed)
-        self.num_patches, self.what = self.model.num_patches, config.model.size
+    def __init__(self, config: Config, world: World, messages: list[str], *, resumed: bool) -> None:
+        self.model = build_initial_model(config, world, messages, resumed=resumed)
+        self.num_patches, self.description = self.model.num_patches, f"MAE pre-training of ViT-{config.model.size}"
 
-    def inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
-        """Images, and the noise that decides on the masks."""
+    def model_inputs(self, batch: Batch, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """Return the images and the mask noise."""
         assert batch.mask_noise is not None
         return images_B3HW, batch.mask_noise.to(images_B3HW.device, non_blocking=True)
 
-    def due(self, step: int, total: int) -> bool:
-        """Never."""
+    def should_evaluate(self, step: int, total_steps: int) -> bool:
+        """Return False."""
         return False
 
-    def judge(self, engine: Engine, step: int, beat: Callable[[], None]) -> tuple[Metrics, list[str]]:
-        """Nothing to say."""
+    def evaluate(self, engine: Engine, step: int, report_progress: Callable[[], None]) -> tuple[Metrics, list[str]]:
+        """Return no metrics and no lines."""
         return {}, []
 
-    def saved(self, checkpoint: Path) -> None:
-        """Nothing to tell of them."""
+    def on_checkpoint_saved(self, checkpoint: Path) -> None:
+        """Do nothing."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return no entries."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def build_task(config: Config, index: Index, world: World, notes: list[str], *, resumed: bool) -> Task:
-    """The task of a run; what is to be told of its beginning is appended to ``notes``. All processes call it.
+def build_task(config: Config, index: Index, world: World, messages: list[str], *, resumed: bool) -> Task:
+    """Build the task of a run. All processes call this.
+
+    Args:
+        config: The configuration of the run.
+        index: The index of the training images.
+        world: The process group.
+        messages: Messages for the log are appended here.
+        resumed: Whether the run resumes from a checkpoint, which will replace the initial weights.
 
     Raises:
-        UserError: weights to begin with that do not fit, or images without labels.
+        UserError: The initial weights do not match the model, or the images of a classifier have no labels.
     """
     if config.run.task == "pretrain":
-        return PretrainingTask(config, world, notes, resumed=resumed)
-    from scale_mae.training.classification import ClassificationTask  # which brings timm's augmentations, seconds to import
+        return PretrainingTask(config, world, messages, resumed=resumed)
+    from scale_mae.training.classification import ClassificationTask  # imports timm's augmentations, which takes seconds
 
-    return ClassificationTask(config, index, world, notes, resumed=resumed)
+    return ClassificationTask(config, index, world, messages, resumed=resumed)

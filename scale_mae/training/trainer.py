@@ -1,12 +1,11 @@
-"""Training from top to bottom: build everything in visible order, then the loop."""
+"""The training of a run from top to bottom: ``Trainer.__init__`` builds all parts in order, ``Trainer.train`` is the loop."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from scale_mae.config import Config, UserError
 from scale_mae.data.errors import DataError
 from scale_mae.data.failure_counter import FailureCounter
 from scale_mae.data.index import Index
-from scale_mae.data.loader import BatchShard, Loader
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
@@ -27,33 +25,27 @@ from scale_mae.distributed.signals import StopRequest
 from scale_mae.distributed.stop_vote import Vote
 from scale_mae.engine.deepspeed import Engine
 from scale_mae.engine.schedule import build_schedule
-from scale_mae.metrics.sinks import print_to_stderr
 from scale_mae.runs.directory import prepare_run_directory
 from scale_mae.runs.run_index import check_index_unchanged, find_or_build_index
-from scale_mae.system.versions import package_versions
 from scale_mae.training.anomaly_detector import Anomaly
-from scale_mae.training.batch_iterator import BatchIterator, build_decoder
+from scale_mae.training.batch_iterator import BatchIterator, build_loader
 from scale_mae.training.metrics_logger import MetricsLogger
-from scale_mae.training.monitoring import build_monitoring, start_facts
-from scale_mae.training.rollback import ADVICE, RollbackController
+from scale_mae.training.monitoring import build_monitoring, describe_settings, start_event
+from scale_mae.training.rollback import RollbackController
 from scale_mae.training.tasks import build_task
 from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import Watchdog
 
 
-class NonFiniteError(UserError):
-    """A weight became NaN or infinite."""
-
-
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a call of :func:`scale_mae.pretrain` and its like ended.
+    """The result of :func:`scale_mae.pretrain`, :func:`scale_mae.finetune` or :func:`scale_mae.linprobe`.
 
     Attributes:
-        run_dir: the run directory.
-        step: optimizer steps done.
-        finished: whether that is the end of the schedule; if not, the same call continues.
-        stopped: what stopped it, such as ``stopped by SIGTERM after step 12``; empty when nothing did.
+        run_dir: Run directory.
+        step: Optimizer steps done.
+        finished: Whether the schedule is complete. If not, the same call continues the run.
+        stopped: Why the run stopped early, such as ``stopped by SIGTERM after step 12``. Empty if it did not.
     """
 
     run_dir: Path
@@ -63,234 +55,247 @@ class TrainingResult:
 
 
 class Trainer:
-    """The parts of a run, built in the order in which they depend on each other, and the loop over them."""
+    """The parts of a run, built in the order in which they depend on each other, and the training loop.
 
-    def __init__(self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog, said: Sequence[str] = ()) -> None:
+    Args:
+        config: The configuration of the run.
+        world: The process group.
+        stop: Requests to stop.
+        watchdog: Gets reports of progress.
+        messages: Messages for the log, which does not exist yet.
+    """
+
+    def __init__(
+        self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog, messages: Sequence[str] = ()
+    ) -> None:
         self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
-        accumulation = config.accumulation(world.size)
-        self.dir, notes = Path(config.run.dir), [*said]
+        self.accumulation_steps = config.accumulation(world.size)
+        self.run_dir, messages = Path(config.run.dir), [*messages]
 
-        # What there is: the run directory, its newest checkpoint, the images
-        checkpoint = world.run_on_main(lambda: prepare_run_directory(self.dir, config, notes))
-        path = world.run_on_main(lambda: find_or_build_index(self.dir, config.data.source, notes, stop))
-        self.index = index = world.run_on_all(lambda: Index.open(path))
+        # Run directory and index of the images
+        checkpoint = world.run_on_main(lambda: prepare_run_directory(self.run_dir, config, messages))
+        index_path = world.run_on_main(lambda: find_or_build_index(self.run_dir, config.data.source, messages, stop))
+        self.index = world.run_on_all(lambda: Index.open(index_path))
+        dataset_size, resumed = len(self.index), checkpoint is not None
 
-        # What comes when
-        self.schedule = build_schedule(config, len(index))
-        self.save_every = config.steps(config.checkpoint.interval, len(index))
-        plan = SamplePlan(config.run.seed, len(index), config.train.global_batch)
-        self.recovery = RollbackController(self.dir, config.rollback, world, plan, index, self._say, resumed=bool(checkpoint))
+        # Schedule, order of the samples, and rollback, which changes that order
+        self.schedule = build_schedule(config, dataset_size)
+        self.save_interval = config.steps(config.checkpoint.interval, dataset_size)
+        plan = SamplePlan(config.run.seed, dataset_size, config.train.global_batch)
+        self.rollback = RollbackController(
+            self.run_dir, config.rollback, world, plan, self.index, self._log_message, resumed=resumed
+        )
 
-        # The model and its engine, at the step where the run stands
-        self.task = build_task(config, index, world, notes, resumed=bool(checkpoint))
-        parameters = sum(p.numel() for p in self.task.model.parameters())
+        # Model and DeepSpeed engine, at the step of the checkpoint
+        self.task = build_task(config, self.index, world, messages, resumed=resumed)
+        num_parameters = sum(p.numel() for p in self.task.model.parameters())
         self.engine = Engine(self.task.model, config, world)
-        self.step = self.saved = failed_saves = 0
-        recent_saves: list[float] = []
-        measured: dict[str, Any] | None = None
-        self.tally = FailureCounter(config.data.max_failure_ratio)
-        if checkpoint:
-            state = self._load(checkpoint)
-            failed_saves, recent_saves = int(state["failed_saves"]), state["recent_saves_s"]
-            measured = state.get("metrics")
-            notes.append(f"resumed from {checkpoint}")
-        max_bytes, main_only_bytes = checkpoint_size(parameters, config.train.precision, self.engine.zero_stage)
-        sizes = {"zero_stage": self.engine.zero_stage, "max_bytes": max_bytes, "main_only_bytes": main_only_bytes}
-        keep_interval = config.steps(config.checkpoint.keep_interval, len(index)) if config.checkpoint.keep_interval else None
-        self.saver = Saver(self.dir, config, world, **sizes, keep_interval=keep_interval, failures=failed_saves)
-        self.pace = StopTimeEstimator(16 * parameters, recent_saves)
+        self.step = self.saved_step = 0
+        self.failure_counter = FailureCounter(config.data.max_failure_ratio)
+        state = self._load_checkpoint(checkpoint) if checkpoint else {}
 
-        # Batches, measurements, and where they are told
-        pin_memory = world.device.type == "cuda"
-        share = BatchShard(world.rank, world.size, config.train.micro_batch, accumulation)
-        decoder, chosen, why = build_decoder(config, world)
-        shape, warn = (config.model.image_size, self.task.num_patches), functools.partial(_warn, world.rank)
-        self.loader = Loader(index, self.recovery.plan, share, config.data, decoder, *shape, pin_memory, warn)
-        instruments = build_monitoring(
-            config, world, self.task.model, len(index), self.schedule.total_steps, self.step, measured
+        # Saver, and the time that its saves need at the end of the job
+        max_bytes, main_only_bytes = checkpoint_size(num_parameters, config.train.precision, self.engine.zero_stage)
+        keep_interval = config.checkpoint.keep_interval
+        self.saver = Saver(
+            self.run_dir,
+            config,
+            world,
+            zero_stage=self.engine.zero_stage,
+            max_bytes=max_bytes,
+            main_only_bytes=main_only_bytes,
+            keep_interval=config.steps(keep_interval, dataset_size) if keep_interval else None,
+            failures=state.get("failed_saves", 0),
         )
-        self.watch, self.log = instruments.watch, instruments.log
-        told = (instruments, world, self.tally, self.saver, self.pace, decoder, self.save_every, checkpoint)
-        self.teller = MetricsLogger(*told, self.engine.skipped_steps, self.recovery.rollbacks)
-        self.teller.record(
-            "start", step=self.step, **start_facts(instruments, world, self.engine.zero_stage, package_versions())
+        self.stop_time = StopTimeEstimator(16 * num_parameters, state.get("recent_save_seconds", ()))
+
+        # Data loader, monitoring and logging
+        self.loader, loader_message = build_loader(config, world, self.index, self.rollback.plan, self.task.num_patches)
+        self.monitoring = build_monitoring(
+            config, world, self.task.model, dataset_size, self.schedule.total_steps, step=self.step, state=state.get("metrics")
         )
-        notes.append(
-            f"{self.task.what}, on {len(index)} images, {world.size} processes on {world.device.type}, "
-            f"{config.train.precision}, ZeRO-{self.engine.zero_stage}, data.decoder={chosen} ({why}): "
-            f"steps {self.step} to {self.schedule.total_steps} of {config.train.global_batch} images "
-            f"({accumulation} x {config.train.micro_batch} a process), "
-            f"peak learning rate {config.peak_lr:.3g}; run directory {self.dir}"
-        )
-        for note in notes:
-            self.log.write_message(note)
+        self.step_timer, self.log = self.monitoring.step_timer, self.monitoring.log
+        self.metrics_logger = self._build_metrics_logger(checkpoint)
+        self._log_start([*messages, loader_message], checkpoint)
 
-    def _load(self, checkpoint: Path) -> dict[str, Any]:
-        """Stand where a checkpoint stands; its state."""
-        state = self.engine.load(checkpoint)
-        check_index_unchanged(state["data"], self.index, checkpoint)
-        self.step = self.saved = int(state["step"])
-        self.tally = FailureCounter(self.config.data.max_failure_ratio, state["failures"])
-        self.recovery.restore(state.get("recovery"))
-        self.task.restore(state)
-        return state
-
-    def _say(self, message: str) -> None:
-        self.log.write_message(message)
-
-    def loop(self) -> TrainingResult:
-        """Step until the schedule ends or a signal comes; a checkpoint is the last thing written."""
-        total, stopped, vote = self.schedule.total_steps, "", Vote.CONTINUE
-        with self.log, ExitStack() as last, self.saver:
-            last.push(lambda _, error, __: self.teller.end(self.step, stopped or str(error or "finished")))
-            while self.step < total and vote is Vote.CONTINUE:
-                vote = self._train()
-                if self.recovery.verdict:
-                    self._go_back(self.recovery.verdict)
-            self._save()
-            self.watchdog.beat()
+    def train(self) -> TrainingResult:
+        """Train until the schedule ends or the run must stop. A checkpoint is the last thing that is written."""
+        total_steps, stopped, vote = self.schedule.total_steps, "", Vote.CONTINUE
+        with self.log, ExitStack() as at_exit, self.saver:
+            at_exit.push(lambda _, error, __: self.metrics_logger.record_stop(self.step, stopped or str(error or "finished")))
+            while self.step < total_steps and vote is Vote.CONTINUE:
+                vote = self._train_steps()
+                if self.rollback.anomaly:
+                    self._roll_back(self.rollback.anomaly)
+            self._save_checkpoint()
+            self.watchdog.report_progress()
             self.saver.wait()
-            self.teller.saves()
-            self.teller.rest()
+            self.metrics_logger.log_saves()
+            self.metrics_logger.count_remaining_time()
             if self.stop.reason or vote is Vote.STOP:
-                stopped = f"stopped by {self.stop.reason or 'a signal on another process'} after step {self.step}"
-                self.log.write_message(stopped)
+                stopped = f"stopped by {self.stop.reason or 'a signal to another process'} after step {self.step}"
+                self._log_message(f"Run {stopped}.")
             if self.saver.error:
                 raise self.saver.error
-            if self.world.is_main and (saved := list_checkpoints(self.dir)):
-                self.task.saved(saved[-1])
-        return TrainingResult(self.dir, self.step, self.step >= total, stopped)
+            if self.world.is_main and (saved := list_checkpoints(self.run_dir)):
+                self.task.on_checkpoint_saved(saved[-1])
+            if not stopped:
+                self._log_message(f"Run finished after step {self.step}.")
+        return TrainingResult(self.run_dir, self.step, self.step >= total_steps, stopped)
 
-    def _train(self) -> Vote:
-        """Step until the schedule ends, a signal comes, or the run has gone bad."""
-        total, recovery, vote, due = self.schedule.total_steps, self.recovery, Vote.CONTINUE, False
-        with BatchIterator(self.loader.batches(self.step, total), self.world, self.stop, self.watch) as feed:
+    def _train_steps(self) -> Vote:
+        """Train until the schedule ends, the run must stop, or there is an anomaly. Return the last vote."""
+        total_steps, rollback, vote, save_is_due = self.schedule.total_steps, self.rollback, Vote.CONTINUE, False
+        with BatchIterator(self.loader.batches(self.step, total_steps), self.world, self.stop, self.step_timer) as batches:
             try:
-                while self.step < total and vote is Vote.CONTINUE and not recovery.verdict:
-                    self.stop.lead_seconds, began = self.pace.lead_seconds, time.perf_counter()
-                    vote = self._one_step(feed)
-                    self.pace.stepped(time.perf_counter() - began)
-                    due = due or self.step % self.save_every == 0
-                    if due or vote is Vote.STOP:
-                        recovery.judge()
-                    if due and not recovery.health.suspicious:  # else when it is known what these steps are worth
-                        self._save()
-                        due = False
+                while self.step < total_steps and vote is Vote.CONTINUE and not rollback.anomaly:
+                    self.stop.lead_seconds, start = self.stop_time.lead_seconds, time.perf_counter()
+                    vote = self.train_step(batches)
+                    self.stop_time.add_step(time.perf_counter() - start)
+                    save_is_due = save_is_due or self.step % self.save_interval == 0
+                    if save_is_due or vote is Vote.STOP:
+                        rollback.check()
+                    if save_is_due and not rollback.detector.suspicious:  # else wait until the steps prove good or bad
+                        self._save_checkpoint()
+                        save_is_due = False
             except DataError:
-                if not recovery.judge():
-                    self._save()  # the steps before the bad image are sound
+                if not rollback.check():
+                    self._save_checkpoint()  # the steps before the data error are good
                 raise
         return vote
 
-    def _one_step(self, feed: BatchIterator) -> Vote:
-        """One optimizer step. Nothing here waits for the accelerator unless the step is logged."""
-        step, config, world = self.step, self.config, self.world
-        lr = self.schedule.lr(step)
-        accumulation, loss, norm, vote = (
-            config.accumulation(world.size),
-            torch.zeros((), device=world.device),
-            None,
-            Vote.CONTINUE,
-        )
-        logged = (step + 1) % config.log.interval == 0 or step + 1 == self.schedule.total_steps
-        for micro_step in range(accumulation):
-            batch, each = feed.take()
-            vote = max(vote, each)
-            images = batch.images.to(world.device, non_blocking=True)
-            jitter = None if batch.color_jitter is None else batch.color_jitter.to(world.device, non_blocking=True)
+    def train_step(self, batches: BatchIterator) -> Vote:
+        """Do one optimizer step. Nothing here waits for the accelerator unless the step is logged."""
+        config, device = self.config, self.world.device
+        lr = self.schedule.lr(self.step)
+        is_logged = (self.step + 1) % config.log.interval == 0 or self.step + 1 == self.schedule.total_steps
+        loss, grad_norm, vote = torch.zeros((), device=device), None, Vote.CONTINUE
+        for micro_step in range(self.accumulation_steps):
+            batch, batch_vote = batches.take()
+            vote = max(vote, batch_vote)
+            images = batch.images.to(device, non_blocking=True)
+            jitter = None if batch.color_jitter is None else batch.color_jitter.to(device, non_blocking=True)
             images = normalize(images, config.data.mean, config.data.std, jitter)
-            self.teller.add(batch.failures)
-            loss += self.engine.forward_backward(*self.task.inputs(batch, images)) / accumulation
-            self.watch.mark("backward")
-            norm = self.engine.step(lr, return_norm=logged and micro_step + 1 == accumulation)
-            self.watch.mark("optimizer")
-            feed.advance()
+            self.metrics_logger.add_decode_failures(batch.failures)
+            loss += self.engine.forward_backward(*self.task.model_inputs(batch, images)) / self.accumulation_steps
+            self.step_timer.mark("backward")
+            grad_norm = self.engine.step(lr, return_norm=is_logged and micro_step + 1 == self.accumulation_steps)
+            self.step_timer.mark("optimizer")
+            batches.fetch_next()
         self.step += 1
-        self.recovery.add(self.step, loss, self.engine.last_step_skipped)
-        self.watchdog.beat()
-        self.watch.end_step()
-        if self.task.due(self.step, self.schedule.total_steps):
-            self._judge()
-        if logged:
-            self.recovery.judge()
-            counts = self.engine.skipped_steps, self.recovery.rollbacks
-            self.teller.step(self.step, self.recovery.loss, lr, norm, self.engine.loss_scale, *counts)
+        self.rollback.add_step(self.step, loss, self.engine.last_step_skipped)
+        self.watchdog.report_progress()
+        self.step_timer.end_step()
+        if self.task.should_evaluate(self.step, self.schedule.total_steps):
+            self._evaluate()
+        if is_logged:
+            self.rollback.check()
+            self.metrics_logger.log_step(
+                step=self.step,
+                loss=self.rollback.last_loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                loss_scale=self.engine.loss_scale,
+                skipped_steps=self.engine.skipped_steps,
+                rollbacks=self.rollback.num_rollbacks,
+            )
         return vote
 
-    def _judge(self) -> None:
-        """How good the model is by now."""
-        self.watch.mark("other")
+    def _evaluate(self) -> None:
+        """Evaluate the model. An unreadable validation image does not end the run."""
+        self.step_timer.mark("other")
         try:
-            metrics, lines = self.task.judge(self.engine, self.step, self._beat)
-        except UserError as error:  # of the images to evaluate on, which end no run
-            self.teller.not_judged(self.step, str(error))
+            metrics, lines = self.task.evaluate(self.engine, self.step, self._report_progress)
+        except UserError as error:
+            self.metrics_logger.log_failed_evaluation(self.step, str(error))
         else:
-            self.teller.judged(self.step, metrics, lines)
-        self.watch.mark("evaluation")
+            self.metrics_logger.log_evaluation(self.step, metrics, lines)
+        self.step_timer.mark("evaluation")
 
-    def _beat(self) -> None:
-        """Whoever looks for progress, here and from outside, is to see some."""
-        self.watchdog.beat()
-        self.watch.record_progress()
+    def _report_progress(self) -> None:
+        """Report progress to the watchdog and to external monitors."""
+        self.watchdog.report_progress()
+        self.step_timer.record_progress()
 
-    def _go_back(self, verdict: Anomaly) -> None:
-        """To the last good checkpoint, to go on without the images that led to a verdict.
-
-        Raises:
-            RollbackError: that is not possible, or was done often enough.
-        """
-        notes: list[str] = []
-        self.watch.mark("other")
-        self.teller.failures(self.step)
-        self.saver.wait()
-        self.teller.saves()
-        self.watchdog.beat()
-        try:
-            checkpoint = self.recovery.go_back(verdict, self.step, notes)
-        finally:
-            for note in notes:
-                self.log.write_message(note)
-        self.watchdog.beat()
-        state = self._load(checkpoint)
-        self.watchdog.beat()
-        decoder, _, _ = build_decoder(self.config, self.world)  # its loader has closed the old one
-        self.teller.went_back(checkpoint, state.get("metrics") or {}, self.tally, decoder)
-        self.loader = replace(self.loader, plan=self.recovery.plan, decoder=decoder)
-        self.watch.mark("checkpoint")  # training stood still
-
-    def _save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one or the run has gone bad."""
-        self.teller.failures(self.step)
-        if self.step == self.saved:
+    def _save_checkpoint(self) -> None:
+        """Save a checkpoint of the current step, unless there is one. This fails if a weight is not finite."""
+        self.metrics_logger.log_decode_failures(self.step)
+        if self.step == self.saved_step:
             return
-        self.watch.mark("other")
-        self.saver.wait()  # what the last one came to belongs into this one
-        self.teller.saves()
-        if not all(self.world.all_gather(self.engine.weights_are_finite())):
-            whole = [None, *list_checkpoints(self.dir)]  # saves that were lost are none of them
-            raise NonFiniteError(
-                f"weights are not finite after step {self.step}; nothing saved from it (last checkpoint: {whole[-1]}); {ADVICE}"
-            )
+        self.step_timer.mark("other")
+        self.saver.wait()  # the new checkpoint contains the result of the previous save
+        self.metrics_logger.log_saves()
+        self.rollback.check_weights(self.engine.weights_are_finite(), self.step)
         state = {
             "step": self.step,
             "data": self.index.digest,
-            "failures": self.tally.state_dict(),
+            "failures": self.failure_counter.state_dict(),
             "failed_saves": self.saver.failures,
-            "recent_saves_s": list(self.pace.saves),
-            "metrics": self.teller.state(),
-            "recovery": self.recovery.state(),
+            "recent_save_seconds": list(self.stop_time.save_seconds),
+            "metrics": self.metrics_logger.state(),
+            "rollback": self.rollback.state(),
             **self.task.state(),
         }
-        self.watchdog.beat()  # a save has as long as a step
-        # steps whose worth is not known yet, saved at the end or on a signal, must not cost the ones before them
-        keep_all = self.recovery.health.suspicious
+        self.watchdog.report_progress()  # a save has the same time limit as a step
+        # At the end or on a stop request, the last steps may be suspicious. Then keep all checkpoints before them.
+        keep_all = self.rollback.detector.suspicious
         self.saver.save(self.step, lambda folder: self.engine.save(folder, state), keep_all=keep_all)
-        self.saved = self.step
-        self.watchdog.beat()
-        self.watch.mark("checkpoint")
-        self.teller.saves()
+        self.saved_step = self.step
+        self.watchdog.report_progress()
+        self.step_timer.mark("checkpoint")
+        self.metrics_logger.log_saves()
 
+    def _load_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
+        """Restore the engine and the other parts from a checkpoint. Return its state."""
+        state = self.engine.load(checkpoint)
+        check_index_unchanged(state["data"], self.index, checkpoint)
+        self.step = self.saved_step = int(state["step"])
+        self.failure_counter = FailureCounter(self.config.data.max_failure_ratio, state["failures"])
+        self.rollback.restore(state["rollback"])
+        self.task.restore(state)
+        return state
 
-def _warn(rank: int, message: str) -> None:
-    """From any process and thread, at once."""
-    print_to_stderr(f"rank {rank}: {message}")
+    def _roll_back(self, anomaly: Anomaly) -> None:
+        """Return to the last good checkpoint, and continue without the images that led to the anomaly.
+
+        Raises:
+            RollbackError: A rollback is not possible or not allowed.
+        """
+        self.step_timer.mark("other")
+        self.metrics_logger.log_decode_failures(self.step)
+        self.saver.wait()
+        self.metrics_logger.log_saves()
+        self.watchdog.report_progress()
+        checkpoint = self.rollback.roll_back(anomaly, self.step)
+        self.watchdog.report_progress()
+        state = self._load_checkpoint(checkpoint)
+        self.watchdog.report_progress()
+        self.loader, _ = build_loader(self.config, self.world, self.index, self.rollback.plan, self.task.num_patches)
+        self.metrics_logger.roll_back(checkpoint, state["metrics"], self.failure_counter, self.loader.decoder)
+        self.step_timer.mark("checkpoint")
+
+    def _build_metrics_logger(self, checkpoint: Path | None) -> MetricsLogger:
+        return MetricsLogger(
+            monitoring=self.monitoring,
+            world=self.world,
+            failure_counter=self.failure_counter,
+            saver=self.saver,
+            stop_time=self.stop_time,
+            decoder=self.loader.decoder,
+            save_interval=self.save_interval,
+            newest_checkpoint=checkpoint,
+            skipped_steps=self.engine.skipped_steps,
+            rollbacks=self.rollback.num_rollbacks,
+        )
+
+    def _log_start(self, messages: Sequence[str], checkpoint: Path | None) -> None:
+        """Record the start in the history, and log the messages and the settings of the run."""
+        zero_stage = self.engine.zero_stage
+        self.metrics_logger.record_event("start", step=self.step, **start_event(self.monitoring, self.world, zero_stage))
+        settings = describe_settings(self.config, self.world, self.task.description, zero_stage)
+        start = f"Resumed from {checkpoint} at" if checkpoint else f"Starting in {self.run_dir} from"
+        for message in [*messages, f"{start} step {self.step} of {self.schedule.total_steps}: {settings}."]:
+            self._log_message(message)
+
+    def _log_message(self, message: str) -> None:
+        self.log.write_message(message)

@@ -129,15 +129,7 @@ class MetricsLogger:
             self._save_counters()  # so that a kill does not lose the count
 
     def log_step(
-        self,
-        *,
-        step: int,
-        loss: float,
-        lr: float,
-        grad_norm: float | None,
-        loss_scale: float,
-        skipped_steps: int,
-        rollbacks: int,
+        self, step: int, loss: float, lr: float, grad_norm: float | None, loss_scale: float, skipped_steps: int, rollbacks: int
     ) -> None:
         """Log the metrics of a log step; see :mod:`scale_mae.metrics.log_keys`.
 

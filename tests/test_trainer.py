@@ -115,7 +115,7 @@ def test_a_log_line_has_what_the_documents_promise(undisturbed):
         assert line["peak_memory_gib"] > 0
         assert line["loss_scale"] == 1
     assert (folder / "log.txt").read_text().count("\n") >= 13
-    assert "saved" in (folder / "log.txt").read_text()
+    assert "Saved checkpoint" in (folder / "log.txt").read_text()
 
 
 def test_a_finished_run_started_again_does_nothing(undisturbed):
@@ -359,7 +359,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RankError, match=r"cannot be written .*choose another place") as caught:
+    with pytest.raises(RankError, match=r"cannot be written .*Choose another folder") as caught:
         run_ranks(2, train, make_config(tmp_path / "file" / "run"))
     assert caught.value.kinds == ["UserError"] * 2
 

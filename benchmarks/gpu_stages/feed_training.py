@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -14,11 +13,11 @@ from batches import check_fallbacks, cpu_seconds
 
 from gpu_stages.stage import Stage
 from scale_mae.config import Config, load_config
-from scale_mae.data.loader import Batch
+from scale_mae.data.loader import Batch, Loader
 from scale_mae.distributed.process_group import World, process_group
 from scale_mae.distributed.signals import StopRequest
 from scale_mae.metrics.step_timer import group_phases
-from scale_mae.training.batch_iterator import BatchIterator, build_decoder
+from scale_mae.training.batch_iterator import BatchIterator, build_loader
 from scale_mae.training.trainer import Trainer
 from scale_mae.training.watchdog import Watchdog
 
@@ -82,10 +81,15 @@ def alternate(stage: Stage, case: dict[str, Any], config: Config, world: World) 
         case["peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
 
 
+def new_loader(run: Trainer) -> Loader:
+    """Build a loader like that of the run. A loader closes its decoder, so it serves only once."""
+    loader, _ = build_loader(run.config, run.world, run.index, run.rollback.plan, run.task.num_patches)
+    return loader
+
+
 def first_batch(run: Trainer) -> Batch:
     """A batch of the data, on the device."""
-    decoder, _, _ = build_decoder(run.config, run.world)
-    with closing(replace(run.loader, decoder=decoder).batches(0, 1)) as batches:
+    with closing(new_loader(run).batches(0, 1)) as batches:
         batch = next(batches)
     assert batch.mask_noise is not None
     return batch._replace(images=batch.images.to(run.world.device), mask_noise=batch.mask_noise.to(run.world.device))
@@ -102,22 +106,22 @@ def from_jpegs(run: Trainer, steps: int) -> dict[str, float]:
     Raises:
         RuntimeError: Pillow decoded images in place of the decoder.
     """
-    decoder, _, _ = build_decoder(run.config, run.world)
-    found = stretch(run, replace(run.loader, decoder=decoder).batches(run.step, run.step + SKIPPED + steps + 1), steps)
-    check_fallbacks(decoder)
+    loader = new_loader(run)
+    found = stretch(run, loader.batches(run.step, run.step + SKIPPED + steps + 1), steps)
+    check_fallbacks(loader.decoder)
     return found
 
 
 def stretch(run: Trainer, batches: Generator[Batch, None, None], steps: int) -> dict[str, float]:
     """Time steps of a run. ``data_loading`` is the share of the step that the run's own metrics give to waiting for data."""
-    with BatchIterator(batches, run.world, run.stop, run.watch) as feed:
+    with BatchIterator(batches, run.world, run.stop, run.step_timer) as iterator:
         for _ in range(SKIPPED):
-            run._one_step(feed)
-        run.watch.read_steps()  # waits for the device
+            run.train_step(iterator)
+        run.step_timer.read_steps()  # waits for the device
         began, cpu = time.perf_counter(), cpu_seconds()
         for _ in range(steps):
-            run._one_step(feed)
-        parts = [group_phases(laps) for laps in run.watch.read_steps()]
+            run.train_step(iterator)
+        parts = [group_phases(laps) for laps in run.step_timer.read_steps()]
         wall = time.perf_counter() - began
         cores = (cpu_seconds() - cpu) / wall
     return {

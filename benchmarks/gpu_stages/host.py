@@ -39,7 +39,7 @@ def run(stage: Stage) -> None:
 
 @contextmanager
 def training_step(stage: Stage, world: Any, jpegs: Path, size: str, batch: int) -> Iterator[Callable[[], object]]:
-    """One step of a real run (:meth:`scale_mae.training.trainer.Run._one_step`), which is never logged."""
+    """One step of a real run (:meth:`scale_mae.training.trainer.Trainer.train_step`), which is never logged."""
     from scale_mae.config import load_config
     from scale_mae.data.loader import Batch
     from scale_mae.distributed.signals import StopRequest
@@ -68,8 +68,8 @@ def training_step(stage: Stage, world: Any, jpegs: Path, size: str, batch: int) 
         if stage.device.type == "cuda":  # as the loader does
             images, noise = images.pin_memory(), noise.pin_memory()
         batches = (each for each in itertools.repeat(Batch(images, noise, None, [0] * batch, [], 0)))
-        feed = held.enter_context(BatchIterator(held.enter_context(closing(batches)), world, stop, run.watch))
-        yield lambda: run._one_step(feed)
+        iterator = held.enter_context(BatchIterator(held.enter_context(closing(batches)), world, stop, run.step_timer))
+        yield lambda: run.train_step(iterator)
 
 
 def examine(step: Callable[[], object], device: torch.device, case: dict[str, Any]) -> None:

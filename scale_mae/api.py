@@ -13,7 +13,8 @@ from scale_mae.distributed.signals import StopRequest
 from scale_mae.metrics.trackers import check_packages
 from scale_mae.runs.exit_status import ExitStatus
 from scale_mae.system.lock import exclusive_lock
-from scale_mae.training.trainer import Trainer, TrainingResult
+from scale_mae.training.result import TrainingResult
+from scale_mae.training.trainer import Trainer
 from scale_mae.training.watchdog import Watchdog
 
 

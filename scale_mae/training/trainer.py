@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,11 @@ from scale_mae.training.anomaly_detector import Anomaly
 from scale_mae.training.batch_iterator import BatchIterator, build_loader
 from scale_mae.training.metrics_logger import MetricsLogger
 from scale_mae.training.monitoring import build_monitoring, describe_settings, start_event
+from scale_mae.training.result import TrainingResult
 from scale_mae.training.rollback import RollbackController
 from scale_mae.training.tasks import build_task
 from scale_mae.training.time_limit import StopTimeEstimator
 from scale_mae.training.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The result of :func:`scale_mae.pretrain`, :func:`scale_mae.finetune` or :func:`scale_mae.linprobe`.
-
-    Attributes:
-        run_dir: Run directory.
-        step: Optimizer steps done.
-        finished: Whether the schedule is complete. If not, the same call continues the run.
-        stopped: Why the run stopped early, such as ``stopped by SIGTERM after step 12``. Empty if it did not.
-    """
-
-    run_dir: Path
-    step: int
-    finished: bool
-    stopped: str
 
 
 class Trainer:
@@ -96,7 +79,7 @@ class Trainer:
 
         # Saver, and the time that its saves need at the end of the job
         max_bytes, main_only_bytes = checkpoint_size(num_parameters, config.train.precision, self.engine.zero_stage)
-        keep_interval = config.checkpoint.keep_interval
+        keep_interval = config.steps(config.checkpoint.keep_interval, dataset_size) if config.checkpoint.keep_interval else None
         self.saver = Saver(
             self.run_dir,
             config,
@@ -104,7 +87,7 @@ class Trainer:
             zero_stage=self.engine.zero_stage,
             max_bytes=max_bytes,
             main_only_bytes=main_only_bytes,
-            keep_interval=config.steps(keep_interval, dataset_size) if keep_interval else None,
+            keep_interval=keep_interval,
             failures=state.get("failed_saves", 0),
         )
         self.stop_time = StopTimeEstimator(16 * num_parameters, state.get("recent_save_seconds", ()))
@@ -290,11 +273,11 @@ class Trainer:
 
     def _log_start(self, messages: Sequence[str], checkpoint: Path | None) -> None:
         """Record the start in the history, and log the messages and the settings of the run."""
-        zero_stage = self.engine.zero_stage
+        zero_stage, total_steps = self.engine.zero_stage, self.schedule.total_steps
         self.metrics_logger.record_event("start", step=self.step, **start_event(self.monitoring, self.world, zero_stage))
+        start = f"Resumed from {checkpoint} at step" if checkpoint else f"Starting in {self.run_dir} from step"
         settings = describe_settings(self.config, self.world, self.task.description, zero_stage)
-        start = f"Resumed from {checkpoint} at" if checkpoint else f"Starting in {self.run_dir} from"
-        for message in [*messages, f"{start} step {self.step} of {self.schedule.total_steps}: {settings}."]:
+        for message in [*messages, f"{start} {self.step} of {total_steps}: {settings}."]:
             self._log_message(message)
 
     def _log_message(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Small classifiers and sets for tests: a random ViT with a fitted head, Fashion-MNIST in the folders of each set."""
+"""Small classifiers and data sets for tests: a random ViT with a fitted head, and Fashion-MNIST in the folders of each set."""
 
 import functools
 import io
@@ -24,18 +24,18 @@ WNIDS = [f"n0000000{c}" for c in range(10)]
 MEAN, STD = (0.286,) * 3, (0.353,) * 3
 
 
-def vit(pool="avg", seed=0, **more):
+def vit(pool="avg", seed=0, **options):
     torch.manual_seed(seed)
     arguments = ARCHITECTURE | {
         "num_classes": 10,
         "global_pool": pool,
         "norm_layer": functools.partial(torch.nn.LayerNorm, eps=1e-6),
     }
-    return timm.create_model("vit_tiny_patch16_224", **(arguments | more)).eval()
+    return timm.create_model("vit_tiny_patch16_224", **(arguments | options)).eval()
 
 
 def write_timm(folder, model, pool="avg", config=True, name="model.safetensors"):
-    """A folder as timm writes it."""
+    """Write a folder as timm writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     if name.endswith(".pth"):
         torch.save({"model": model.state_dict(), "epoch": 99}, folder / name)
@@ -55,7 +55,7 @@ def write_timm(folder, model, pool="avg", config=True, name="model.safetensors")
 
 @functools.cache
 def fitted_classifier():
-    """A folder with a classifier of Fashion-MNIST, better than chance: a random ViT, its head by logistic regression."""
+    """Return a folder with a Fashion-MNIST classifier: a random ViT, and a head from logistic regression."""
     from scale_mae.evaluation.classifier import load_subject
 
     folder = tempfile.TemporaryDirectory()
@@ -64,9 +64,9 @@ def fitted_classifier():
     write_timm(path, model)
     subject, train = load_subject(path), Source.labelled("demo:train")
     rows = range(0, len(train.index), 20)
-    found = features(subject, train.index, rows, 100).values.clone()
-    deviation, mean = torch.std_mean(found, dim=0)
-    solution = fit((found - mean) / deviation, train.labels[list(rows)], 10, 1e-3)
+    values = features(subject, train.index, rows, 100).values.clone()
+    deviation, mean = torch.std_mean(values, dim=0)
+    solution = fit((values - mean) / deviation, train.labels[list(rows)], 10, 1e-3)
     with torch.no_grad():
         model.head.weight.copy_((solution[:-1] / deviation[:, None]).T)
         model.head.bias.copy_(solution[-1] - (mean / deviation) @ solution[:-1])
@@ -75,7 +75,7 @@ def fitted_classifier():
 
 @functools.cache
 def fashion(per_class=4):
-    """Validation images by class: a list of (class, image of 28 x 28 pixels)."""
+    """Return validation images, sorted by class: a list of (class, image of 28 x 28 pixels)."""
     index = list_source("demo:val")
     labels = index.entries["label"]
     rows = [row for c in range(10) for row in np.flatnonzero(labels == c)[:per_class].tolist()]
@@ -88,7 +88,7 @@ def write_image(path, image):
 
 
 def class_folders(root, classes=range(10), size=None, per_class=4):
-    """``root/n0000000C/I.JPEG``."""
+    """Write ``root/n0000000C/I.JPEG``."""
     for i, (c, image) in enumerate(fashion(per_class)):
         if c in classes:
             write_image(root / WNIDS[c] / f"{i}.JPEG", image.resize((size, size)) if size else image)
@@ -96,7 +96,10 @@ def class_folders(root, classes=range(10), size=None, per_class=4):
 
 
 def corrupted_folders(root, per_class=1, extra=True):
-    """ImageNet-C: ``root/corruption/severity/wnid/I.JPEG``; noise that grows with the severity stands for every corruption."""
+    """Write folders like those of ImageNet-C: ``root/corruption/severity/wnid/I.JPEG``.
+
+    Every corruption is noise that grows with the severity.
+    """
     corruptions = CORRUPTIONS + (EXTRA_CORRUPTIONS if extra else ())
     for number, corruption in enumerate(corruptions):
         for severity in SEVERITIES:

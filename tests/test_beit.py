@@ -1,4 +1,4 @@
-"""BEiT and BEiT v2 in folders that timm itself writes, and MoCo v3, which is a plain ViT under other names."""
+"""Evaluation of BEiT and BEiT v2 in folders that timm wrote, and of MoCo v3, which is a plain ViT under other keys."""
 
 import json
 
@@ -23,22 +23,22 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_head
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def beit(name="beit_base_patch16_224", **more):
-    """No parameter is what it was built with: timm begins with relative positions of zero."""
+def beit(name="beit_base_patch16_224", **sizes):
+    """Build a BEiT with random parameters. timm initializes the relative positions to zero, which would hide errors."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SIZES | more)).eval()
+    model = timm.create_model(name, **(SIZES | sizes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def write(folder, model, form=True):
-    save_for_hf(model, folder, safe_serialization=form)
+def write(folder, model, as_safetensors=True):
+    save_for_hf(model, folder, safe_serialization=as_safetensors)
     return folder
 
 
 def change(folder, tensors=None, config=None, args=None, without=()):
-    """Other tensors, other entries of the config and of its ``model_args``."""
+    """Change tensors, entries of the config, and entries of its ``model_args``."""
     state = load_file(folder / "model.safetensors") | (tensors or {})
     save_file({name: t for name, t in state.items() if name not in without}, folder / "model.safetensors")
     content = json.loads((folder / "config.json").read_text()) | (config or {})
@@ -47,9 +47,9 @@ def change(folder, tensors=None, config=None, args=None, without=()):
     return folder
 
 
-@pytest.mark.parametrize("form", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("as_safetensors", [True, False], ids=["safetensors", "pickle"])
 @pytest.mark.parametrize(
-    ("name", "more"),
+    ("name", "options"),
     [
         ("beit_base_patch16_224", {}),
         ("beitv2_large_patch16_224", {"global_pool": "token"}),
@@ -57,23 +57,23 @@ def change(folder, tensors=None, config=None, args=None, without=()):
     ],
     ids=["mean", "token", "shared"],
 )
-def test_the_outputs_are_timms(tmp_path, name, more, form):
-    theirs = beit(name, **more)
-    subject = load_classifier(write(tmp_path / "f", theirs, form))
+def test_the_outputs_equal_those_of_timm(tmp_path, name, options, as_safetensors):
+    timm_model = beit(name, **options)
+    subject = load_classifier(write(tmp_path / "f", timm_model, as_safetensors))
     with torch.inference_mode():
-        torch.testing.assert_close(subject.model(IMAGES), theirs(IMAGES), rtol=0, atol=0)
+        torch.testing.assert_close(subject.model(IMAGES), timm_model(IMAGES), rtol=0, atol=0)
         encoder = load_subject(tmp_path / "f").model
-        tokens = theirs.forward_features(IMAGES)
-        torch.testing.assert_close(pooled(encoder, IMAGES), theirs.fc_norm(tokens[:, 1:].mean(1)))
-        torch.testing.assert_close(pooled(encoder, IMAGES, "token"), theirs.fc_norm(tokens[:, 0]))
+        tokens = timm_model.forward_features(IMAGES)
+        torch.testing.assert_close(pooled(encoder, IMAGES), timm_model.fc_norm(tokens[:, 1:].mean(1)))
+        torch.testing.assert_close(pooled(encoder, IMAGES, "token"), timm_model.fc_norm(tokens[:, 0]))
     family = "BEiTv2" if name.startswith("beitv2") else "BEiT"
     assert (subject.architecture, subject.classes) == (f"{family}-32x3/8, 32 px", 10)
-    assert (subject.mean, subject.crop_pct) == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["crop_pct"])
+    assert (subject.mean, subject.crop_pct) == (timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["crop_pct"])
     assert (len(subject.digest), subject.kind) == (64, f"timm {name}")
 
 
-def test_what_published_folders_have(tmp_path):
-    """Facts outside ``model_args`` alone, the tables of indices that older versions of timm wrote, half precision."""
+def test_published_folders_load(tmp_path):
+    """Sizes outside ``model_args``, index tables of older versions of timm, and half precision are accepted."""
     folder = write(tmp_path / "f", beit())
     state = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
     state |= {f"blocks.{i}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64) for i in range(3)}
@@ -90,7 +90,7 @@ def test_what_published_folders_have(tmp_path):
     assert _view("folder", subject, 1.0)[1]["crop_pct"] == 1.0
 
 
-def test_all_four_commands(tmp_path, capsys):
+def test_evaluate_knn_logistic_and_embed_accept_beit(tmp_path, capsys):
     folder, root, out = write(tmp_path / "beit", beit("beitv2_base_patch16_224")), tmp_path / "data", tmp_path / "results"
     class_folders(root)
     data = ["--train", str(root), "--val", str(root)]
@@ -104,8 +104,8 @@ def test_all_four_commands(tmp_path, capsys):
         assert main(["embed", str(folder), str(root), "--out", str(tmp_path / f"{pool}.npy"), "--pool", pool]) == 0
     assert np.load(tmp_path / "mean.npy").shape == (40, 32)
     assert not np.allclose(np.load(tmp_path / "mean.npy"), np.load(tmp_path / "token.npy"))
-    told = Result.read(out / "e.json")
-    assert (told.protocol["crop_pct"], told.model["architecture"]) == (0.9, "BEiTv2-32x3/8, 32 px")
+    result = Result.read(out / "e.json")
+    assert (result.protocol["crop_pct"], result.model["architecture"]) == (0.9, "BEiTv2-32x3/8, 32 px")
     assert main(["evaluate", str(folder), "--on", "imagenet_r", "--root", str(root), "--classes", names]) == 0
     text = capsys.readouterr().out
     assert "not comparable: BEiTv2-32x3/8, 32 px is none of the published models" in text
@@ -114,7 +114,7 @@ def test_all_four_commands(tmp_path, capsys):
 
 
 TABLE = "blocks.0.attn.relative_position_bias_table"
-MISFITS = {
+MISMATCHES = {
     "missing": ({"without": ["blocks.1.gamma_1"]}, "missing key blocks.1.gamma_1; timm's beit_base_patch16_224"),
     "superfluous": ({"tensors": {"mask_token": torch.ones(1)}}, "unexpected key mask_token; timm's beit_base_patch16_224"),
     "another grid": ({"args": {"img_size": 64}}, r"_table has shape \[52, 4\], timm's .* \[228, 4\]"),
@@ -131,8 +131,8 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), MISFITS.values(), ids=MISFITS)
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path, changes, message):
+@pytest.mark.parametrize(("changes", "message"), MISMATCHES.values(), ids=MISMATCHES)
+def test_a_mismatch_is_refused_in_one_line(tmp_path, changes, message):
     folder = change(write(tmp_path / "f", beit()), **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_classifier(folder)
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_another_size_is_refused(tmp_path):
+def test_another_image_size_is_refused(tmp_path):
     folder = write(tmp_path / "f", beit())
     assert load_classifier(folder, size=32).size == 32
     for load in (load_classifier, load_subject):
@@ -150,11 +150,11 @@ def test_another_size_is_refused(tmp_path):
         load_subject(write(tmp_path / "oblong", beit(img_size=(16, 64))))
 
 
-def test_another_filter_is_told(tmp_path):
-    folder, told = write(tmp_path / "f", beit()), []
+def test_another_resampling_filter_is_reported(tmp_path):
+    folder, warnings = write(tmp_path / "f", beit()), []
     change(folder, config={"pretrained_cfg": {"interpolation": "bilinear"}})
-    subject = load_classifier(folder, told.append)
-    assert told == [f"{folder}: its config.json scales images by 'bilinear', here they are scaled bicubically"]
+    subject = load_classifier(folder, warnings.append)
+    assert warnings == [f"{folder}: its config.json scales images by 'bilinear', here they are scaled bicubically"]
     assert subject.mean == (0.5,) * 3
 
 
@@ -170,11 +170,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         load_classifier(folder)
 
 
-def test_elsewhere_it_stays_refused_and_so_do_other_architectures(tmp_path, capsys):
+def test_init_and_convert_refuse_beit_and_evaluation_refuses_other_architectures(tmp_path, capsys):
     folder = write(tmp_path / "f", beit())
-    line = "is not a plain ViT but Beit. BEiT is supported by evaluate, knn, logistic and embed only."
+    message = "is not a plain ViT but Beit. BEiT is supported by evaluate, knn, logistic and embed only."
     assert main(["init", str(folder), "debug", "--out", str(tmp_path / "i.safetensors")]) == 2
-    assert line in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert main(["convert", str(folder), "--to", "timm", "--out", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     others = {
@@ -192,36 +192,36 @@ def test_elsewhere_it_stays_refused_and_so_do_other_architectures(tmp_path, caps
 # ---------------------------------------------------------------- MoCo v3
 
 
-def moco(**more):
-    """Its position table is the fixed one, without gradient."""
-    model = vit("token", **more)
+def moco(**sizes):
+    """Build a ViT of MoCo v3, whose position embedding is the fixed sine-cosine one."""
+    model = vit("token", **sizes)
     side = model.patch_embed.grid_size
     model.pos_embed.data.copy_(sincos_pos_embed(model.embed_dim, side))
     return model
 
 
-def test_moco_v3_in_timms_form(tmp_path):
-    theirs = moco()
-    subject = load_classifier(write_timm(tmp_path, theirs, "token"))
-    torch.testing.assert_close(subject.model(IMAGES), theirs(IMAGES))
+def test_moco_v3_in_a_timm_folder(tmp_path):
+    timm_model = moco()
+    subject = load_classifier(write_timm(tmp_path, timm_model, "token"))
+    torch.testing.assert_close(subject.model(IMAGES), timm_model(IMAGES))
 
 
-def test_moco_v3_in_its_own_form(tmp_path):
-    """A file of pre-training has two encoders, of which the trained one counts; its small ViT has twelve heads."""
-    theirs = moco(embed_dim=384, depth=12, num_heads=12, mlp_ratio=1)
-    encoder = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("head.")}
+def test_moco_v3_in_its_own_files(tmp_path):
+    """A pre-training file has two encoders, and the trained one is used. The small ViT has twelve heads."""
+    timm_model = moco(embed_dim=384, depth=12, num_heads=12, mlp_ratio=1)
+    encoder = {name: tensor for name, tensor in timm_model.state_dict().items() if not name.startswith("head.")}
     state = {f"module.base_encoder.{name}": tensor for name, tensor in encoder.items()}
     state |= {f"module.momentum_encoder.{name}": tensor + 1 for name, tensor in encoder.items()}
     state |= {"module.base_encoder.head.0.weight": torch.ones(8, 384), "module.predictor.0.weight": torch.ones(8, 8)}
     torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
     subject = load_subject(tmp_path / "moco.pth.tar")
-    torch.testing.assert_close(subject.model.forward_features(IMAGES), theirs.forward_features(IMAGES))
+    torch.testing.assert_close(subject.model.forward_features(IMAGES), timm_model.forward_features(IMAGES))
     assert (subject.kind, subject.architecture) == ("ViT of MoCo v3, epoch 300", "ViT-small/8, 32 px")
     with pytest.raises(CheckpointError, match=r"not one linear layer on 384 features .head\.0\.weight"):
         load_classifier(tmp_path / "moco.pth.tar")
     skipped = read_weights(tmp_path / "moco.pth.tar").skipped
     assert skipped[0] == "module.base_encoder.head.0.weight"
     assert len(skipped) == 2 + len(encoder)
-    probe = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    probe = {f"module.{name}": tensor for name, tensor in timm_model.state_dict().items()}
     torch.save({"epoch": 90, "arch": "vit_small", "state_dict": probe, "best_acc1": 73.2}, tmp_path / "linear.pth.tar")
-    torch.testing.assert_close(load_classifier(tmp_path / "linear.pth.tar").model(IMAGES), theirs(IMAGES))
+    torch.testing.assert_close(load_classifier(tmp_path / "linear.pth.tar").model(IMAGES), timm_model(IMAGES))

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: every format, strictly, on every process; encoders of others computing what they compute at home."""
+"""Initialization from weights of every source: strict matching, the same on every rank, and outputs equal to the original's."""
 
 import argparse
 import copy
@@ -39,8 +39,8 @@ def nano(seed=1, **sizes):
     return build_mae("nano", seed=seed, **NANO | sizes)
 
 
-def stir(module, seed=0):
-    """Random values everywhere, also where initialisation puts ones and zeros, so that nothing can be mixed up unnoticed."""
+def randomize(module, seed=0):
+    """Fill all parameters with random values. Initial ones and zeros would hide parameters that are mixed up."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -51,11 +51,11 @@ def stir(module, seed=0):
 
 @functools.cache
 def _trained():
-    return stir(nano()).state_dict()
+    return randomize(nano()).state_dict()
 
 
 def trained():
-    """Weights of a nano MAE; a new dictionary each time."""
+    """Return the state dict of a randomized nano MAE, as a new dictionary."""
     return dict(_trained())
 
 
@@ -64,93 +64,98 @@ def _fresh():
     return nano()
 
 
-def reference_file(path, state, **more):
-    """As the reference's pre-training saves, but for a model of its sizes."""
+def write_reference_file(path, state, **entries):
+    """Write a checkpoint as the pre-training of the reference repository does."""
     args = argparse.Namespace(model="mae_vit_tiny_patch16", norm_pix_loss=True, resume="", lr=1e-3)
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3}]}
-    torch.save({"model": state, "optimizer": optimizer, "epoch": 399, "scaler": {"scale": 65536.0}, "args": args} | more, path)
+    torch.save(
+        {"model": state, "optimizer": optimizer, "epoch": 399, "scaler": {"scale": 65536.0}, "args": args} | entries, path
+    )
     return path
 
 
-def begin(path, model=None):
+def initialize(path, model=None):
+    """Load the weights at a path into a MAE. Return the MAE and the message."""
     model = model or copy.deepcopy(_fresh())
     return model, load_initial_weights(model, read_weights(locate_weights(path, print)))
 
 
-def assert_equal(got, expected):
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
+def assert_equal(actual, expected):
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor), key
 
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
 
-# ---------------------------------------------------------------- the reference
+# ---------------------------------------------------------------- reference repository
 
 
 @pytest.mark.parametrize(("target", "prefix"), [("norm_pixel", "norm_pix"), ("pixel", "raw_pix")])
-def test_a_file_of_the_reference_gives_its_loss_and_prediction(golden, tmp_path, target, prefix):
+def test_a_file_of_the_reference_computes_its_loss_and_prediction(golden, tmp_path, target, prefix):
     tensors, _ = golden("mae_tiny.safetensors")
-    reference_file(tmp_path / "mae.pth", golden_weights(tensors), args=argparse.Namespace(model="mae_vit_x"))
-    model, note = begin(tmp_path / "mae.pth", tiny(target))
-    out = model(tensors["images"], tensors["noise"])
-    assert out.loss.item() == pytest.approx(tensors[f"{prefix}.loss"].item(), abs=1e-5)
-    torch.testing.assert_close(out.pred, tensors[f"{prefix}.pred"], atol=1e-5, rtol=0)
-    assert "MAE with the reference's names, epoch 399, SHA-256 " in note
-    assert "decoder" not in note
+    write_reference_file(tmp_path / "mae.pth", golden_weights(tensors), args=argparse.Namespace(model="mae_vit_x"))
+    model, message = initialize(tmp_path / "mae.pth", tiny(target))
+    output = model(tensors["images"], tensors["noise"])
+    assert output.loss.item() == pytest.approx(tensors[f"{prefix}.loss"].item(), abs=1e-5)
+    torch.testing.assert_close(output.pred, tensors[f"{prefix}.pred"], atol=1e-5, rtol=0)
+    assert "MAE with the reference's names, epoch 399, SHA-256 " in message
+    assert "decoder" not in message
 
 
-def wrap(prefix):
+def add_prefix(prefix):
     return lambda state: {f"{prefix}{n}": t for n, t in state.items()}
 
 
-FORMS = {
+WRAPPERS = {
     "wrapped": lambda state: {"model": state},
     "plain": lambda state: state,
-    "data parallel": wrap("module."),
-    "compiled": wrap("_orig_mod."),
+    "data parallel": add_prefix("module."),
+    "compiled": add_prefix("_orig_mod."),
     "blocks compiled": lambda state: {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in state.items()},
-    "a backbone": lambda state: {"state_dict": wrap("module.backbone.")(state)},
+    "a backbone": lambda state: {"state_dict": add_prefix("module.backbone.")(state)},
     "with parameters": lambda state: {"model": {n: torch.nn.Parameter(t) for n, t in state.items()}},
 }
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before 2020"])
-@pytest.mark.parametrize("form", FORMS)
-def test_prefixes_and_wrappers_are_understood(tmp_path, form, legacy):
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_prefixes_and_wrappers_are_removed(tmp_path, wrapper, legacy):
     state = trained()
-    torch.save(FORMS[form](state), tmp_path / "w", _use_new_zipfile_serialization=not legacy)
-    model, note = begin(tmp_path / "w")
+    torch.save(WRAPPERS[wrapper](state), tmp_path / "w", _use_new_zipfile_serialization=not legacy)
+    model, message = initialize(tmp_path / "w")
     assert_equal(model.state_dict(), state)
-    assert "left out" not in note
+    assert "left out" not in message
 
 
-def test_an_encoder_alone_leaves_the_decoder_at_its_random_start_and_says_so(tmp_path):
+def test_without_a_decoder_the_decoder_stays_random_and_the_message_says_so(tmp_path):
     state = {n: t for n, t in trained().items() if not is_decoder_key(n)}
-    reference_file(tmp_path / "e.pth", state | {"head.weight": torch.zeros(3, 96), "head.bias": torch.zeros(3)}, args=None)
-    model, note = begin(tmp_path / "e.pth")
+    write_reference_file(
+        tmp_path / "e.pth", state | {"head.weight": torch.zeros(3, 96), "head.bias": torch.zeros(3)}, args=None
+    )
+    model, message = initialize(tmp_path / "e.pth")
     fresh = nano().state_dict()
     assert_equal(model.state_dict(), state | {n: t for n, t in fresh.items() if is_decoder_key(n)})
-    assert "; skipped head.weight (and 1 more); the decoder starts random, because the file has none" in note
-    assert "\n" not in note
+    assert "; skipped head.weight (and 1 more); the decoder starts random, because the file has none" in message
+    assert "\n" not in message
 
 
-# ---------------------------------------------------------------- strictness
+# ---------------------------------------------------------------- strict matching
 
-WITHOUT = object()
-MISFITS = {
-    "a block's bias": ({"blocks.3.mlp.fc2.bias": WITHOUT}, "missing key blocks.3.mlp.fc2.bias$"),
-    "the class token": ({"cls_token": WITHOUT, "norm.bias": WITHOUT}, r"missing key cls_token \(and 1 more\)"),
-    "a table": ({"pos_embed": WITHOUT}, "missing key pos_embed"),
+REMOVED = object()
+MISMATCHES = {
+    "a block's bias": ({"blocks.3.mlp.fc2.bias": REMOVED}, "missing key blocks.3.mlp.fc2.bias$"),
+    "the class token": ({"cls_token": REMOVED, "norm.bias": REMOVED}, r"missing key cls_token \(and 1 more\)"),
+    "a table": ({"pos_embed": REMOVED}, "missing key pos_embed"),
     "half a decoder": (
-        {"decoder_norm.weight": WITHOUT},
+        {"decoder_norm.weight": REMOVED},
         "missing key decoder_norm.weight; a decoder must be complete or absent",
     ),
     "attention biases": (
-        {f"blocks.{i}.attn.qkv.bias": WITHOUT for i in range(6)},
+        {f"blocks.{i}.attn.qkv.bias": REMOVED for i in range(6)},
         r"missing key blocks.0.attn.qkv.bias \(and 5 more\); its attention has no biases",
     ),
-    "an attention bias": ({"blocks.2.attn.qkv.bias": WITHOUT}, "missing key blocks.2.attn.qkv.bias$"),
+    "an attention bias": ({"blocks.2.attn.qkv.bias": REMOVED}, "missing key blocks.2.attn.qkv.bias$"),
     "integers": (
         {"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)},
         "blocks.1.norm1.bias has dtype int64, expected floating point",
@@ -164,7 +169,7 @@ MISFITS = {
         "decoder_pos_embed holds NaN or infinity",
     ),
     "the norm behind": (
-        {"norm.weight": WITHOUT, "norm.bias": WITHOUT, "fc_norm.weight": torch.ones(96)},
+        {"norm.weight": REMOVED, "norm.bias": REMOVED, "fc_norm.weight": torch.ones(96)},
         r"missing key norm.weight \(and 1 more\); a classifier that was fine-tuned with mean pooling",
     ),
     "layer scale": ({"blocks.0.ls1.gamma": torch.ones(96)}, "unexpected key blocks.0.ls1.gamma; a MAE has no layer scale"),
@@ -179,16 +184,16 @@ MISFITS = {
     "no square": ({"pos_embed": torch.ones(1, 16, 96)}, r"pos_embed has shape \[1, 16, 96\]; its grid of patches is unknown"),
     "a flat table": ({"pos_embed": torch.ones(17, 96)}, r"pos_embed has shape \[17, 96\]; its grid"),
     "tables of two": ({"decoder_pos_embed": torch.ones(1, 26, 64)}, r"decoder_pos_embed .* does not match 4 x 4 patches"),
-    "not a ViT": ({"patch_embed.proj.weight": WITHOUT}, "not the weights of a ViT"),
+    "not a ViT": ({"patch_embed.proj.weight": REMOVED}, "not the weights of a ViT"),
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), MISFITS.values(), ids=MISFITS)
-def test_nothing_may_be_missing_or_superfluous(tmp_path, changes, message):
+@pytest.mark.parametrize(("changes", "message"), MISMATCHES.values(), ids=MISMATCHES)
+def test_a_mismatch_is_refused_in_one_line(tmp_path, changes, message):
     state = trained() | changes
-    save_file({n: t.clone() for n, t in state.items() if t is not WITHOUT}, tmp_path / "w.safetensors")
+    save_file({n: t.clone() for n, t in state.items() if t is not REMOVED}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=message) as caught:
-        begin(tmp_path / "w.safetensors")
+        initialize(tmp_path / "w.safetensors")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -205,47 +210,47 @@ def test_nothing_may_be_missing_or_superfluous(tmp_path, changes, message):
         ({"decoder_depth": 2}, r"has 2 decoder_blocks, the model has 1 .*Set model.decoder_depth=2"),
     ],
 )
-def test_another_size_names_both_shapes_and_the_key_to_change(tmp_path, changes, message):
+def test_the_error_for_another_size_names_both_shapes_and_the_config_key(tmp_path, changes, message):
     state = build_mae(**({"size": "nano"} | NANO | changes)).state_dict()
     torch.save({"model": state}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=message):
-        begin(tmp_path / "w.pth")
+        initialize(tmp_path / "w.pth")
 
 
-def test_heads_that_shapes_do_not_show_are_compared_where_something_says_them(tmp_path):
-    reference_file(tmp_path / "w.pth", trained(), args=argparse.Namespace(model="mae_vit_large_patch16"))
+def test_the_number_of_attention_heads_is_compared_if_it_is_known(tmp_path):
+    write_reference_file(tmp_path / "w.pth", trained(), args=argparse.Namespace(model="mae_vit_large_patch16"))
     with pytest.raises(CheckpointError, match=r"has 16 attention heads, the model has 3. Change model\.size"):
-        begin(tmp_path / "w.pth")
+        initialize(tmp_path / "w.pth")
 
 
-# ---------------------------------------------------------------- containers
+# ---------------------------------------------------------------- file formats
 
 
-def spoil(path, content):
+def overwrite(path, content):
     path.write_bytes(content)
     return path
 
 
-def test_the_content_tells_the_format_not_the_name(tmp_path):
+def test_the_format_is_detected_by_content_not_by_name(tmp_path):
     state = trained()
     save_file(state, tmp_path / "pytorch_model.bin")
     torch.save(state, tmp_path / "model.safetensors")
     for name in ("pytorch_model.bin", "model.safetensors"):
-        assert_equal(begin(tmp_path / name)[0].state_dict(), state)
+        assert_equal(initialize(tmp_path / name)[0].state_dict(), state)
 
 
-def test_damaged_and_strange_files_are_one_line(tmp_path):
+def test_damaged_and_unknown_files_give_a_one_line_error(tmp_path):
     torch.save(trained(), tmp_path / "w.pth")
     save_file(trained(), tmp_path / "w.safetensors")
-    whole, header = (tmp_path / "w.pth").read_bytes(), (tmp_path / "w.safetensors").read_bytes()
+    pickled, safetensors = (tmp_path / "w.pth").read_bytes(), (tmp_path / "w.safetensors").read_bytes()
     with zipfile.ZipFile(tmp_path / "p.pt2", "w") as program:
         program.writestr("p/archive_format", "pt2")
     for content, message in [
         (b"", "an empty file"),
         (b"hello", "not a file of weights"),
-        (whole[:-30], "truncated"),
-        (whole[: len(whole) // 2], "truncated"),
-        (header[:-30], "not a readable safetensors file"),
+        (pickled[:-30], "truncated"),
+        (pickled[: len(pickled) // 2], "truncated"),
+        (safetensors[:-30], "not a readable safetensors file"),
         (b"\x80\x02]q\x00.", "cannot be read|holds a list"),
         ((tmp_path / "p.pt2").read_bytes(), "a torch.export program"),
         (b"\x08\x0a\x12\x07pytorch", "an ONNX model"),
@@ -253,58 +258,60 @@ def test_damaged_and_strange_files_are_one_line(tmp_path):
         (b'{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors: missing"),
     ]:
         with pytest.raises(CheckpointError, match=message) as caught:
-            begin(spoil(tmp_path / "x", content))
+            initialize(overwrite(tmp_path / "x", content))
         assert "\n" not in str(caught.value)
     torch.save([1, 2], tmp_path / "x")
     with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
-        begin(tmp_path / "x")
+        initialize(tmp_path / "x")
     torch.save({"epoch": 3}, tmp_path / "x")
     with pytest.raises(CheckpointError, match="holds no state dict; its keys are epoch"):
-        begin(tmp_path / "x")
+        initialize(tmp_path / "x")
     with pytest.raises(CheckpointError, match="absent: no such file or folder"):
-        begin(tmp_path / "absent")
+        initialize(tmp_path / "absent")
     shutil.copy(tmp_path / "w.safetensors", tmp_path / "v.safetensors")
     with pytest.raises(CheckpointError, match=r"holds 2 files of weights \(v\.safetensors, \.\.\.\)"):
-        begin(tmp_path)
+        initialize(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint nor a folder of weights"):
-        begin(tmp_path / "empty")
+        initialize(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("form", ["a file", "one of two files"])
-def test_a_bit_in_the_middle_of_an_archive_is_found(tmp_path, form):
+@pytest.mark.parametrize("files", ["one file", "two shards"])
+def test_a_flipped_bit_in_a_zip_archive_is_found(tmp_path, files):
     state = trained()
     path = victim = tmp_path / "pytorch_model.bin"
-    if form == "a file":
+    if files == "one file":
         torch.save(state, path)
     else:
-        places = {name: f"part-{number % 2}.bin" for number, name in enumerate(state)}
-        for part in sorted(set(places.values())):
-            torch.save({name: state[name] for name in state if places[name] == part}, victim := tmp_path / part)
-        (path := tmp_path / "w.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    begin(path)
+        weight_map = {key: f"part-{number % 2}.bin" for number, key in enumerate(state)}
+        for part in sorted(set(weight_map.values())):
+            torch.save({key: state[key] for key in state if weight_map[key] == part}, victim := tmp_path / part)
+        (path := tmp_path / "w.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    initialize(path)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    for use in (begin, load_encoder):
+    for load in (initialize, load_encoder):
         with pytest.raises(CheckpointError, match=rf"{victim.name}: damaged \(.*/data/\d+\)"):
-            use(path)
+            load(path)
 
 
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
+class MakesFolder:
+    """Its unpickling makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return (os.mkdir, (self.mark,))
+        return (os.mkdir, (self.folder,))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, legacy):
-    content = {"model": trained(), "args": Evil(tmp_path / "ran")}
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, legacy):
+    content = {"model": trained(), "args": MakesFolder(tmp_path / "ran")}
     torch.save(content, tmp_path / "w.pth", pickle_module=pickle, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match=r"w\.pth: refused, because unpickling it would call posix.mkdir"):
-        begin(tmp_path / "w.pth")
+        initialize(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -321,16 +328,16 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, legacy):
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True])
-def test_torchs_advice_to_read_without_restriction_is_never_shown(tmp_path, content, zipped):
+def test_errors_never_show_torchs_advice_to_unpickle_without_restriction(tmp_path, content, zipped):
     path = tmp_path / "raw.pkl.pt"
     path.write_bytes(content)
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
             for name, entry in (("data.pkl", content), ("version", b"3\n"), ("byteorder", b"little")):
                 archive.writestr(f"x/{name}", entry)
-    for use in (begin, load_encoder):
+    for load in (initialize, load_encoder):
         with pytest.raises(CheckpointError) as caught:
-            use(path)
+            load(path)
         assert not re.search("weights_only|torch.load|trusted|file an issue|documentation|\\n", str(caught.value))
         assert "()" not in str(caught.value)
 
@@ -338,46 +345,45 @@ def test_torchs_advice_to_read_without_restriction_is_never_shown(tmp_path, cont
 # ---------------------------------------------------------------- timm
 
 
-def timm_encoder(**more):
-    return stir(timm.create_model("vit_tiny_patch16_224", **TIMM | more))
+def timm_encoder(**options):
+    return randomize(timm.create_model("vit_tiny_patch16_224", **TIMM | options))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "pickles"])
-def test_timm_weights_compute_timms_features(tmp_path, kind):
-    theirs = timm_encoder(num_classes=7)
+def test_timm_weights_compute_the_features_of_timm(tmp_path, kind):
+    timm_model = timm_encoder(num_classes=7)
     if kind == "file":
-        save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+        save_file(timm_model.state_dict(), tmp_path / "w.safetensors")
         path = tmp_path / "w.safetensors"
     else:
         path = tmp_path / "folder"
-        timm.models.save_for_hf(theirs, str(path), safe_serialization=kind == "folder")
+        timm.models.save_for_hf(timm_model, str(path), safe_serialization=kind == "folder")
         config = json.loads((path / "config.json").read_text())
         config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
         (path / "config.json").write_text(json.dumps(config))
     with torch.inference_mode():
-        expected = theirs.forward_features(IMAGES)
-        model, note = begin(path)
+        expected = timm_model.forward_features(IMAGES)
+        model, message = initialize(path)
         torch.testing.assert_close(model.features(IMAGES), expected, atol=1e-5, rtol=1e-5)
         encoder = load_encoder(path)
         torch.testing.assert_close(encoder.forward_features(IMAGES), expected, atol=1e-6, rtol=1e-6)
-    assert torch.equal(model.pos_embed, theirs.pos_embed)
-    assert re.search(r"skipped head\.(weight|bias) \(and 1 more\)", note)
-    assert "pos_embed is not the sine-cosine table and is kept without training it" in note
-    said = (0.1, 0.2, 0.3) if kind != "file" else (0.485, 0.456, 0.406)
-    assert encoder.pretrained_cfg["mean"] == said
+    assert torch.equal(model.pos_embed, timm_model.pos_embed)
+    assert re.search(r"skipped head\.(weight|bias) \(and 1 more\)", message)
+    assert "pos_embed is learned, so it is kept and not trained" in message
+    assert encoder.pretrained_cfg["mean"] == ((0.1, 0.2, 0.3) if kind != "file" else (0.485, 0.456, 0.406))
     assert encoder.pretrained_cfg["std"] == ((0.5,) * 3 if kind != "file" else (0.229, 0.224, 0.225))
     assert encoder.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_encoders_of_any_size_are_measured_or_refused(tmp_path):
-    theirs = timm_encoder(patch_size=(8, 4), mlp_ratio=48 / 11, num_classes=0, img_size=(32, 16))
-    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+def test_load_encoder_infers_sizes_and_refuses_other_architectures(tmp_path):
+    timm_model = timm_encoder(patch_size=(8, 4), mlp_ratio=48 / 11, num_classes=0, img_size=(32, 16))
+    save_file(timm_model.state_dict(), tmp_path / "w.safetensors")
     with torch.inference_mode():
         images = IMAGES[..., :16]
         torch.testing.assert_close(
-            load_encoder(tmp_path / "w.safetensors").forward_features(images), theirs.forward_features(images)
+            load_encoder(tmp_path / "w.safetensors").forward_features(images), timm_model.forward_features(images)
         )
-    for more, message in [
+    for options, message in [
         ({"depth": 5}, r"the number of attention heads is unknown \(width 96, depth 5\)"),
         ({"init_values": 1.0}, r"blocks.0.ls1.gamma \(and 11 more\); a MAE has no layer scale"),
         ({"qk_norm": True}, "query and key normalization"),
@@ -385,13 +391,13 @@ def test_encoders_of_any_size_are_measured_or_refused(tmp_path):
         ({"class_token": False, "global_pool": "avg"}, "missing key cls_token|grid of patches"),
         ({"mlp_layer": timm.layers.SwiGLU}, "not the weights of a plain ViT|gated MLP"),
     ]:
-        save_file(timm_encoder(**more).state_dict(), tmp_path / "w.safetensors")
+        save_file(timm_encoder(**options).state_dict(), tmp_path / "w.safetensors")
         with pytest.raises(CheckpointError, match=message) as caught:
             load_encoder(tmp_path / "w.safetensors")
         assert "\n" not in str(caught.value)
 
 
-def test_what_a_timm_folder_says_is_not_trusted(tmp_path):
+def test_the_config_of_a_timm_folder_is_validated(tmp_path):
     timm.models.save_for_hf(timm_encoder(), str(tmp_path / "f"))
     config = json.loads((tmp_path / "f" / "config.json").read_text())
     for changes, message in [
@@ -403,7 +409,7 @@ def test_what_a_timm_folder_says_is_not_trusted(tmp_path):
     ]:
         (tmp_path / "f" / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
-            begin(tmp_path / "f")
+            initialize(tmp_path / "f")
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -416,35 +422,35 @@ DECODER = {f"decoder_{key}": value for key, value in (
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-12])
-def test_vit_mae_gives_transformers_loss_for_equal_noise(tmp_path, eps):
+def test_vit_mae_computes_the_loss_of_transformers_for_equal_noise(tmp_path, eps):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = ViTMAEConfig(**SIZES, **SIDES, **DECODER, norm_pix_loss=True, layer_norm_eps=eps)
-    theirs = stir(ViTMAEForPreTraining(config))
-    theirs.vit.embeddings.position_embeddings.data = sincos_pos_embed(96, (4, 4))
-    theirs.decoder.decoder_pos_embed.data = sincos_pos_embed(64, (4, 4))
-    theirs.save_pretrained(tmp_path)
-    model, note = begin(tmp_path)
+    hf_model = randomize(ViTMAEForPreTraining(config))
+    hf_model.vit.embeddings.position_embeddings.data = sincos_pos_embed(96, (4, 4))
+    hf_model.decoder.decoder_pos_embed.data = sincos_pos_embed(64, (4, 4))
+    hf_model.save_pretrained(tmp_path)
+    model, message = initialize(tmp_path)
     with torch.inference_mode():
-        expected, got = theirs(IMAGES, noise=NOISE), model.eval()(IMAGES, NOISE)
-    assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5 if eps == 1e-6 else 1e-3)
-    torch.testing.assert_close(got.pred, expected.logits, atol=1e-5 if eps == 1e-6 else 1e-2, rtol=1e-4)
+        expected, actual = hf_model(IMAGES, noise=NOISE), model.eval()(IMAGES, NOISE)
+    assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5 if eps == 1e-6 else 1e-3)
+    torch.testing.assert_close(actual.pred, expected.logits, atol=1e-5 if eps == 1e-6 else 1e-2, rtol=1e-4)
     assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
-    assert "Hugging Face ViTMAEForPreTraining" in note
-    assert ("norm epsilon changed from 1e-12 to 1e-06" in note) == (eps == 1e-12)
+    assert "Hugging Face ViTMAEForPreTraining" in message
+    assert ("norm epsilon changed from 1e-12 to 1e-06" in message) == (eps == 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEModel", "sharded", "pickle", "file"])
-def test_transformers_encoders_compute_their_features(tmp_path, kind):
+def test_transformers_encoders_compute_the_features_of_transformers(tmp_path, kind):
     import transformers
 
     name = kind if kind.startswith("ViT") else "ViTModel"
-    made = getattr(transformers, "ViTMAEConfig" if "MAE" in kind else "ViTConfig")
-    theirs = stir(getattr(transformers, name)(made(**SIZES, **SIDES)))
-    for block in getattr(theirs, "vit", theirs).modules():  # small inputs of the norms, to which epsilon matters
+    config_class = getattr(transformers, "ViTMAEConfig" if "MAE" in kind else "ViTConfig")
+    hf_model = randomize(getattr(transformers, name)(config_class(**SIZES, **SIDES)))
+    for block in getattr(hf_model, "vit", hf_model).modules():  # larger weights show an error in epsilon
         if isinstance(block, torch.nn.LayerNorm):
             block.weight.data += 1
-    theirs.save_pretrained(tmp_path, max_shard_size="300KB" if kind == "sharded" else "1GB")
+    hf_model.save_pretrained(tmp_path, max_shard_size="300KB" if kind == "sharded" else "1GB")
     if kind == "pickle":
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
@@ -454,19 +460,19 @@ def test_transformers_encoders_compute_their_features(tmp_path, kind):
     encoder = load_encoder(tmp_path / "model.safetensors" if kind == "file" else tmp_path)
     with torch.inference_mode():
         if kind == "ViTMAEModel":
-            theirs.config.mask_ratio = 0.0
-            hidden = theirs(IMAGES, noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
+            hf_model.config.mask_ratio = 0.0
+            hidden = hf_model(IMAGES, noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
         else:
-            hidden = getattr(theirs, "vit", theirs)(IMAGES).last_hidden_state
+            hidden = getattr(hf_model, "vit", hf_model)(IMAGES).last_hidden_state
         torch.testing.assert_close(encoder.forward_features(IMAGES), hidden, atol=1e-4, rtol=1e-5)
     assert encoder.norm.eps == 1e-12
     assert encoder.pretrained_cfg["std"] == (0.25,) * 3
 
 
-def test_what_a_transformers_folder_says_is_compared(tmp_path):
+def test_the_config_of_a_transformers_folder_is_validated(tmp_path):
     from transformers import ViTConfig, ViTModel
 
-    stir(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(tmp_path)
+    randomize(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in [
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is not supported"),
@@ -475,45 +481,44 @@ def test_what_a_transformers_folder_says_is_compared(tmp_path):
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
-            begin(tmp_path)
+            initialize(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["encoder.layer.4.attention.attention.key.bias"]
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"blocks\.4\.attn\.qkv\.bias: key missing"):
-        begin(tmp_path)
+        initialize(tmp_path)
 
 
 JUNK = ["abc", 5, 0, -3, 2.5, 1e999, True, None, [], {}, [0, 0], [-32, -32], "nan", 10**30]
 
 
-def says(folder, file, *keys):
-    """Let a JSON file say junk under some keys, one after the other; yields which."""
-    whole = json.loads((folder / file).read_text())
+def write_junk(folder, file, *keys):
+    """Replace the values of a JSON file by junk, one after the other. Yield key and junk."""
+    original = json.loads((folder / file).read_text())
     for key in keys:
         for junk in JUNK:
-            content = copy.deepcopy(whole)
+            content = copy.deepcopy(original)
             *outer, last = key.split("/")
             functools.reduce(dict.__getitem__, outer, content)[last] = junk
             (folder / file).write_text(json.dumps(content))
             yield key, junk
-        content = copy.deepcopy(whole)
+        content = copy.deepcopy(original)
         del functools.reduce(dict.__getitem__, outer, content)[last]
         (folder / file).write_text(json.dumps(content))
         yield key, "nothing"
-    (folder / file).write_text(json.dumps(whole))
+    (folder / file).write_text(json.dumps(original))
 
 
-@pytest.mark.parametrize("kind", ["transformers", "timm", "ours"])
-def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path, kind):
-    """It is one line, or does not matter: then what was loaded computes finite numbers."""
+@pytest.mark.parametrize("kind", ["transformers", "timm", "scale_mae"])
+def test_junk_in_metadata_gives_a_one_line_error_or_a_usable_encoder(runs, tmp_path, kind):
     folder = tmp_path / "f"
-    if kind == "ours":
+    if kind == "scale_mae":
         convert(runs["zero2", "fp32"][0], "timm", folder)
         keys = [f"timm_kwargs/{key}" for key in json.loads((folder / "scale_mae.json").read_text())["timm_kwargs"]]
         keys += ["timm_name", "timm_kwargs", "image_size", "mean", "std", "layer_norm_eps", "step", "interpolation", "config"]
         tensors = load_file(folder / "model.safetensors")
-        save_file(tensors, folder / "model.safetensors")  # the facts lie in both
+        save_file(tensors, folder / "model.safetensors")  # without its metadata, which are in the JSON file too
         file = "scale_mae.json"
     elif kind == "timm":
         timm.models.save_for_hf(timm_encoder(num_classes=0), str(folder))
@@ -524,10 +529,10 @@ def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path
     else:
         from transformers import ViTConfig, ViTModel
 
-        stir(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(folder)
+        randomize(ViTModel(ViTConfig(**SIZES, **SIDES))).save_pretrained(folder)
         keys, file = ["num_attention_heads", "image_size", "layer_norm_eps", "hidden_act", "architectures"], "config.json"
     refused = set()
-    for key, junk in says(folder, file, *keys):
+    for key, junk in write_junk(folder, file, *keys):
         try:
             encoder = load_encoder(folder)
         except CheckpointError as error:
@@ -536,91 +541,91 @@ def test_no_junk_that_a_folder_says_of_itself_makes_a_stack_trace(runs, tmp_path
         else:
             images = torch.zeros(1, 3, *encoder.pretrained_cfg["input_size"][1:])
             assert encoder.forward_features(images).isfinite().all(), (key, junk)
-    heads = {"ours": "timm_kwargs/num_heads", "timm": "model_args/num_heads", "transformers": "num_attention_heads"}[kind]
+    heads = {"scale_mae": "timm_kwargs/num_heads", "timm": "model_args/num_heads", "transformers": "num_attention_heads"}[kind]
     assert refused >= {(heads, junk) for junk in ("abc", "5", "0", "-3", "2.5", "True", "[]")}
-    assert kind != "ours" or refused >= {("timm_name", "nothing"), ("timm_kwargs", "abc"), ("mean", "[]")}
+    assert kind != "scale_mae" or refused >= {("timm_name", "nothing"), ("timm_kwargs", "abc"), ("mean", "[]")}
     load_encoder(folder)
 
 
-# ---------------------------------------------------------------- our own
+# ---------------------------------------------------------------- scale_mae
 
 
 @pytest.mark.parametrize(
-    "form", ["run", "checkpoint", "deepspeed folder", "state_dict", "mae", "vit_mae", "vit", "timm", "avg"]
+    "source", ["run", "checkpoint", "deepspeed folder", "state_dict", "mae", "vit_mae", "vit", "timm", "avg"]
 )
-def test_our_runs_and_exports_are_taken_too(runs, tmp_path, form):
+def test_runs_and_exports_of_scale_mae_are_accepted(runs, tmp_path, source):
     run_dir, live = runs["zero3", "bf16"]
     path = {
         "run": run_dir,
         "checkpoint": locate_checkpoint(run_dir, print),
         "deepspeed folder": locate_checkpoint(run_dir, print) / "deepspeed",
-    }.get(form)
+    }.get(source)
     if path is None:
-        suffix = {"state_dict": "", "mae": ".pth", "vit_mae": "", "vit": ""}.get(form, ".safetensors")
-        pool = "avg" if form == "avg" else "token"
-        path = convert(run_dir, "timm" if form == "avg" else form, tmp_path / f"out{suffix}", pool=pool)
-    model, note = begin(path)
-    whole = form not in ("vit", "timm", "avg")
+        suffix = {"state_dict": "", "mae": ".pth", "vit_mae": "", "vit": ""}.get(source, ".safetensors")
+        pool = "avg" if source == "avg" else "token"
+        path = convert(run_dir, "timm" if source == "avg" else source, tmp_path / f"out{suffix}", pool=pool)
+    model, message = initialize(path)
+    has_decoder = source not in ("vit", "timm", "avg")
     for name, value in live.items():
-        if whole or not is_decoder_key(name):
+        if has_decoder or not is_decoder_key(name):
             assert torch.equal(model.state_dict()[name], torch.from_numpy(value)), name
-    assert ("starts random" in note) == (not whole)
-    assert "step 3" in note
+    assert ("starts random" in message) == (not has_decoder)
+    assert "step 3" in message
     with torch.inference_mode():
-        encoder = load_encoder(path) if form != "deepspeed folder" else None
-        if encoder and form != "avg":
+        encoder = load_encoder(path) if source != "deepspeed folder" else None
+        if encoder and source != "avg":
             torch.testing.assert_close(encoder.forward_features(IMAGES), model.eval().features(IMAGES), atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------- position tables
+# ---------------------------------------------------------------- position embeddings
 
 
-def test_tables_are_interpolated_to_another_image_size_and_that_is_said(tmp_path):
+def test_position_embeddings_are_interpolated_and_the_message_says_so(tmp_path):
     torch.save({"model": trained()}, tmp_path / "w.pth")
-    model, note = begin(tmp_path / "w.pth", nano(image_size=(64, 32)))
+    model, message = initialize(tmp_path / "w.pth", nano(image_size=(64, 32)))
     for name, width in (("pos_embed", 96), ("decoder_pos_embed", 64)):
         assert torch.equal(getattr(model, name), resize_pos_embed(sincos_pos_embed(width, (4, 4)), (4, 4), (8, 4)))
-        assert f"{name} interpolated from 4 x 4 to 8 x 4 patches" in note
+        assert f"{name} interpolated from 4 x 4 to 8 x 4 patches" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rounded_sine_cosine_table_becomes_the_exact_one(tmp_path, dtype):
+def test_a_rounded_sine_cosine_embedding_becomes_the_exact_one(tmp_path, dtype):
     torch.save({n: t.to(dtype) for n, t in trained().items()}, tmp_path / "w.pth")
-    model, note = begin(tmp_path / "w.pth")
+    model, message = initialize(tmp_path / "w.pth")
     assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
     assert torch.equal(model.decoder_pos_embed, sincos_pos_embed(64, (4, 4)))
     assert torch.equal(model.norm.weight, trained()["norm.weight"].to(dtype).float())
-    assert "sine-cosine" not in note
+    assert "learned" not in message
 
 
-def test_a_table_of_another_grid_with_as_many_patches_is_told_apart(tmp_path):
-    """16 patches as 2 x 8 and as 4 x 4."""
+def test_two_grids_with_equally_many_patches_are_distinguished(tmp_path):
+    """16 patches can be 2 x 8 or 4 x 4."""
     torch.save(nano(image_size=(16, 64)).state_dict(), tmp_path / "w.pth")
-    model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
+    model, message = initialize(tmp_path / "w.pth", nano(image_size=(16, 64)))
     assert torch.equal(model.pos_embed, sincos_pos_embed(96, (2, 8)))
-    assert "interpolated" not in note
+    assert "interpolated" not in message
     torch.save(trained(), tmp_path / "w.pth")
-    model, note = begin(tmp_path / "w.pth", nano(image_size=(16, 64)))
+    model, message = initialize(tmp_path / "w.pth", nano(image_size=(16, 64)))
     assert torch.equal(model.pos_embed, resize_pos_embed(sincos_pos_embed(96, (4, 4)), (4, 4), (2, 8)))
-    assert "pos_embed interpolated from 4 x 4 to 2 x 8 patches" in note
+    assert "pos_embed interpolated from 4 x 4 to 2 x 8 patches" in message
 
 
 # ---------------------------------------------------------------- runs
 
 
 def train_several(configs, stops):
-    """Runs one after the other in one set of ranks, each to its own step; what they said and where they came."""
+    """Train runs one after the other on the same ranks, each up to its own step. Return their position embeddings."""
     from scale_mae.distributed.process_group import process_group
     from scale_mae.distributed.signals import StopRequest
     from scale_mae.training.trainer import Trainer
     from scale_mae.training.watchdog import Watchdog
 
     torch.set_num_threads(1)
-    tables = []
-    with process_group() as ranks:
+    pos_embeds = []
+    with process_group() as world:
         for config, stop in zip(configs, stops, strict=True):
             with StopRequest() as request:
-                run = Trainer(config, ranks, request, Watchdog(0, 0))
+                run = Trainer(config, world, request, Watchdog(0, 0))
                 original = run.log.write_metrics
 
                 def metrics(values, original=original, request=request, stop=stop):
@@ -630,68 +635,71 @@ def train_several(configs, stops):
 
                 run.log.write_metrics = metrics
                 run.train()
-                tables.append((run.engine.model.pos_embed.dtype, run.engine.model.pos_embed.clone().numpy()))
-    return tables
+                pos_embeds.append((run.engine.model.pos_embed.dtype, run.engine.model.pos_embed.clone().numpy()))
+    return pos_embeds
 
 
-def said(run_dir):
+def read_log(run_dir):
     return (Path(run_dir) / "log.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """Of ZeRO-2 and 3 in bf16: a run that begins with a learned table, and one that is stopped, its file deleted, resumed."""
+    """For ZeRO-2 and ZeRO-3 in bf16: a run that is initialized with a learned position embedding, and one that is also resumed.
+
+    The file of the initial weights is deleted before the second run resumes.
+    """
     folder = tmp_path_factory.mktemp("learned")
-    theirs = timm_encoder()
-    file, gone = folder / "timm.safetensors", folder / "gone.safetensors"
-    for path in (file, gone):
-        save_file(theirs.state_dict(), path)
+    initial_encoder = timm_encoder()
+    file, deleted = folder / "timm.safetensors", folder / "deleted.safetensors"
+    for path in (file, deleted):
+        save_file(initial_encoder.state_dict(), path)
     configs = {}
     for stage in ("zero2", "zero3"):
         setting = {"engine.deepspeed": stage, "train.precision": "bf16", "train.duration": "6 steps", "optim.warmup": "1 steps"}
         configs[stage] = make_config(folder / stage, **setting, **{"model.init_from": str(file)})
-        configs[f"{stage} resumed"] = make_config(folder / f"{stage}-r", **setting, **{"model.init_from": str(gone)})
-    told = run_ranks(2, train_several, list(configs.values()), [6, 3, 6, 3])
-    gone.unlink()
-    told += run_ranks(2, train_several, [c for n, c in configs.items() if "resumed" in n], [6, 6])
-    return theirs, configs, told
+        configs[f"{stage} resumed"] = make_config(folder / f"{stage}-r", **setting, **{"model.init_from": str(deleted)})
+    pos_embeds = run_ranks(2, train_several, list(configs.values()), [6, 3, 6, 3])
+    deleted.unlink()
+    pos_embeds += run_ranks(2, train_several, [c for n, c in configs.items() if "resumed" in n], [6, 6])
+    return initial_encoder, configs, pos_embeds
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_a_learned_table_stays_exact_through_bf16_resume_and_export(learned, tmp_path, stage):
-    theirs, configs, told = learned
-    table = theirs.pos_embed.detach()
-    assert not torch.equal(table, table.bfloat16().float())
-    for tables in told:
-        for dtype, value in tables:
+def test_a_learned_position_embedding_stays_exact_in_bf16_through_resume_and_export(learned, tmp_path, stage):
+    initial_encoder, configs, pos_embeds = learned
+    pos_embed = initial_encoder.pos_embed.detach()
+    assert not torch.equal(pos_embed, pos_embed.bfloat16().float())
+    for values in pos_embeds:
+        for dtype, value in values:
             assert dtype == torch.float32
-            assert torch.equal(torch.from_numpy(value), table)
-    straight, resumed = configs[stage], configs[f"{stage} resumed"]
-    assert "Resumed from" in said(resumed.run.dir)
-    assert log(resumed.run.dir, "loss", "lr") == log(straight.run.dir, "loss", "lr")
-    assert_equal(weights(resumed.run.dir, 6), weights(straight.run.dir, 6))
+            assert torch.equal(torch.from_numpy(value), pos_embed)
+    uninterrupted, resumed = configs[stage], configs[f"{stage} resumed"]
+    assert "Resumed from" in read_log(resumed.run.dir)
+    assert log(resumed.run.dir, "loss", "lr") == log(uninterrupted.run.dir, "loss", "lr")
+    assert_equal(weights(resumed.run.dir, 6), weights(uninterrupted.run.dir, 6))
     out = convert(resumed.run.dir, "timm", tmp_path / "e.safetensors")
-    assert torch.equal(load_file(out)["pos_embed"], table)
-    assert torch.equal(load_encoder(resumed.run.dir).pos_embed, table)
+    assert torch.equal(load_file(out)["pos_embed"], pos_embed)
+    assert torch.equal(load_encoder(resumed.run.dir).pos_embed, pos_embed)
 
 
-def test_a_run_tells_once_what_it_began_with(learned):
+def test_a_run_logs_its_initial_weights_once(learned):
     _, configs, _ = learned
-    text = said(configs["zero2"].run.dir)
-    began = [line for line in text.splitlines() if "initialized from" in line]
-    assert len(began) == 1
+    text = read_log(configs["zero2"].run.dir)
+    lines = [line for line in text.splitlines() if "initialized from" in line]
+    assert len(lines) == 1
     assert re.search(
-        r"timm.safetensors \(ViT with timm's names, SHA-256 [0-9a-f]{16}\); skipped .*; the decoder starts random", began[0]
+        r"timm.safetensors \(ViT with timm's names, SHA-256 [0-9a-f]{16}\); skipped .*; the decoder starts random", lines[0]
     )
-    assert said(configs["zero2 resumed"].run.dir).count("initialized from") == 1
+    assert read_log(configs["zero2 resumed"].run.dir).count("initialized from") == 1
 
 
-def test_the_untrained_encoder_is_the_one_that_the_run_began_with(learned):
-    theirs, configs, _ = learned
-    assert_equal(theirs.state_dict(), load_untrained_encoder(configs["zero2"].run.dir).state_dict())
-    trained = load_encoder(configs["zero2"].run.dir)
-    assert not torch.equal(trained.norm.weight, theirs.norm.weight)
-    with pytest.raises(UserError, match=r"gone\.safetensors: no such file or folder"):
+def test_the_untrained_encoder_has_the_initial_weights_of_the_run(learned):
+    initial_encoder, configs, _ = learned
+    assert_equal(initial_encoder.state_dict(), load_untrained_encoder(configs["zero2"].run.dir).state_dict())
+    trained_encoder = load_encoder(configs["zero2"].run.dir)
+    assert not torch.equal(trained_encoder.norm.weight, initial_encoder.norm.weight)
+    with pytest.raises(UserError, match=r"deleted\.safetensors: no such file or folder"):
         load_untrained_encoder(configs["zero2 resumed"].run.dir)
 
 
@@ -700,39 +708,39 @@ def train_in(folders, config):
     return train(config)
 
 
-@pytest.mark.parametrize("second", ["other", "misfit", "absent"])
-def test_processes_agree_on_errors_and_on_the_weights(tmp_path, second):
+@pytest.mark.parametrize("second", ["other", "mismatch", "absent"])
+def test_all_ranks_raise_the_same_error_for_different_weights(tmp_path, second):
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         folder.mkdir()
     torch.save(trained(), folders[0] / "w.pth")
-    state = {"other": trained() | {"norm.bias": torch.ones(96)}, "misfit": {"patch_embed.proj.weight": torch.ones(1)}}.get(
+    state = {"other": trained() | {"norm.bias": torch.ones(96)}, "mismatch": {"patch_embed.proj.weight": torch.ones(1)}}.get(
         second
     )
     if state:
         torch.save(state, folders[1] / "w.pth")
-    message = {"other": "the weights differ between ranks", "misfit": "has 0 blocks", "absent": "w.pth: no such file"}[second]
+    message = {"other": "the weights differ between ranks", "mismatch": "has 0 blocks", "absent": "w.pth: no such file"}[second]
     with pytest.raises(RankError, match=message) as caught:
         run_ranks(2, train_in, folders, make_config(tmp_path / "run", **{"model.init_from": "w.pth"}))
     assert caught.value.kinds == ["UserError" if second == "other" else "CheckpointError"] * 2
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_init_writes_what_a_run_begins_with(tmp_path, capsys, monkeypatch):
+def test_init_writes_the_initial_weights_of_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file(timm_encoder().state_dict(), "timm.safetensors")
     words = ["init", "timm.safetensors", "debug", "--out", "initial.safetensors", "model.image_size=64", "run.seed=5"]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "initial.safetensors: initialized from timm.safetensors (ViT with timm's names" in told
-    assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in told
+    printed = capsys.readouterr().out
+    assert "initial.safetensors: initialized from timm.safetensors (ViT with timm's names" in printed
+    assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["initial.safetensors", "timm.safetensors"]
     config = load_config("debug", ["model.image_size=64", "run.seed=5", "model.init_from=timm.safetensors"])
     assert main(["inspect", "initial.safetensors"]) == 0
     assert re.search(r"^initialized from +timm.safetensors \(ViT", capsys.readouterr().out, re.M)
     model, _ = load_initial_model(config, print)
     assert_equal(load_file("initial.safetensors"), model.state_dict())
-    again, _ = begin("initial.safetensors", nano(image_size=(64, 64)))
+    again, _ = initialize("initial.safetensors", nano(image_size=(64, 64)))
     assert_equal(again.state_dict(), model.state_dict())
     assert_equal(model.state_dict(), load_encoder("initial.safetensors").state_dict())
     for words, message in [

@@ -1,4 +1,4 @@
-"""``scale-mae inspect``: what every kind of path is, and damage in each."""
+"""``scale-mae inspect`` describes every kind of path and finds damage in it."""
 
 import json
 import random
@@ -25,39 +25,39 @@ SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export"
 
 @pytest.fixture
 def run_dir(runs, tmp_path):
-    """A copy of a run with two checkpoints."""
+    """A copy of a run directory with two checkpoints."""
     folder = shutil.copytree(runs["zero3", "bf16"][0], tmp_path / "run") / "checkpoints"
     copy_as(folder / checkpoint_name(3), 9)
     return tmp_path / "run"
 
 
-def numbers(model):
+def count(model):
     state = model.state_dict()
     return {"tensors": len(state), "parameters": sum(t.numel() for t in state.values())}
 
 
-def flip(path, place=-100):
+def flip_bit(path, offset=-100):
     content = bytearray(path.read_bytes())
-    content[place] ^= 4
+    content[offset] ^= 4
     path.write_bytes(content)
 
 
-def complains(path, capsys, message):
-    """Exit code 2 and one line; what was printed before."""
+def inspect_damaged(path, capsys, message):
+    """Expect exit code 2 and one line on stderr. Return the report on stdout."""
     assert main(["inspect", str(path)]) == 2
-    told = capsys.readouterr()
-    assert told.err.count("\n") == 1
-    assert message in told.err
-    return told.out
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    return printed.out
 
 
-def test_a_checkpoint(runs):
+def test_a_checkpoint_report_is_complete(runs):
     checkpoint = locate_checkpoint(runs["zero3", "bf16"][0], print)
     report = inspect(checkpoint)
     model = build_mae("nano", **NANO)
     assert report["kind"] == "scale-mae checkpoint"
     assert (report["step"], report["ZeRO stage"], report["processes"], report["precision"]) == (3, 3, 2, "bf16")
-    assert {key: report[key] for key in ("tensors", "parameters")} == numbers(model)
+    assert {key: report[key] for key in ("tensors", "parameters")} == count(model)
     assert report["dtypes"] == {"fp32": len(model.state_dict())}
     decayed = [p.numel() for n, p in model.named_parameters() if p.dim() > 1]
     flat = [p.numel() for n, p in model.named_parameters() if p.dim() == 1]
@@ -79,8 +79,8 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     text = capsys.readouterr().out
     assert "nano, 32 x 32 pixels, patches of 8 x 8" in text
     assert text.count("verified") == 2
-    flip(next((run_dir / "checkpoints" / checkpoint_name(9)).glob("deepspeed/*optim_states.pt")))
-    text = complains(run_dir, capsys, "1 of 2 checkpoints damaged; ")
+    flip_bit(next((run_dir / "checkpoints" / checkpoint_name(9)).glob("deepspeed/*optim_states.pt")))
+    text = inspect_damaged(run_dir, capsys, "1 of 2 checkpoints damaged; ")
     assert [line.split()[-1] for line in text.splitlines() if "MB" in line] == ["verified", "damaged"]
     (run_dir / "checkpoints" / checkpoint_name(9)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(9)}")
     assert main(["inspect", "--json", str(run_dir)]) == 0
@@ -89,61 +89,64 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     assert report["set aside"] == [f"damaged-{checkpoint_name(9)}"]
     assert [(c["step"], c["problem"]) for c in report["checkpoints"]] == [(3, None)]
     (run_dir / "checkpoints" / checkpoint_name(3)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(3)}")
-    complains(run_dir, capsys, "all checkpoints (2) are damaged and set aside")
+    inspect_damaged(run_dir, capsys, "all checkpoints (2) are damaged and set aside")
 
 
-def test_a_folder_of_checkpoints_points_to_the_run(run_dir, capsys):
-    complains(run_dir / "checkpoints", capsys, f"a folder of checkpoints. Give one of them, or the run directory {run_dir}.")
+def test_for_the_checkpoints_folder_the_error_names_the_run_directory(run_dir, capsys):
+    inspect_damaged(
+        run_dir / "checkpoints", capsys, f"a folder of checkpoints. Give one of them, or the run directory {run_dir}."
+    )
 
 
 @pytest.mark.parametrize("victim", ["manifest.json", "config.yaml", "deepspeed/zero_pp_rank_1_mp_rank_00_model_states.pt"])
-def test_a_damaged_checkpoint_still_tells_what_it_can(run_dir, victim, capsys):
+def test_a_damaged_checkpoint_is_reported_as_far_as_possible(run_dir, victim, capsys):
     checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
     (checkpoint / victim).unlink()
-    text = complains(
+    text = inspect_damaged(
         checkpoint, capsys, f"{victim}: missing" if victim != "manifest.json" else "manifest.json is missing or unreadable"
     )
     assert ("ZeRO stage" in text) == (victim != "manifest.json")
 
 
-def test_a_folder_of_deepspeed(runs, tmp_path, capsys):
+def test_a_folder_of_plain_deepspeed_is_reported(runs, tmp_path, capsys):
     folder = shutil.copytree(locate_checkpoint(runs["zero2", "bf16"][0], print) / "deepspeed", tmp_path / "global_step3")
     report = inspect(folder)
     assert report["kind"] == "DeepSpeed checkpoint"
     assert (report["step"], report["ZeRO stage"], report["processes"]) == (3, 2, 2)
-    assert {key: report[key] for key in ("tensors", "parameters")} == numbers(build_mae("nano", **NANO))
+    assert {key: report[key] for key in ("tensors", "parameters")} == count(build_mae("nano", **NANO))
     (tmp_path / "latest").write_text("global_step3")
     assert inspect(tmp_path) == report
     next(folder.glob("*rank_1*optim_states.pt")).unlink()
-    complains(folder, capsys, "1 of 2 *_optim_states.pt files are there")
+    inspect_damaged(folder, capsys, "1 of 2 *_optim_states.pt files are there")
 
 
 @pytest.fixture(scope="module")
 def exports(runs, tmp_path_factory):
-    """Every format of one run."""
+    """One run exported to every format."""
     folder = tmp_path_factory.mktemp("exports")
     formats = ("timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export")
     return {to: convert(runs["zero2", "fp32"][0], to, folder / f"{to}{SUFFIX.get(to, '')}") for to in formats}
 
 
 @pytest.mark.parametrize("to", ["timm", "vit_mae", "vit", "mae", "state_dict", "onnx", "torch_export"])
-def test_an_export_says_what_it_is(exports, to):
+def test_an_export_report_shows_its_metadata(exports, to):
     report = inspect(exports[to])
     assert report["kind"].startswith("scale-mae export")
     assert (report["format"], report["step"], report["dtype"]) == (to, 3, "fp32")
-    assert report["image size"] == report["image size"] == [32, 32]
+    assert report["image size"] == [32, 32]
     assert report["mean"] == [0.286] * 3
     assert report["norm pixel"] is True
     assert len(report["config digest"]) == 16
     mae = build_mae("nano", **NANO)
-    whole = to in ("vit_mae", "mae", "state_dict")
-    wanted = sum(t.numel() for n, t in mae.state_dict().items() if whole or not n.startswith(("decoder_", "mask_")))
-    if to in ("onnx", "torch_export"):  # programs hold constants besides, and ONNX folds some
-        assert report["parameters"] == pytest.approx(wanted, rel=0.01)
+    has_decoder = to in ("vit_mae", "mae", "state_dict")
+    state = mae.state_dict()
+    expected = sum(t.numel() for key, t in state.items() if has_decoder or not key.startswith(("decoder_", "mask_")))
+    if to in ("onnx", "torch_export"):  # graphs hold constants in addition, and ONNX folds some of them
+        assert report["parameters"] == pytest.approx(expected, rel=0.01)
     else:
-        assert report["parameters"] == wanted
+        assert report["parameters"] == expected
         assert report["encoder"] == "width 96, depth 6, 3 heads, patches of 8 x 8, 16 patches per image"
-        assert ("decoder" in report) == whole
+        assert ("decoder" in report) == has_decoder
     assert set(report["dtypes"]) >= {"fp32"}
     assert report["problem"] is None
 
@@ -152,19 +155,19 @@ def test_an_export_says_what_it_is(exports, to):
 def test_a_damaged_export_is_found(exports, tmp_path, to, capsys):
     source = exports[to]
     copy = shutil.copytree(source, tmp_path / "x") if source.is_dir() else shutil.copy(source, tmp_path / source.name)
-    if to in ("mae", "torch_export"):  # these have checksums
-        flip(copy, 3000 if to == "mae" else len(copy.read_bytes()) // 2)
-        complains(copy, capsys, "damaged")
+    if to in ("mae", "torch_export"):  # zip archives have checksums
+        flip_bit(copy, 3000 if to == "mae" else len(copy.read_bytes()) // 2)
+        inspect_damaged(copy, capsys, "damaged")
         shutil.copy(source, copy)
     if source.is_dir():
         (copy / "preprocessor_config.json").unlink()
-        complains(copy, capsys, "preprocessor_config.json: missing from the export")
+        inspect_damaged(copy, capsys, "preprocessor_config.json: missing from the export")
     else:
         copy.write_bytes(copy.read_bytes()[:-50])
-        assert complains(copy, capsys, str(copy)) == ""
+        assert inspect_damaged(copy, capsys, str(copy)) == ""
 
 
-def test_weights_of_others(tmp_path, capsys):
+def test_third_party_weights_are_reported(tmp_path, capsys):
     state = {
         f"module.{n}": t.bfloat16() for n, t in build_mae("tiny", image_size=(64, 32), patch_size=(16, 16)).state_dict().items()
     }
@@ -176,31 +179,28 @@ def test_weights_of_others(tmp_path, capsys):
     assert report["other tensors"] == "module.head.weight"
     assert report["dtypes"] == {"bf16": len(state), "fp32": 1}
     assert report["verified"] == "CRC-32 of every entry"
-    other = {n: t.detach().clone() for n, t in AwkwardModel().state_dict().items()}
-    save_file(other, tmp_path / "s.safetensors")
+    unknown = {key: t.detach().clone() for key, t in AwkwardModel().state_dict().items()}
+    save_file(unknown, tmp_path / "s.safetensors")
     report = inspect(tmp_path / "s.safetensors")
     assert report["kind"] == "tensors of an unknown model"
-    assert report["dtypes"] == {"fp32": len(other) - 2, "fp16": 1, "int64": 1}
+    assert report["dtypes"] == {"fp32": len(unknown) - 2, "fp16": 1, "int64": 1}
     assert main(["inspect", str(tmp_path / "s.safetensors")]) == 0
     (tmp_path / "x").write_text("hello")
     capsys.readouterr()
-    assert complains(tmp_path / "x", capsys, "x: not a file of weights") == ""
-    assert complains(tmp_path / "absent", capsys, "absent: no such file or folder") == ""
-    assert complains(tmp_path.parent, capsys, str(tmp_path.parent)) == ""
+    assert inspect_damaged(tmp_path / "x", capsys, "x: not a file of weights") == ""
+    assert inspect_damaged(tmp_path / "absent", capsys, "absent: no such file or folder") == ""
+    assert inspect_damaged(tmp_path.parent, capsys, str(tmp_path.parent)) == ""
 
 
-def test_no_content_makes_a_stack_trace(exports, tmp_path):
-    """Bytes changed all over the files: a report, or one line."""
-    generator = random.Random(0)
+def test_random_damage_never_raises_anything_but_a_one_line_error(exports, tmp_path):
+    rng = random.Random(0)
     for to in ("timm", "mae", "onnx", "torch_export"):
-        whole = exports[to].read_bytes()
+        intact = exports[to].read_bytes()
         for _ in range(12):
-            content = bytearray(whole)
+            content = bytearray(intact)
             for _ in range(3):
-                content[generator.randrange(min(len(whole), generator.choice([100, 5000, len(whole)])))] = generator.randrange(
-                    256
-                )
-            (tmp_path / "x").write_bytes(content[: generator.choice([len(whole), len(whole), generator.randrange(len(whole))])])
+                content[rng.randrange(min(len(intact), rng.choice([100, 5000, len(intact)])))] = rng.randrange(256)
+            (tmp_path / "x").write_bytes(content[: rng.choice([len(intact), len(intact), rng.randrange(len(intact))])])
             try:
                 json.dumps(inspect(tmp_path / "x"))
             except CheckpointError as error:

@@ -4,7 +4,7 @@ Import
     ``weight_files``: opens files and folders. ``safe_unpickle``: loads pickles without running code.
     ``weight_import``: renames the tensors of any source to scale_mae's keys. ``huggingface``: keys and configs of transformers.
     ``provenance``: what is known of weights apart from their tensors. ``key_matching``: strict matching against a model.
-    ``position_tables``: position tables for another grid. ``encoder_import``: any encoder as a timm model.
+    ``pos_embed_matching``: position embeddings for another grid. ``encoder_import``: any encoder as a timm model.
     ``initialization``, ``classifier_initialization``: the initial model of a run. ``model_loader``: trained models in Python.
 
 Export

@@ -36,7 +36,7 @@ def build_classifier_from_config(config: Config, classes: int) -> Classifier:
 def load_initial_encoder(model: Classifier, weights: ImportedWeights) -> str:
     """Load an imported encoder into a new classifier.
 
-    The position table is interpolated bicubically if the grid of patches differs. With mean pooling, the norm after the
+    The position embedding is interpolated bicubically if the grid of patches differs. With mean pooling, the norm after the
     pooling starts anew as in the reference, unless the weights come from a classifier with mean pooling.
 
     Returns:

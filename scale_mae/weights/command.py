@@ -27,7 +27,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="PATH", help="the file (.safetensors, .pth, .onnx, .pt2) or folder to write")
     add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights (default: %(default)s)")
-    add("--image-size", type=_parse_size, metavar="N|HxW", help="interpolate the position tables to this size in pixels")
+    add("--image-size", type=_parse_size, metavar="N|HxW", help="interpolate the position embeddings to this size in pixels")
     add("--pool", choices=["token", "avg"], help="pooling of an encoder (default: token)")
     add("--ema", action="store_true", help="export the moving average of the weights (optim.ema_decay)")
     add("--probe", type=int, metavar="N", help="number of the linear probe to export, from 0 (default: the best)")

@@ -53,7 +53,7 @@ def convert(
         to: An export format, see ``FORMATS``.
         out: The file or folder to write.
         dtype: ``fp32``, ``bf16`` or ``fp16``. ``state_dict`` keeps the dtypes of buffers.
-        image_size: (height, width) in pixels to interpolate the position tables to.
+        image_size: (height, width) in pixels to interpolate the position embeddings to.
         pool: How an encoder pools its tokens: ``token`` (default) or ``avg``. A classifier pools as it was trained.
         ema: Whether to export the moving average of the weights.
         probe: Number of the linear probe, from 0 (default: the best).

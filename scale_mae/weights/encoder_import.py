@@ -16,7 +16,7 @@ from scale_mae.model.sizes import SIZES
 from scale_mae.weights.key_matching import check_keys, count_blocks, read_matching
 from scale_mae.weights.metadata import POOLING, TIMM_NAMES, encoder_metadata
 from scale_mae.weights.model_builder import build_encoder
-from scale_mae.weights.position_tables import Grid, infer_grid
+from scale_mae.weights.pos_embed_matching import Grid, infer_grid
 from scale_mae.weights.weight_import import ImportedWeights, is_decoder_key, locate_weights, read_weights
 
 TIMM_ARGUMENTS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "global_pool"}

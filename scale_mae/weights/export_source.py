@@ -25,7 +25,7 @@ from scale_mae.weights.metadata import METADATA_KEY, Pool, build_metadata, is_cl
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RELEASE_INTERVAL = 1 << 25  # bytes of a checkpoint that stay mapped at most, in addition to one tensor
-POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
+POS_EMBED_KEYS = ("pos_embed", "decoder_pos_embed")
 CLASSIFIER_FORMATS = ("timm", "vit", "state_dict", "onnx", "torch_export")
 
 
@@ -46,7 +46,7 @@ class ExportSource:
     """The tensors and metadata to export.
 
     Attributes:
-        weights: The fp32 tensors with the keys of the checkpoint. Position tables have the requested image size. Of several
+        weights: The fp32 tensors with the keys of the checkpoint. Position embeddings have the requested image size. Of several
             linear probes only the selected one is present.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         metadata: See :mod:`scale_mae.weights.metadata`.
@@ -161,19 +161,19 @@ def _lazy_tensors(reader: ZeroReader, key: str = "fp32") -> dict[str, LazyTensor
 def _resize(
     config: Config, weights: dict[str, LazyTensor], image_size: tuple[int, int]
 ) -> tuple[Config, dict[str, LazyTensor]]:
-    """Interpolate the position tables to another image size. Return the config with that size, and the tensors."""
+    """Interpolate the position embeddings to another image size. Return the config with that size, and the tensors."""
     model = config.model
     if any(side < 1 or side % p for side, p in zip(image_size, model.patch, strict=True)):
         height, width = image_size
         raise UserError(f"--image-size {height}x{width}: not divisible by the patch size {list(model.patch)}")
     old, new = ((height // model.patch[0], width // model.patch[1]) for height, width in (model.image_size, image_size))
 
-    def resize(table: LazyTensor) -> LazyTensor:
-        shape = (1, 1 + math.prod(new), table.shape[2])
-        return replace(table, shape=shape, chunks=lambda: [resize_pos_embed(table.read(), old, new).reshape(-1)])
+    def resize(pos_embed: LazyTensor) -> LazyTensor:
+        shape = (1, 1 + math.prod(new), pos_embed.shape[2])
+        return replace(table, shape=shape, chunks=lambda: [resize_pos_embed(pos_embed.read(), old, new).reshape(-1)])
 
-    tables = {key: resize(weights[key]) for key in POSITION_TABLES if key in weights}
-    return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | tables
+    resized = {key: resize(weights[key]) for key in POS_EMBED_KEYS if key in weights}
+    return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | resized
 
 
 def _cast(weights: Mapping[str, LazyTensor], dtype: str, keys: set[str] | None) -> dict[str, LazyTensor]:

@@ -146,7 +146,7 @@ def _metadata_report(metadata: Mapping[str, Any]) -> Report:
     """Return the metadata of an export without the configuration of the run."""
     keys = (
         *("format", "dtype", "image_size", "patch_size", "task", "num_classes", "probe", "ema", "pooling", "norm_pixel"),
-        *("mean", "std", "step", "config_digest", "position_tables"),
+        *("mean", "std", "step", "config_digest", "position_embeddings"),
     )
     report = {key.replace("_", " "): metadata[key] for key in keys if key in metadata}
     source = metadata.get("initialized_from")

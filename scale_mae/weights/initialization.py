@@ -1,7 +1,7 @@
 """Initializes a MAE from weights of any supported source. All tensors must match, or an error is raised.
 
 Three deviations are allowed, and each one is logged: a classification head is skipped, a decoder that is absent as a whole
-stays random, and position tables are interpolated for another image size.
+stays random, and position embeddings are interpolated for another image size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scale_mae.weights.export_formats import SAFETENSORS
 from scale_mae.weights.key_matching import check_attention_heads, check_keys, first_of, read_matching
 from scale_mae.weights.metadata import METADATA_KEY, build_metadata
 from scale_mae.weights.model_builder import build_mae_from_config
-from scale_mae.weights.position_tables import fit_position_table, infer_grid
+from scale_mae.weights.pos_embed_matching import fit_pos_embed, infer_grid
 from scale_mae.weights.safetensors_io import TensorFiles, write_tensors
 from scale_mae.weights.weight_import import ImportedWeights, is_decoder_key, locate_weights, read_weights
 
@@ -62,9 +62,9 @@ def load_initial_weights(model: MAE, weights: ImportedWeights) -> str:
             tensor.copy_(read_matching(weights, key, tensor))
     source_grid = infer_grid(weights, model.grid)
     for key in state.keys() & set(POS_EMBED_NAMES):
-        table, table_notes = fit_position_table(weights, key, state[key], source_grid=source_grid, model_grid=model.grid)
-        state[key].copy_(table)
-        notes += table_notes
+        pos_embed, pos_embed_notes = fit_pos_embed(weights, key, state[key], source_grid=source_grid, model_grid=model.grid)
+        state[key].copy_(pos_embed)
+        notes += pos_embed_notes
     about = [provenance.kind, *([] if provenance.step is None else [f"step {provenance.step}"])]
     if digest := weights.digest():
         about.append(f"SHA-256 {digest[:16]}")

@@ -74,7 +74,7 @@ def build_metadata(
     Args:
         config: The configuration of the run.
         step: Number of optimizer steps done.
-        image_size: (height, width) in pixels that the position tables were interpolated to. The default is the size of
+        image_size: (height, width) in pixels that the position embeddings were interpolated to. The default is the size of
             training.
         pool: How an encoder pools its tokens (default: ``token``). A classifier pools as it was trained.
         head: The head of a classifier.
@@ -103,7 +103,7 @@ def build_metadata(
         },
         "image_size": [height, width],
         "patch_size": list(m.patch),
-        "position_tables": f"interpolated bicubically from {list(m.image_size)}" if is_resized else "as in training",
+        "position_embeddings": f"interpolated bicubically from {list(m.image_size)}" if is_resized else "as in training",
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "interpolation": "bicubic",

@@ -170,7 +170,7 @@ def _resize(
 
     def resize(pos_embed: LazyTensor) -> LazyTensor:
         shape = (1, 1 + math.prod(new), pos_embed.shape[2])
-        return replace(table, shape=shape, chunks=lambda: [resize_pos_embed(pos_embed.read(), old, new).reshape(-1)])
+        return replace(pos_embed, shape=shape, chunks=lambda: [resize_pos_embed(pos_embed.read(), old, new).reshape(-1)])
 
     resized = {key: resize(weights[key]) for key in POS_EMBED_KEYS if key in weights}
     return config.model_copy(update={"model": model.model_copy(update={"image_size": image_size})}), weights | resized

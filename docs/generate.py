@@ -352,9 +352,9 @@ def index_entry() -> str:
 def export_metadata() -> str:
     """Return the keys of the metadata of an exported encoder."""
     from scale_mae.config import load_config
-    from scale_mae.weights.metadata import describe
+    from scale_mae.weights.metadata import build_metadata
 
-    content = describe(load_config("vit_base"), 250_000)
+    content = build_metadata(load_config("vit_base"), 250_000)
     rows = []
     for name, value in content.items():
         text = "the whole configuration" if name == "config" else code(json.dumps(value))

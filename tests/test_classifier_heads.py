@@ -240,8 +240,8 @@ def test_a_mae_can_be_initialized_from_a_classifier(classifier_runs, tmp_path):
             shared = [key for key in mae_state if key in classifier_state]
             assert len(shared) >= 6 * 12 + 4
             assert all(torch.equal(mae_state[key], classifier_state[key]) for key in shared)
-            assert "the decoder starts random" in message
-            assert ("the final norm starts anew" in message) == (name == "mean")
+            assert "The decoder starts with random weights" in message
+            assert ("The final norm starts anew" in message) == (name == "mean")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -454,7 +454,7 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
     run = tmp_path / "large"
     own = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val_source": None}
     run_ranks(1, train, "finetune", "finetune_demo", settings(run, "1 steps", **own))
-    assert "pos_embed interpolated from 8 x 8 to 12 x 12 patches" in (run / "log.txt").read_text()
+    assert "Interpolated pos_embed from 8 x 8 to 12 x 12 patches." in (run / "log.txt").read_text()
     assert weights(run)["pos_embed"].shape == (1, 145, 96)
     assert not (run / "results").exists()
 
@@ -462,8 +462,11 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"model.init_from": "ENCODER", "model.size": "tiny"}, "an encoder of width 96, the model's is 192: change model.size"),
-        ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"set model.patch_size=\[4, 4\]"),
+        (
+            {"model.init_from": "ENCODER", "model.size": "tiny"},
+            "the encoder's width is 96, the model's is 192. Change model.size.",
+        ),
+        ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"Set model.patch_size=\[4, 4\]"),
         (
             {"classify.trainable_blocks": 7, "model.init_from": None},
             "classify.trainable_blocks=7, but the encoder has 6 blocks",

@@ -99,7 +99,7 @@ def test_a_file_of_the_reference_computes_its_loss_and_prediction(golden, tmp_pa
     output = model(tensors["images"], tensors["noise"])
     assert output.loss.item() == pytest.approx(tensors[f"{prefix}.loss"].item(), abs=1e-5)
     torch.testing.assert_close(output.pred, tensors[f"{prefix}.pred"], atol=1e-5, rtol=0)
-    assert "MAE with the reference's names, epoch 399, SHA-256 " in message
+    assert "MAE with reference keys, epoch 399, SHA-256 " in message
     assert "decoder" not in message
 
 
@@ -125,7 +125,7 @@ def test_prefixes_and_wrappers_are_removed(tmp_path, wrapper, legacy):
     torch.save(WRAPPERS[wrapper](state), tmp_path / "w", _use_new_zipfile_serialization=not legacy)
     model, message = initialize(tmp_path / "w")
     assert_equal(model.state_dict(), state)
-    assert "left out" not in message
+    assert "Skipped" not in message
 
 
 def test_without_a_decoder_the_decoder_stays_random_and_the_message_says_so(tmp_path):
@@ -136,7 +136,10 @@ def test_without_a_decoder_the_decoder_stays_random_and_the_message_says_so(tmp_
     model, message = initialize(tmp_path / "e.pth")
     fresh = nano().state_dict()
     assert_equal(model.state_dict(), state | {n: t for n, t in fresh.items() if is_decoder_key(n)})
-    assert "; skipped head.weight (and 1 more); the decoder starts random, because the file has none" in message
+    assert (
+        " Skipped head.weight (and 1 more). The decoder starts with random weights, because the source has no decoder."
+        in message
+    )
     assert "\n" not in message
 
 
@@ -368,7 +371,7 @@ def test_timm_weights_compute_the_features_of_timm(tmp_path, kind):
         encoder = load_encoder(path)
         torch.testing.assert_close(encoder.forward_features(IMAGES), expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(model.pos_embed, timm_model.pos_embed)
-    assert re.search(r"skipped head\.(weight|bias) \(and 1 more\)", message)
+    assert re.search(r"Skipped head\.(weight|bias) \(and 1 more\)", message)
     assert "pos_embed is learned, so it is kept and not trained" in message
     assert encoder.pretrained_cfg["mean"] == ((0.1, 0.2, 0.3) if kind != "file" else (0.485, 0.456, 0.406))
     assert encoder.pretrained_cfg["std"] == ((0.5,) * 3 if kind != "file" else (0.229, 0.224, 0.225))
@@ -437,7 +440,7 @@ def test_vit_mae_computes_the_loss_of_transformers_for_equal_noise(tmp_path, eps
     torch.testing.assert_close(actual.pred, expected.logits, atol=1e-5 if eps == 1e-6 else 1e-2, rtol=1e-4)
     assert torch.equal(model.pos_embed, sincos_pos_embed(96, (4, 4)))
     assert "Hugging Face ViTMAEForPreTraining" in message
-    assert ("norm epsilon changed from 1e-12 to 1e-06" in message) == (eps == 1e-12)
+    assert ("Changed the norm epsilon from 1e-12 to 1e-06" in message) == (eps == 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEModel", "sharded", "pickle", "file"])
@@ -569,7 +572,7 @@ def test_runs_and_exports_of_scale_mae_are_accepted(runs, tmp_path, source):
     for name, value in live.items():
         if has_decoder or not is_decoder_key(name):
             assert torch.equal(model.state_dict()[name], torch.from_numpy(value)), name
-    assert ("starts random" in message) == (not has_decoder)
+    assert ("starts with random weights" in message) == (not has_decoder)
     assert "step 3" in message
     with torch.inference_mode():
         encoder = load_encoder(path) if source != "deepspeed folder" else None
@@ -585,7 +588,7 @@ def test_position_embeddings_are_interpolated_and_the_message_says_so(tmp_path):
     model, message = initialize(tmp_path / "w.pth", nano(image_size=(64, 32)))
     for name, width in (("pos_embed", 96), ("decoder_pos_embed", 64)):
         assert torch.equal(getattr(model, name), resize_pos_embed(sincos_pos_embed(width, (4, 4)), (4, 4), (8, 4)))
-        assert f"{name} interpolated from 4 x 4 to 8 x 4 patches" in message
+        assert f"Interpolated {name} from 4 x 4 to 8 x 4 patches" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -603,11 +606,11 @@ def test_two_grids_with_equally_many_patches_are_distinguished(tmp_path):
     torch.save(nano(image_size=(16, 64)).state_dict(), tmp_path / "w.pth")
     model, message = initialize(tmp_path / "w.pth", nano(image_size=(16, 64)))
     assert torch.equal(model.pos_embed, sincos_pos_embed(96, (2, 8)))
-    assert "interpolated" not in message
+    assert "Interpolated" not in message
     torch.save(trained(), tmp_path / "w.pth")
     model, message = initialize(tmp_path / "w.pth", nano(image_size=(16, 64)))
     assert torch.equal(model.pos_embed, resize_pos_embed(sincos_pos_embed(96, (4, 4)), (4, 4), (2, 8)))
-    assert "pos_embed interpolated from 4 x 4 to 2 x 8 patches" in message
+    assert "Interpolated pos_embed from 4 x 4 to 2 x 8 patches" in message
 
 
 # ---------------------------------------------------------------- runs
@@ -686,12 +689,13 @@ def test_a_learned_position_embedding_stays_exact_in_bf16_through_resume_and_exp
 def test_a_run_logs_its_initial_weights_once(learned):
     _, configs, _ = learned
     text = read_log(configs["zero2"].run.dir)
-    lines = [line for line in text.splitlines() if "initialized from" in line]
+    lines = [line for line in text.splitlines() if "Initialized from" in line]
     assert len(lines) == 1
     assert re.search(
-        r"timm.safetensors \(ViT with timm's names, SHA-256 [0-9a-f]{16}\); skipped .*; the decoder starts random", lines[0]
+        r"timm.safetensors \(ViT with timm keys, SHA-256 [0-9a-f]{16}\)\. Skipped .*\. The decoder starts with random weights",
+        lines[0],
     )
-    assert read_log(configs["zero2 resumed"].run.dir).count("initialized from") == 1
+    assert read_log(configs["zero2 resumed"].run.dir).count("Initialized from") == 1
 
 
 def test_the_untrained_encoder_has_the_initial_weights_of_the_run(learned):
@@ -732,8 +736,8 @@ def test_init_writes_the_initial_weights_of_a_run(tmp_path, capsys, monkeypatch)
     words = ["init", "timm.safetensors", "debug", "--out", "initial.safetensors", "model.image_size=64", "run.seed=5"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "initial.safetensors: initialized from timm.safetensors (ViT with timm's names" in printed
-    assert "pos_embed interpolated from 4 x 4 to 8 x 8 patches" in printed
+    assert "initial.safetensors: Initialized from timm.safetensors (ViT with timm keys" in printed
+    assert "Interpolated pos_embed from 4 x 4 to 8 x 8 patches" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["initial.safetensors", "timm.safetensors"]
     config = load_config("debug", ["model.image_size=64", "run.seed=5", "model.init_from=timm.safetensors"])
     assert main(["inspect", "initial.safetensors"]) == 0

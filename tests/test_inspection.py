@@ -173,7 +173,7 @@ def test_third_party_weights_are_reported(tmp_path, capsys):
     }
     torch.save({"model": state | {"module.head.weight": torch.zeros(2, 192)}, "epoch": 7}, tmp_path / "w.pth")
     report = inspect(tmp_path / "w.pth")
-    assert report["kind"] == "MAE with the reference's names, epoch 7"
+    assert report["kind"] == "MAE with reference keys, epoch 7"
     assert report["encoder"] == "width 192, depth 12, patches of 16 x 16, 8 patches per image"
     assert report["decoder"] == "width 512, depth 8"
     assert report["other tensors"] == "module.head.weight"

@@ -54,21 +54,21 @@ def load_initial_encoder(model: Classifier, weights: ImportedWeights) -> str:
     tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], source_grid, grid)
     notes = []
     if source_grid != grid:
-        notes.append(f"pos_embed interpolated from {source_grid[0]} x {source_grid[1]} to {grid[0]} x {grid[1]} patches")
+        notes.append(f"Interpolated pos_embed from {source_grid[0]} x {source_grid[1]} to {grid[0]} x {grid[1]} patches.")
     if metadata["layer_norm_eps"] != LAYER_NORM_EPS:
-        notes.append(f"norm epsilon changed from {metadata['layer_norm_eps']:g} to {LAYER_NORM_EPS:g}")
+        notes.append(f"Changed the norm epsilon from {metadata['layer_norm_eps']:g} to {LAYER_NORM_EPS:g}.")
     if model.global_pool == "token":
         tensors = {re.sub(r"^fc_norm\.", "norm.", key): t for key, t in tensors.items()}
     else:  # fc_norm is present only if it was trained after the pooling
         tensors = {key: t for key, t in tensors.items() if not key.startswith("norm.")}
         if "fc_norm.weight" not in tensors:
-            notes.append("fc_norm starts anew")
+            notes.append("fc_norm starts anew.")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
         parameters[key].copy_(tensor)
     digest = weights.digest()
     about = weights.provenance.summary() + (f", SHA-256 {digest[:16]}" if digest else "")
-    return "; ".join([f"encoder initialized from {weights.path} ({about})", *notes])
+    return " ".join([f"Initialized the encoder from {weights.path} ({about}).", *notes])
 
 
 def _check_sizes(model: Classifier, weights: ImportedWeights, timm_kwargs: dict[str, object]) -> None:
@@ -108,7 +108,7 @@ def build_initial_classifier(
     """
     source = config.model.init_from
     if config.run.task == "linprobe" and source is None:
-        notes.append("model.init_from is empty: the probe classifies random features")
+        notes.append("model.init_from is empty, so the probe classifies random features.")
     model = build_classifier_from_config(config, classes)
     initialized_from = "random weights"
 

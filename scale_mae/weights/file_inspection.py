@@ -150,7 +150,7 @@ def _metadata_report(metadata: Mapping[str, Any]) -> Report:
     )
     report = {key.replace("_", " "): metadata[key] for key in keys if key in metadata}
     source = metadata.get("initialized_from")
-    return report | ({"initialized from": str(source).removeprefix("initialized from ")} if source else {})
+    return report | ({"initialized from": str(source).removeprefix("Initialized from ")} if source else {})
 
 
 def _inspect_graph(file: Path, file_format: str) -> Report:

@@ -50,13 +50,13 @@ def load_initial_weights(model: MAE, weights: ImportedWeights) -> str:
     check_keys(state, weights)
     encoder_block, decoder_block = cast(Block, model.blocks[0]), cast(Block, model.decoder_blocks[0])
     check_attention_heads(weights, encoder_block.attn.num_heads, decoder_block.attn.num_heads)
-    notes = [f"skipped {first_of(weights.skipped)}"] if weights.skipped else []
+    notes = [f"Skipped {first_of(weights.skipped)}."] if weights.skipped else []
     if is_own_mean_pooled:
-        notes.append("the final norm starts anew, because the classifier's norm follows the pooling (fc_norm)")
+        notes.append("The final norm starts anew, because the norm of the classifier follows the pooling (fc_norm).")
     if not has_decoder:
-        notes.append("the decoder starts random, because the file has none")
+        notes.append("The decoder starts with random weights, because the source has no decoder.")
     if provenance.layer_norm_eps != LAYER_NORM_EPS:
-        notes.append(f"norm epsilon changed from {provenance.layer_norm_eps:g} to {LAYER_NORM_EPS:g}")
+        notes.append(f"Changed the norm epsilon from {provenance.layer_norm_eps:g} to {LAYER_NORM_EPS:g}.")
     for key, tensor in state.items():
         if key not in POS_EMBED_NAMES:
             tensor.copy_(read_matching(weights, key, tensor))
@@ -68,7 +68,7 @@ def load_initial_weights(model: MAE, weights: ImportedWeights) -> str:
     about = [provenance.kind, *([] if provenance.step is None else [f"step {provenance.step}"])]
     if digest := weights.digest():
         about.append(f"SHA-256 {digest[:16]}")
-    return "; ".join([f"initialized from {weights.path} ({', '.join(about)})", *notes])
+    return " ".join([f"Initialized from {weights.path} ({', '.join(about)}).", *notes])
 
 
 def build_initial_model(config: Config, world: World, notes: list[str], *, resumed: bool) -> MAE:

@@ -84,7 +84,7 @@ def fit_pos_embed(
     if is_sincos_pos_embed(pos_embed, source_grid):
         values = sincos_pos_embed(pos_embed.shape[2], source_grid)
     else:
-        notes.append(f"{key} is learned, so it is kept and not trained")
+        notes.append(f"{key} is learned, so it is kept and not trained.")
     if source_grid != model_grid:
-        notes.append(f"{key} interpolated from {patches} to {model_grid[0]} x {model_grid[1]} patches")
+        notes.append(f"Interpolated {key} from {patches} to {model_grid[0]} x {model_grid[1]} patches.")
     return resize_pos_embed(values, source_grid, model_grid), notes

@@ -195,10 +195,11 @@ def _from_bare_file(files: WeightFiles, has_decoder: bool) -> Provenance:
     moco_heads = MOCO_HEADS.get(arch) if isinstance(arch, str) and not has_decoder else None
     if has_decoder or files.state_dict_key:
         epoch = files.extras.get("epoch")
-        kind = "ViT of MoCo v3" if moco_heads else "MAE with the reference's names" + ("" if has_decoder else ", encoder only")
+        kind = "MAE with reference keys" if has_decoder else "MAE encoder with reference keys"
+        kind = "ViT of MoCo v3" if moco_heads else kind
         kind += f", epoch {epoch}" if isinstance(epoch, int) else ""
     else:
-        kind = "ViT with timm's names"
+        kind = "ViT with timm keys"
     return Provenance(
         kind,
         heads=size.heads if size else moco_heads,

@@ -147,7 +147,7 @@ def test_without_a_decoder_the_decoder_stays_random_and_the_message_says_so(tmp_
 
 REMOVED = object()
 MISMATCHES = {
-    "a block's bias": ({"blocks.3.mlp.fc2.bias": REMOVED}, "missing key blocks.3.mlp.fc2.bias$"),
+    "a block's bias": ({"blocks.3.mlp.fc2.bias": REMOVED}, r"missing key blocks.3.mlp.fc2.bias\.$"),
     "the class token": ({"cls_token": REMOVED, "norm.bias": REMOVED}, r"missing key cls_token \(and 1 more\)"),
     "a table": ({"pos_embed": REMOVED}, "missing key pos_embed"),
     "half a decoder": (
@@ -158,7 +158,7 @@ MISMATCHES = {
         {f"blocks.{i}.attn.qkv.bias": REMOVED for i in range(6)},
         r"missing key blocks.0.attn.qkv.bias \(and 5 more\); its attention has no biases",
     ),
-    "an attention bias": ({"blocks.2.attn.qkv.bias": REMOVED}, "missing key blocks.2.attn.qkv.bias$"),
+    "an attention bias": ({"blocks.2.attn.qkv.bias": REMOVED}, r"missing key blocks.2.attn.qkv.bias\.$"),
     "integers": (
         {"blocks.1.norm1.bias": torch.ones(96, dtype=torch.int64)},
         "blocks.1.norm1.bias has dtype int64, expected floating point",
@@ -178,7 +178,7 @@ MISMATCHES = {
     "layer scale": ({"blocks.0.ls1.gamma": torch.ones(96)}, "unexpected key blocks.0.ls1.gamma; a MAE has no layer scale"),
     "registers": ({"reg_token": torch.ones(1, 4, 96)}, "unexpected key reg_token; a MAE has no register tokens"),
     "qk norm": ({"blocks.5.attn.q_norm.weight": torch.ones(32)}, "q_norm.weight; a MAE has no query and key normalization"),
-    "anything": ({"what": torch.ones(1), "ever": torch.ones(1)}, r"unexpected key ever \(and 1 more\)$"),
+    "anything": ({"what": torch.ones(1), "ever": torch.ones(1)}, r"unexpected key ever \(and 1 more\)\.$"),
     "beside a prefix": ({"neck.conv.weight": torch.ones(1)}, "unexpected key neck.conv.weight"),
     "another encoder": ({"teacher.patch_embed.proj.weight": torch.ones(1)}, "holds 2 encoders"),
     "NaN": ({"blocks.1.norm1.bias": torch.full((96,), torch.nan)}, "blocks.1.norm1.bias holds NaN or infinity"),
@@ -749,7 +749,7 @@ def test_init_writes_the_initial_weights_of_a_run(tmp_path, capsys, monkeypatch)
     assert_equal(model.state_dict(), load_encoder("initial.safetensors").state_dict())
     for words, message in [
         (["init", "timm.safetensors", "vit_base", "--out", "x.safetensors"], "Set model.size=nano|No model.size"),
-        (["init", "timm.safetensors", "debug", "--out", "x.pth"], "not a file name that ends in .safetensors"),
+        (["init", "timm.safetensors", "debug", "--out", "x.pth"], "the file name must end in .safetensors"),
         (["init", "absent", "debug", "--out", "x.safetensors"], "absent: no such file or folder"),
     ]:
         assert main(words) == 2

@@ -47,7 +47,7 @@ def write_atomically(out: Path, nbytes: int, write: Callable[[Path], None], chec
                 flushed.result()
             _move_into_place(staging, target, out)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{out}: not written ({' '.join(str(error).split())})") from None
+            raise UserError(f"{out}: not written ({' '.join(str(error).split())}).") from None
         finally:
             _clean_up(staging, out)
 

@@ -60,18 +60,18 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> C
         classes, best_probe = tuple(str(name) for name in state["classes"]), int(state["best_probe"])
         initialized_from = str(state["initialized_from"])
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{reader.folder}: damaged (no class names)") from None
+        raise CheckpointError(f"{reader.folder}: damaged (no class names).") from None
     probes = len(config.classify.lr_multipliers) if config.run.task == "linprobe" else 0
     if probe is not None and not 0 <= probe < probes:
         available = f"the run has probes 0 to {probes - 1}" if probes else f"run.task={config.run.task} has no probes"
-        raise UserError(f"--probe {probe}: {available}")
+        raise UserError(f"--probe {probe}: {available}.")
     head = ClassifierHead(classes, (best_probe if probe is None else probe) if probes else None, initialized_from)
     keys = [f"{head.layer}.weight", f"{head.layer}.bias", *((MEAN, VARIANCE) if probes else ())]
     if missing := [key for key in keys if key not in reader]:
-        raise CheckpointError(f"{reader.folder}: missing key {missing[0]}")
+        raise CheckpointError(f"{reader.folder}: missing key {missing[0]}.")
     if (shape := reader.shape(f"{head.layer}.bias")) != (len(classes),):
         raise CheckpointError(
-            f"{reader.folder}: {head.layer}.bias has shape {list(shape)}, but there are {len(classes)} classes"
+            f"{reader.folder}: {head.layer}.bias has shape {list(shape)}, but there are {len(classes)} classes."
         )
     return head
 

@@ -159,13 +159,13 @@ def _check_request(request: ExportRequest, out: Path, max_shard_gb: float | None
     suffix = FORMATS[to].suffix
     as_folder = FORMATS[to].supports_folder and (suffix is None or out.suffix != suffix)
     if not as_folder and out.suffix != suffix:
-        raise UserError(f"--out {out}: the file name for --to {to} must end in {suffix}")
+        raise UserError(f"--out {out}: the file name for --to {to} must end in {suffix}.")
     if as_folder and out.suffix == SAFETENSORS:
         raise UserError(f"--out {out}: --to {to} writes a folder. Choose a name without {SAFETENSORS}.")
     if max_shard_gb is not None and (to != "state_dict" or not as_folder):
-        raise UserError("--max-shard-gb: requires --to state_dict with a folder as --out")
+        raise UserError("--max-shard-gb: requires --to state_dict and a folder as --out.")
     if max_shard_gb is not None and not 0 < max_shard_gb < math.inf:
-        raise UserError(f"--max-shard-gb {max_shard_gb}: must be positive and finite")
+        raise UserError(f"--max-shard-gb {max_shard_gb}: must be positive and finite.")
     if as_folder and out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: --to {to} writes a folder, but a file exists. Choose another name.")
     if not as_folder and out.is_dir():
@@ -203,11 +203,11 @@ def _verify(source: ExportSource, to: str, target: Path, out: Path) -> None:
 
 def _compare_bits(expected: Mapping[str, LazyTensor], written: Mapping[str, Tensor], out: Path) -> None:
     if set(written) != set(expected):
-        raise UserError(f"{out}: not written; keys missing or unexpected: {sorted(set(expected) ^ set(written))[:3]}")
+        raise UserError(f"{out}: not written; keys missing or unexpected: {sorted(set(expected) ^ set(written))[:3]}.")
     for key, tensor in expected.items():
         read = written[key]
         if (tuple(read.shape), read.dtype) != (tensor.shape, tensor.dtype) or not _is_same(tensor, read):
-            raise UserError(f"{out}: not written; {key} differs from the checkpoint when it is read back")
+            raise UserError(f"{out}: not written; {key} differs from the checkpoint when it is read back.")
 
 
 def _is_same(expected: LazyTensor, read: Tensor) -> bool:

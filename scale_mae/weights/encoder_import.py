@@ -79,7 +79,7 @@ def _expected_state(metadata: dict[str, Any], path: Path) -> dict[str, Tensor]:
             encoder = build_encoder(metadata | {"timm_kwargs": metadata["timm_kwargs"] | {"global_pool": "token"}})
     except Exception as error:  # timm raises anything for wrong arguments
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{path}: the metadata are damaged ({reason[:200]})") from None
+        raise CheckpointError(f"{path}: the metadata are damaged ({reason[:200]}).") from None
     return dict(encoder.state_dict())
 
 
@@ -91,7 +91,7 @@ def _infer_metadata(weights: ImportedWeights, grid: Grid) -> dict[str, Any]:
     """
     for key, dimensions in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2), ("pos_embed", 3)):
         if key not in weights.tensors or weights.tensors[key].dim() != dimensions:
-            raise CheckpointError(f"{weights.path}: not the weights of a plain ViT ({key} is missing or has another shape)")
+            raise CheckpointError(f"{weights.path}: not the weights of a plain ViT ({key} is missing or has another shape).")
     width, _, *patch = weights.tensors["patch_embed.proj.weight"].shape
     hidden, depth = weights.tensors["blocks.0.mlp.fc1.weight"].shape[0], count_blocks(weights.tensors, "blocks")
     provenance = weights.provenance

@@ -188,7 +188,7 @@ def _run_huggingface(source: ExportSource, target: Path, batch: ParityBatch) -> 
         if had_progress_bar:
             transformers.utils.logging.enable_progress_bar()
     if problems := {kind: keys for kind, keys in loading_info.items() if keys}:
-        raise UserError(f"transformers cannot load the export: {problems}")
+        raise UserError(f"transformers cannot load the export: {problems}.")
     model.eval()
     if architecture == CLASSIFIER_ARCHITECTURE:
         return {"logits": model(batch.images).logits}

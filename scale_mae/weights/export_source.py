@@ -126,10 +126,10 @@ def open_deepspeed_folder(path: Path, request: ExportRequest, warn: Callable[[st
 
 def _check_options(checkpoint: Path, config: Config, request: ExportRequest) -> None:
     if request.ema and config.optim.ema_decay is None:
-        raise UserError(f"--ema: {checkpoint} has no moving average of the weights (optim.ema_decay was not set)")
+        raise UserError(f"--ema: {checkpoint} has no moving average of the weights (optim.ema_decay was not set).")
     if not is_classifier(config):
         if request.probe is not None:
-            raise UserError(f"--probe {request.probe}: {checkpoint} is not a linear probe (run.task={config.run.task})")
+            raise UserError(f"--probe {request.probe}: {checkpoint} is not a linear probe (run.task={config.run.task}).")
         return
     if request.to not in CLASSIFIER_FORMATS:
         formats = ", ".join(CLASSIFIER_FORMATS)
@@ -165,7 +165,7 @@ def _resize(
     model = config.model
     if any(side < 1 or side % p for side, p in zip(image_size, model.patch, strict=True)):
         height, width = image_size
-        raise UserError(f"--image-size {height}x{width}: not divisible by the patch size {list(model.patch)}")
+        raise UserError(f"--image-size {height}x{width}: not divisible by the patch size {list(model.patch)}.")
     old, new = ((height // model.patch[0], width // model.patch[1]) for height, width in (model.image_size, image_size))
 
     def resize(pos_embed: LazyTensor) -> LazyTensor:

@@ -116,7 +116,7 @@ def _find_missing_file(path: Path, metadata: Mapping[str, Any]) -> str | None:
     if not (path / METADATA_FILE).is_file():
         return None
     missing = [path / name for name in metadata.get("files", ()) if not (path / name).exists()]
-    return f"{missing[0]}: missing from the export" if missing else None
+    return f"{missing[0]}: missing from the export." if missing else None
 
 
 def _architecture_report(weights: ImportedWeights) -> Report:
@@ -170,7 +170,7 @@ def _inspect_graph(file: Path, file_format: str) -> Report:
 
 def _read_torch_export(file: Path) -> _GraphContents:
     if entry := find_damaged_entry(file):
-        raise CheckpointError(f"{file}: damaged ({entry})")
+        raise CheckpointError(f"{file}: damaged ({entry}).")
     with zipfile.ZipFile(file) as archive:
         entries = {name.partition("/")[2]: name for name in archive.namelist()}
         metadata_entry = entries.get(f"extra/{METADATA_KEY}.json")
@@ -197,7 +197,7 @@ def _read_onnx(file: Path) -> _GraphContents:
     external = {file.parent / entry.value for t in tensors for entry in t.external_data if entry.key == "location"}
     for path in external:
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing, but {file.name} stores tensors in it")
+            raise CheckpointError(f"{path}: missing, but {file.name} stores tensors in it.")
     metadata = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     counts = {
         "tensors": len(tensors),

@@ -128,10 +128,10 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not block and stem in top_level:
             renamed[top_level[stem] + suffix] = tensor
         else:
-            raise CheckpointError(f"unexpected key {original}; the ViT and ViTMAE models of transformers do not have it")
+            raise CheckpointError(f"unexpected key {original}; the ViT and ViTMAE models of transformers do not have it.")
     for key, parts in qkv.items():
         if missing := [part for part in _QKV if part not in parts]:
-            raise CheckpointError(f"{key}: {' and '.join(missing)} missing, but {' and '.join(parts)} present")
+            raise CheckpointError(f"{key}: {' and '.join(missing)} missing, but {' and '.join(parts)} present.")
         renamed[key] = torch.cat([parts[part] for part in _QKV])
     return renamed
 

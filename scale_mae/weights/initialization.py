@@ -139,7 +139,7 @@ def write_initial_weights(config: Config, out: str | Path, warn: Callable[[str],
     """
     out = Path(out)
     if out.suffix != SAFETENSORS or out.is_dir():
-        raise UserError(f"--out {out}: not a file name that ends in {SAFETENSORS}")
+        raise UserError(f"--out {out}: the file name must end in {SAFETENSORS}.")
     if config.run.task != "pretrain":
         raise UserError(f"run.task={config.run.task}: init writes the weights of a MAE only. Give a pre-training recipe.")
     model, message = load_initial_model(config, warn)
@@ -153,7 +153,7 @@ def write_initial_weights(config: Config, out: str | Path, warn: Callable[[str],
     def check(target: Path) -> None:
         written = TensorFiles(target)
         if not all(torch.equal(written[key], t) for key, t in state.items()):
-            raise UserError(f"{out}: not written; a tensor differs when it is read back")
+            raise UserError(f"{out}: not written; a tensor differs when it is read back.")
 
     write_atomically(out, sum(tensor.nbytes for tensor in lazy_tensors.values()), write, check)
     return message

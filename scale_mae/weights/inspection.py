@@ -50,7 +50,7 @@ def inspect(path: str | Path) -> Report:
         raise
     except Exception as error:  # a damaged file can raise anything, in libraries too
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{path}: cannot be read ({reason[:200]})") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason[:200]}).") from None
 
 
 def _inspect_run(run_dir: Path) -> Report:
@@ -61,7 +61,7 @@ def _inspect_run(run_dir: Path) -> Report:
     set_aside = sorted(p.name for p in (run_dir / CHECKPOINTS_FOLDER).glob(f"{DAMAGED_PREFIX}*"))
     problem = f"{run_dir}: {len(problems)} of {len(rows)} checkpoints damaged; {problems[-1]}" if problems else None
     if set_aside and not rows:
-        problem = f"{run_dir}: all checkpoints ({len(set_aside)}) are damaged and set aside"
+        problem = f"{run_dir}: all checkpoints ({len(set_aside)}) are damaged and set aside."
     return {
         "kind": "run directory",
         "path": str(run_dir),

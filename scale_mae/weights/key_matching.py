@@ -51,9 +51,9 @@ def check_keys(expected: Collection[str], weights: ImportedWeights) -> None:
     if unexpected:
         part = next((part for pattern, part in UNSUPPORTED_PARTS.items() if re.search(pattern, unexpected[0])), "")
         reason = f"; a MAE has no {part}" if part else ""
-        raise CheckpointError(f"{weights.path}: unexpected key {first_of(unexpected)}{reason}")
+        raise CheckpointError(f"{weights.path}: unexpected key {first_of(unexpected)}{reason}.")
     if missing:
-        raise CheckpointError(f"{weights.path}: missing key {first_of(missing)}{_explain_missing(missing[0], weights)}")
+        raise CheckpointError(f"{weights.path}: missing key {first_of(missing)}{_explain_missing(missing[0], weights)}.")
 
 
 def _explain_missing(key: str, weights: ImportedWeights) -> str:
@@ -107,10 +107,10 @@ def to_finite_fp32(path: Path, key: str, tensor: Tensor) -> Tensor:
         CheckpointError: The tensor is not floating-point, or a value is not finite.
     """
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{path}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        raise CheckpointError(f"{path}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point.")
     tensor = tensor.float()
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {key} holds NaN or infinity")
+        raise CheckpointError(f"{path}: {key} holds NaN or infinity.")
     return tensor
 
 

@@ -49,7 +49,7 @@ def load_untrained_encoder(path: str | Path, warn: Callable[[str], None] = print
     """
     metadata, _ = import_encoder(Path(path), warn)
     if "config" not in metadata:
-        raise UserError(f"{path}: the initial weights are unknown, because scale_mae did not train this encoder")
+        raise UserError(f"{path}: the initial weights are unknown, because scale_mae did not train this encoder.")
     if "task" in metadata:
         source = metadata["config"]["model"]["init_from"]
         advice = f"Evaluate {source}, from which it was initialized, instead" if source else "It was initialized randomly"
@@ -58,7 +58,7 @@ def load_untrained_encoder(path: str | Path, warn: Callable[[str], None] = print
     try:
         config = Config.model_validate(tree)
     except ValueError:
-        raise CheckpointError(f"{path}: the metadata are damaged (config)") from None
+        raise CheckpointError(f"{path}: the metadata are damaged (config).") from None
     model, _ = load_initial_model(config, warn)
     encoder = build_encoder(metadata)
     encoder.load_state_dict(encoder_state(model.state_dict()), strict=True)
@@ -79,5 +79,5 @@ def load_mae(checkpoint: Path) -> MAE:
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: the weights do not match its config ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"{checkpoint}: the weights do not match its config ({' '.join(str(error).split())}).") from None
     return model.eval()

@@ -74,7 +74,7 @@ def streamed_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     if set(state) != set(weights):
         missing, unexpected = sorted(set(state) - set(weights)), sorted(set(weights) - set(state))
         raise CheckpointError(
-            f"the tensors do not match the model: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}"
+            f"the tensors do not match the model: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}."
         )
 
     def load(module: nn.Module, prefix: str) -> None:
@@ -84,7 +84,7 @@ def streamed_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
                     tensor = weights[prefix + key].float()
                     if tensor.shape != empty.shape:
                         shapes = f"{prefix}{key} has shape {list(tensor.shape)}, the model {list(empty.shape)}"
-                        raise CheckpointError(f"the tensors do not match the model: {shapes}")
+                        raise CheckpointError(f"the tensors do not match the model: {shapes}.")
                     owned[key] = nn.Parameter(tensor, requires_grad=False) if owned is module._parameters else tensor  # type: ignore[assignment]
 
     def unload(module: nn.Module) -> None:

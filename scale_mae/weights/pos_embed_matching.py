@@ -41,7 +41,7 @@ def infer_grid(weights: ImportedWeights, model_grid: Grid | None = None) -> Grid
         candidates.insert(0, (height // patch[0], width // patch[1]))
     possible = [grid for grid in candidates if patches and grid[0] * grid[1] == patches]
     if not possible:
-        raise CheckpointError(f"{weights.path}: pos_embed has shape {list(pos_embed.shape)}; its grid of patches is unknown")
+        raise CheckpointError(f"{weights.path}: pos_embed has shape {list(pos_embed.shape)}; its grid of patches is unknown.")
     return next((grid for grid in possible if is_sincos_pos_embed(pos_embed, grid)), possible[0])
 
 
@@ -78,7 +78,7 @@ def fit_pos_embed(
     if pos_embed.shape != (1, 1 + source_grid[0] * source_grid[1], expected.shape[2]):
         raise CheckpointError(
             f"{weights.path}: {key} has shape {list(pos_embed.shape)}, "
-            f"which does not match {patches} patches of width {expected.shape[2]}"
+            f"which does not match {patches} patches of width {expected.shape[2]}."
         )
     values, notes = to_finite_fp32(weights.path, key, pos_embed), []
     if is_sincos_pos_embed(pos_embed, source_grid):

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,20 +95,21 @@ def detect_provenance(files: WeightFiles, is_huggingface: bool, width: int, deco
     provenance, folder = _read_provenance(files, is_huggingface, decoder_width is not None), files.files[0].parent
     for heads, dim in ((provenance.heads, width), (provenance.decoder_heads, decoder_width)):
         if heads and dim and dim % heads:
-            raise CheckpointError(f"{folder}: the metadata are damaged ({heads} attention heads for a width of {dim})")
+            raise CheckpointError(f"{folder}: the metadata are damaged ({heads} attention heads for a width of {dim}).")
     return provenance
 
 
 def _read_provenance(files: WeightFiles, is_huggingface: bool, has_decoder: bool) -> Provenance:
+    config_file = files.files[0].parent / "config.json"
     try:
         if "config" in files.metadata:
             return provenance_from_metadata(files.metadata, "scale-mae export")
         if is_huggingface:
-            return _from_huggingface(files.config, files.processor)
+            return _from_huggingface(files.config, files.processor, config_file)
         if isinstance(files.config.get("architecture"), str):
-            return _from_timm(files.config)
+            return _from_timm(files.config, config_file)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{files.files[0].parent}: the metadata are damaged ({error!r})") from None
+        raise CheckpointError(f"{config_file.parent}: the metadata are damaged ({error!r}).") from None
     return _from_bare_file(files, has_decoder)
 
 
@@ -128,10 +130,10 @@ def provenance_from_metadata(metadata: Mapping[str, Any], kind: str) -> Provenan
     )
 
 
-def _from_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Provenance:
+def _from_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any], path: Path) -> Provenance:
     activation = config.get("hidden_act", "gelu")
     if activation not in ("gelu", "gelu_python"):
-        raise CheckpointError(f"config.json: hidden_act={activation!r} is not supported; a MAE uses gelu")
+        raise CheckpointError(f"{path}: hidden_act={activation!r} is not supported, because a MAE uses gelu.")
     size = config.get("image_size")
     return Provenance(
         f"Hugging Face {(config.get('architectures') or ['ViT'])[0]}",
@@ -144,7 +146,7 @@ def _from_huggingface(config: Mapping[str, Any], processor: Mapping[str, Any]) -
     )
 
 
-def _from_timm(config: Mapping[str, Any]) -> Provenance:
+def _from_timm(config: Mapping[str, Any], path: Path) -> Provenance:
     """Read timm's ``config.json``. Build the architecture on the meta device to learn what its name means."""
     import timm
     from timm.models.beit import Beit
@@ -152,15 +154,15 @@ def _from_timm(config: Mapping[str, Any]) -> Provenance:
 
     name, args, pretrained_cfg = config["architecture"], config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     if not timm.is_model(name):
-        raise CheckpointError(f"config.json: timm has no architecture {name!r}")
+        raise CheckpointError(f"{path}: timm has no architecture {name!r}.")
     with torch.device("meta"):
         model = timm.create_model(name)
     if not isinstance(model, VisionTransformer):
-        advice = ". BEiT is supported by evaluate, knn, logistic and embed only." if isinstance(model, Beit) else ""
-        raise CheckpointError(f"config.json: timm's {name} is not a plain ViT but {type(model).__name__}{advice}")
+        advice = " BEiT is supported by evaluate, knn, logistic and embed only." if isinstance(model, Beit) else ""
+        raise CheckpointError(f"{path}: timm's {name} is not a plain ViT but {type(model).__name__}.{advice}")
     block = model.blocks[0]
     if not isinstance(block.mlp.act, torch.nn.GELU):
-        raise CheckpointError(f"config.json: the activation of timm's {name} is not supported; a MAE uses gelu")
+        raise CheckpointError(f"{path}: the activation of timm's {name} is not supported, because a MAE uses gelu.")
     size = args.get("img_size")
     mean, std = read_channel_statistics(pretrained_cfg)
     return Provenance(

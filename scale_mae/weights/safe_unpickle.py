@@ -46,12 +46,12 @@ def load_pickled_weights(path: Path) -> PickledWeights:
     """
     content = _unpickle(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict.")
     key = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
     state: dict[str, Any] = content if key is None else content[key]
     tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no state dict; its keys are {', '.join(str(k) for k in list(content)[:5])}")
+        raise CheckpointError(f"{path}: holds no state dict; its keys are {', '.join(str(k) for k in list(content)[:5])}.")
     extras = {str(name): value for name, value in content.items() if name != key and not isinstance(value, Tensor)}
     return PickledWeights(tensors, extras, key)
 
@@ -70,6 +70,6 @@ def _unpickle(path: Path) -> Any:
                 f"{path}: refused, because unpickling it would call {forbidden[1]}; "
                 "only tensors and plain values are allowed. Save the state dict alone."
             ) from None
-        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)}).") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)}).") from None

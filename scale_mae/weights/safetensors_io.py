@@ -170,7 +170,7 @@ class TensorFiles(Mapping[str, Tensor]):
             with safetensors.safe_open(next(iter(self._file_of.values())), "pt") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
         except (OSError, ValueError, KeyError, StopIteration, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+            raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

@@ -63,7 +63,14 @@ class WeightFiles:
 
     def find_damage(self) -> str | None:
         """Read all archives. Return one line about the first file that differs from its checksums, or ``None``."""
-        return next((f"{file}: damaged ({entry})" for file in self.archives if (entry := find_damaged_entry(file))), None)
+        return next(
+            (
+                f"{file}: damaged ({entry}). Copy or download the file again."
+                for file in self.archives
+                if (entry := find_damaged_entry(file))
+            ),
+            None,
+        )
 
 
 def find_damaged_entry(file: Path) -> str | None:
@@ -128,7 +135,7 @@ def find_main_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(f"{path}: no such file or folder. Check the path.")
     for patterns in (("*.safetensors.index.json",), ("*.safetensors",), ("*.bin.index.json",), PICKLE_PATTERNS):
         files = sorted(file for pattern in patterns for file in path.glob(pattern) if file.is_file())
         default = [file for file in files if file.name in DEFAULT_NAMES]
@@ -138,7 +145,7 @@ def find_main_file(path: Path) -> Path:
             raise CheckpointError(f"{path}: holds {len(files)} files of weights ({files[0].name}, ...). Give one of them.")
         if files:
             return files[0]
-    raise CheckpointError(f"{path}: neither a run directory nor a checkpoint nor a folder of weights")
+    raise CheckpointError(f"{path}: neither a run directory nor a checkpoint nor a folder of weights.")
 
 
 def detect_format(path: Path) -> str:
@@ -171,7 +178,7 @@ def _read_signature(path: Path) -> tuple[bytes, list[str]]:
             start = file.read(64)
         return start, zipfile.ZipFile(path).namelist() if start.startswith(b"PK\x03\x04") else []
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except zipfile.BadZipFile:
         return start, []
 
@@ -191,7 +198,7 @@ def parse_metadata(content: Any, path: Path) -> dict[str, Any]:
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("timm_kwargs", {}), dict):
-        raise CheckpointError(f"{path}: damaged ({METADATA_KEY} metadata)")
+        raise CheckpointError(f"{path}: damaged ({METADATA_KEY} metadata).")
     return metadata
 
 
@@ -202,9 +209,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
+        raise CheckpointError(f"{path}: not a readable JSON file ({error}).") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{path}: not a JSON object.")
     return content
 
 
@@ -219,11 +226,11 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index names, sorted."""
     weight_map = _read_json(index)["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: damaged (its weight_map is empty)")
+        raise CheckpointError(f"{index}: damaged (its weight_map is empty).")
     files = sorted({index.parent / str(name) for name in weight_map.values()})
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing, but {index.name} names it")
+            raise CheckpointError(f"{file}: missing, but {index.name} names it.")
     return files
 
 
@@ -232,6 +239,6 @@ def _merge(shards: Iterable[Mapping[str, Tensor]], path: Path) -> dict[str, Tens
     for shard in shards:
         for name in shard:
             if name in merged:
-                raise CheckpointError(f"{path}: two of its shards hold {name}")
+                raise CheckpointError(f"{path}: two of its shards hold {name}.")
             merged[name] = shard[name]
     return merged

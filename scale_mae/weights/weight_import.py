@@ -165,7 +165,7 @@ def _find_prefix(tensors: Mapping[str, Tensor], anchor: str, path: Path) -> str:
     """Return the common prefix of the encoder's keys."""
     prefixes = [key.removesuffix(anchor) for key in tensors if _is_anchor(key, anchor)]
     if not prefixes:
-        raise CheckpointError(f"{path}: not the weights of a ViT (none of the {len(tensors)} tensors is named {anchor})")
+        raise CheckpointError(f"{path}: not the weights of a ViT (none of the {len(tensors)} tensors is named {anchor}).")
     if sorted(prefixes)[1:] == [min(prefixes).replace(MOCO_ENCODER, MOCO_EMA_ENCODER)]:
         prefixes = [min(prefixes)]
     if len(prefixes) > 1:
@@ -181,7 +181,7 @@ def _split_timm_keys(tensors: Mapping[str, Tensor], path: Path) -> _SplitTensors
     outside = [key for key in tensors if prefix.endswith(MOCO_ENCODER) and not key.startswith(prefix)]
     source_keys = {key.removeprefix(prefix).replace("_orig_mod.", ""): key for key in tensors if key not in outside}
     if len(source_keys) + len(outside) < len(tensors):
-        raise CheckpointError(f"{path}: two tensors have the same key without the prefix {prefix!r}")
+        raise CheckpointError(f"{path}: two tensors have the same key without the prefix {prefix!r}.")
     head = {key: source for key, source in source_keys.items() if key.startswith(HEAD_PREFIXES)}
     backbone = {key: source for key, source in source_keys.items() if key not in head}
     skipped = [*head.values(), *outside]

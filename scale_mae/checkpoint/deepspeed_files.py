@@ -43,6 +43,11 @@ class DeepSpeedFiles:
     maps: list[tuple[int, int]]
 
 
+def is_deepspeed_folder(path: Path) -> bool:
+    """Return whether a path is a folder with ``*_model_states.pt``, or with a file ``latest`` that names such a folder."""
+    return path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file())
+
+
 def find_deepspeed_folder(path: Path) -> Path:
     """Return the folder with ``*_model_states.pt``: ``path`` itself, or the subfolder that its file ``latest`` names.
 

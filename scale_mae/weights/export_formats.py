@@ -1,4 +1,4 @@
-"""The export formats. Each one defines how it is written, and how it is verified by the library that its users load it with.
+"""Defines the export formats: how each is written, and how it is verified with the library that its users load it with.
 
 To add a format, write its functions and add an entry to ``FORMATS`` and to ``WEIGHT_FORMATS`` (``weights/command.py``).
 """

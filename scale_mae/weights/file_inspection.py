@@ -170,7 +170,7 @@ def _inspect_graph(file: Path, file_format: str) -> Report:
 
 def _read_torch_export(file: Path) -> _GraphContents:
     if entry := find_damaged_entry(file):
-        raise CheckpointError(f"{file}: damaged ({entry}).")
+        raise CheckpointError(f"{file}: damaged ({entry}). Copy or download the file again.")
     with zipfile.ZipFile(file) as archive:
         entries = {name.partition("/")[2]: name for name in archive.namelist()}
         metadata_entry = entries.get(f"extra/{METADATA_KEY}.json")

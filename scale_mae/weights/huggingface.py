@@ -1,4 +1,4 @@
-"""Maps keys and configuration between scale_mae and transformers.
+"""Maps keys and configuration between scale_mae and Hugging Face transformers.
 
 Supported are ``ViTMAEForPreTraining``, ``ViTModel`` and ``ViTForImageClassification``. Exports use the keys of the published
 files (``vit.encoder.layer.0.attention.attention.query.weight``), which every version of transformers reads. Imports also accept

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder, is_deepspeed_folder
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.manifest import read_config, read_manifest
 from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, DAMAGED_PREFIX, DEEPSPEED_TAG, is_run_or_checkpoint, list_checkpoints
@@ -43,7 +43,7 @@ def inspect(path: str | Path) -> Report:
             return _inspect_run(path)
         if is_run_or_checkpoint(path):
             return _inspect_checkpoint(path)
-        if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
+        if is_deepspeed_folder(path):
             return _inspect_deepspeed(path)
         return inspect_weight_files(path)
     except UserError:

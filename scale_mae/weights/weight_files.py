@@ -63,14 +63,10 @@ class WeightFiles:
 
     def find_damage(self) -> str | None:
         """Read all archives. Return one line about the first file that differs from its checksums, or ``None``."""
-        return next(
-            (
-                f"{file}: damaged ({entry}). Copy or download the file again."
-                for file in self.archives
-                if (entry := find_damaged_entry(file))
-            ),
-            None,
-        )
+        for file in self.archives:
+            if entry := find_damaged_entry(file):
+                return f"{file}: damaged ({entry}). Copy or download the file again."
+        return None
 
 
 def find_damaged_entry(file: Path) -> str | None:

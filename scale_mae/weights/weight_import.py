@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder
+from scale_mae.checkpoint.deepspeed_files import find_deepspeed_folder, is_deepspeed_folder
 from scale_mae.checkpoint.discovery import locate_checkpoint
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.lazy_tensor import LazyTensorReader
@@ -102,7 +102,7 @@ def read_weights(path: Path) -> ImportedWeights:
     """
     if is_run_or_checkpoint(path):
         return _read_checkpoint(path)
-    if path.is_dir() and (any(path.glob("*_model_states.pt")) or (path / "latest").is_file()):
+    if is_deepspeed_folder(path):
         reader = ZeroReader(find_deepspeed_folder(path))
         provenance = Provenance(f"DeepSpeed checkpoint, ZeRO-{reader.stage}", step=reader.step)
         return ImportedWeights(path, *_split_timm_keys(reader, path), provenance=provenance, digest=lambda: "")

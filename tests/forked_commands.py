@@ -1,7 +1,7 @@
 """Programs named ``scale-mae``, ``torchrun``, ``srun`` and ``python`` that start at once, for tests that run many commands.
 
-Importing PyTorch and DeepSpeed takes seconds per process. Here one server imports them once and forks for each command. A command
-has its own working directory, environment, standard streams and exit code.
+Importing PyTorch and DeepSpeed takes seconds per process. Here one server imports them once and forks for each command.
+A command has its own working directory, environment, standard streams and exit code.
 
     with CommandServer(folder) as server:
         subprocess.run(["bash", "-c", "scale-mae status runs > status.txt"], env=os.environ | server.environment)

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from forked_commands import CommandServer
 from images import jpeg
+from scale_mae.slurm.site import Site
 
 from scale_mae.cli import build_parser
 from scale_mae.config import Config, load_config
-from scale_mae.slurm.site import Site
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -164,7 +164,7 @@ def run_shell(server, command, folder):
 
 @pytest.fixture(scope="module")
 def prepared(server, tmp_path_factory):
-    """Two folders with small data and finished runs, as a reader has who did what earlier pages say: one to work in, and a copy.
+    """Two folders with small data and finished runs: one to work in, and a copy.
 
     Configurations hold absolute paths, so all pages work in the same folder and get it anew from the copy.
     """

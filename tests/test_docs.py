@@ -14,7 +14,7 @@ import pytest
 import yaml
 from forked_commands import CommandServer
 from images import jpeg
-from scale_mae.slurm.site import Site
+from scale_mae.slurm.site_config import SiteConfig
 
 from scale_mae.cli import build_parser
 from scale_mae.config import Config, load_config
@@ -322,7 +322,7 @@ def headings(page):
 def test_recipes_and_site_files_in_the_documentation_are_valid():
     for block in blocks("yaml"):
         content = yaml.safe_load(block.text)
-        (Site if {"partition", "gpus_per_node"} & content.keys() else Config).model_validate(content)
+        (SiteConfig if {"partition", "gpus_per_node"} & content.keys() else Config).model_validate(content)
 
 
 def test_json_in_the_documentation_is_valid():

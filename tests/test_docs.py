@@ -14,10 +14,10 @@ import pytest
 import yaml
 from forked_commands import CommandServer
 from images import jpeg
-from scale_mae.slurm.site_config import SiteConfig
 
 from scale_mae.cli import build_parser
 from scale_mae.config import Config, load_config
+from scale_mae.slurm.site_config import SiteConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

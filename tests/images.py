@@ -1,4 +1,4 @@
-"""Small sources of images for tests."""
+"""Makes small image sources for tests."""
 
 import functools
 import io
@@ -36,7 +36,7 @@ def make_tar(path, samples):
 
 @functools.cache
 def demo_index():
-    """One index of ``demo:train`` for all runs of a test session, which would else build one each."""
+    """Build one index of ``demo:train`` for all runs of a test session, so that they need not build one each."""
     from scale_mae.data.index_builder import build_index
 
     folder = tempfile.TemporaryDirectory()

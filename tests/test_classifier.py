@@ -1,4 +1,4 @@
-"""Classifiers from anywhere compute what they computed where they come from."""
+"""Tests that loaded third-party classifiers compute the same outputs as in their own libraries."""
 
 import argparse
 import json
@@ -26,10 +26,10 @@ def logits(subject, images=IMAGES):
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["the reference's file", "a state dict"])
 @pytest.mark.parametrize("name", ["vit_tiny_gap", "vit_tiny_cls"])
-def test_the_references_classifiers(golden, tmp_path, name, wrapped):
+def test_classifiers_of_the_reference_yield_its_logits(golden, tmp_path, name, wrapped):
     values, _ = golden(f"{name}.safetensors")
     state = {n.removeprefix("weights."): t for n, t in values.items() if n.startswith("weights.")}
-    write_timm(tmp_path, vit(num_classes=7))  # for its config.json, which tells the attention heads
+    write_timm(tmp_path, vit(num_classes=7))  # for its config.json, which contains the number of attention heads
     (tmp_path / "model.safetensors").unlink()
     if wrapped:
         torch.save({"model": state, "args": argparse.Namespace(seed=3), "epoch": 99}, tmp_path / "checkpoint-99.pth")
@@ -43,7 +43,7 @@ def test_the_references_classifiers(golden, tmp_path, name, wrapped):
     assert (subject.classes, subject.architecture) == (7, "ViT-32x3/8, 32 px")
 
 
-def test_the_references_options_tell_heads_and_seed(tmp_path):
+def test_heads_and_seed_come_from_the_options_of_a_reference_checkpoint(tmp_path):
     theirs = vit(patch_size=16, embed_dim=192, depth=12, num_heads=3)
     options = argparse.Namespace(model="vit_tiny_patch16", seed=3, input_size=32)
     torch.save({"model": theirs.state_dict(), "args": options}, tmp_path / "checkpoint-99.pth")
@@ -53,14 +53,14 @@ def test_the_references_options_tell_heads_and_seed(tmp_path):
 
 
 @pytest.mark.parametrize(("pool", "more"), [("avg", {}), ("token", {}), ("avg", {"fc_norm": False})])
-def test_timms_folders(tmp_path, pool, more):
+def test_timm_folders_yield_the_logits_of_timm(tmp_path, pool, more):
     theirs = vit(pool, **more)
     subject = load_classifier(write_timm(tmp_path, theirs, pool))
     torch.testing.assert_close(logits(subject), theirs(IMAGES).detach())
     assert subject.mean == (0.286,) * 3
 
 
-def test_a_folder_of_transformers(tmp_path):
+def test_a_transformers_folder_yields_the_logits_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
@@ -73,8 +73,8 @@ def test_a_folder_of_transformers(tmp_path):
         torch.testing.assert_close(logits(subject), theirs(pixel_values=IMAGES).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_another_size_interpolates_the_positions(golden, tmp_path):
-    """As the reference's fine-tuning does; also the table itself."""
+def test_another_image_size_interpolates_the_position_embedding(golden, tmp_path):
+    """The position embedding itself is also compared with the reference's fine-tuning."""
     values, _ = golden("recipe.safetensors")
     after = resize_pos_embed(values["interp.before"], (7, 7), (10, 10))
     torch.testing.assert_close(after, values["interp.after"], atol=1e-6, rtol=0)
@@ -89,7 +89,7 @@ def test_another_size_interpolates_the_positions(golden, tmp_path):
         load_classifier(tmp_path, size=33)
 
 
-def test_what_is_no_classifier_is_refused_in_one_line(tmp_path):
+def test_weights_without_a_linear_head_raise_one_line_errors(tmp_path):
     cases = {
         "no head": ({"num_classes": 0}, {}, "no classifier .an encoder without a head; scale-mae knn"),
         "two layers": ({}, {"head.extra.weight": torch.ones(2, 2)}, "its head is not one linear layer"),
@@ -113,7 +113,7 @@ def test_what_is_no_classifier_is_refused_in_one_line(tmp_path):
         load_classifier(oblong)
 
 
-def test_the_encoder_of_a_classifier_and_of_an_export_of_ours(tmp_path):
+def test_the_encoder_of_a_classifier_yields_its_features(tmp_path):
     theirs = vit()
     folder = write_timm(tmp_path / "theirs", theirs)
     subject = load_subject(folder)
@@ -125,7 +125,7 @@ def test_the_encoder_of_a_classifier_and_of_an_export_of_ours(tmp_path):
     assert load_encoder(folder).fc_norm.weight.equal(theirs.fc_norm.weight)
 
 
-def test_an_export_of_ours_is_an_encoder(tmp_path):
+def test_an_exported_file_is_an_encoder_but_not_a_classifier(tmp_path):
     config = load_config("debug", ["run.seed=5"])
     state, metadata = encoder_state(build_mae_from_config(config).state_dict()), build_metadata(config, 7)
     save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(metadata)})

@@ -1,4 +1,4 @@
-"""DALI's images are the reference decoder's, whatever is thrown at it."""
+"""Tests that the DALI decoder returns the images of the reference decoder."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from scale_mae.data.dali import DaliDecoder, Jpeg, plain_jpeg_header, resize_on_
 from scale_mae.data.errors import ImageError, ImageStatus
 from scale_mae.data.pillow import EXIF_ORIENTATION, Crop
 
-SIZE = (96, 80)  # not square, so that height and width cannot be mistaken for each other
+SIZE = (96, 80)  # not square, so that swapping height and width is noticed
 SHAPES = [(375, 501), (500, 333), (9, 17), (1, 1), (2, 2), (300, 3), (64, 64), (300, 90)]
 BATCH = len(SHAPES)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -30,14 +30,14 @@ def decoder():
 
 
 @pytest.fixture(autouse=True)
-def room_for_noise(monkeypatch):
-    monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 22)  # Pillow's buffer is too small for JPEGs of noise
+def larger_encoder_buffer(monkeypatch):
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 22)  # Pillow's default buffer is too small for JPEG files of noise
 
 
 def photo(height, width, rng):
     y, x = np.mgrid[:height, :width]
     waves = [110 * np.sin(x / rng.uniform(5, 60) + y / rng.uniform(5, 60) + rng.uniform(0, 6)) for _ in range(3)]
-    blob = 160 * (np.hypot(x - rng.uniform(0, width), y - rng.uniform(0, height)) < 0.3 * width)  # sharp edges, blown out
+    blob = 160 * (np.hypot(x - rng.uniform(0, width), y - rng.uniform(0, height)) < 0.3 * width)  # sharp edges, overexposed
     texture = rng.normal(0, 12, (height, width))
     return (np.stack(waves, -1) + (blob + texture)[..., None] + 100).clip(0, 255).astype(np.uint8)
 
@@ -95,7 +95,7 @@ KINDS = [*SAMPLINGS, *({"progressive": True} | kind for kind in SAMPLINGS), {"qu
 
 @pytest.mark.parametrize("content", [photo, noise])
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_images_are_the_references(decoder, content, options):
+def test_dali_images_equal_pillow_images(decoder, content, options):
     before, rng = decoder.fallbacks, np.random.default_rng(len(str(options)))
     for _ in range(4):
         check_parity(decoder, mixed_batch(content, rng, **options))
@@ -103,17 +103,17 @@ def test_images_are_the_references(decoder, content, options):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_upright(decoder, orientation):
+def test_exif_orientation_is_applied(decoder, orientation):
     check_parity(decoder, mixed_batch(photo, np.random.default_rng(orientation), orientation=orientation))
 
 
-def test_orientation_in_xmp_counts_too(decoder):
+def test_orientation_in_xmp_is_applied(decoder):
     data = jpeg(photo(60, 90, np.random.default_rng(0)), xmp=XMP)
     assert plain_jpeg_header(data) == (60, 90, 6)  # upright
     check_parity(decoder, [(data, Crop(20, 5, 50, 40, False))])
 
 
-def test_resizing_for_gpus_is_the_references(decoder):
+def test_resizing_for_gpus_equals_pillow(decoder):
     batch = [pair for o in (1, 6, 8) for pair in mixed_batch(noise, np.random.default_rng(o), orientation=o)]
     planned = [(pair, item) for pair in batch if isinstance(item := decoder.prepare_image(*pair), Jpeg)]
     boxes = []
@@ -130,7 +130,7 @@ def others():
     image = Image.fromarray(pixels)
     grey16 = Image.fromarray(rng.integers(0, 65536, (40, 60), np.uint16))
     return {
-        "CMYK": encoded(image.convert("CMYK"), "JPEG"),  # which Pillow writes inverted, as Adobe does
+        "CMYK": encoded(image.convert("CMYK"), "JPEG"),  # Pillow writes it inverted, as Adobe does
         "RGB-coded": encoded(image, "JPEG", keep_rgb=True),
         "PNG": encoded(image, "PNG"),
         "PNG, 16 bits": encoded(grey16, "PNG"),
@@ -144,7 +144,7 @@ def others():
 
 
 @pytest.mark.parametrize("kind", others())
-def test_what_is_not_plain_jpeg_is_pillows(decoder, kind, monkeypatch):
+def test_pillow_decodes_everything_but_plain_jpeg(decoder, kind, monkeypatch):
     monkeypatch.setattr(decoder, "_pipeline", None)
     monkeypatch.setattr(decoder, "_build", Mock(side_effect=AssertionError("DALI was asked")))
     before = decoder.fallbacks
@@ -152,7 +152,7 @@ def test_what_is_not_plain_jpeg_is_pillows(decoder, kind, monkeypatch):
     assert decoder.fallbacks == before
 
 
-def test_huge_and_shrunken_images_are_pillows(decoder, monkeypatch):
+def test_pillow_decodes_huge_and_strongly_shrunken_images(decoder, monkeypatch):
     data = jpeg(np.zeros((SIZE[0] * dali.MAX_SHRINK + 8, 8, 3), np.uint8))
     assert not isinstance(decoder.prepare_image(data, whole(data)), Jpeg)
     assert isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
@@ -160,7 +160,7 @@ def test_huge_and_shrunken_images_are_pillows(decoder, monkeypatch):
     assert not isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
 
 
-def test_errors_are_the_references(decoder):
+def test_errors_equal_those_of_pillow(decoder):
     data, smaller = (jpeg(photo(height, 60, np.random.default_rng(0))) for height in (40, 39))
     cases = [
         (data[:900], ImageStatus.DAMAGED),
@@ -174,14 +174,14 @@ def test_errors_are_the_references(decoder):
         assert found.value.cause == cause
 
 
-def test_damage_in_the_middle_is_filled_in_alike(decoder):
+def test_damage_inside_a_jpeg_is_filled_in_as_pillow_does(decoder):
     data = jpeg(photo(200, 300, np.random.default_rng(1)))
     head, tail = data[: len(data) // 2], data[len(data) // 2 :]
     for damaged in (head + tail[999:], head + b"\x55" * 99 + tail[99:], head + b"\xff\xd9"):
         check_parity(decoder, [(damaged, whole(damaged)), (damaged, Crop(120, 40, 70, 200, True))])
 
 
-def test_one_bad_image_costs_only_itself(decoder):
+def test_a_damaged_image_does_not_affect_the_rest_of_its_batch(decoder):
     before, rng = decoder.fallbacks, np.random.default_rng(2)
     batch = [(data, whole(data)) for data in (jpeg(photo(70, 90, rng)) for _ in range(4))]
     batch[1] = (encoded(Image.fromarray(photo(70, 90, rng)), "PNG"), whole(batch[1][0]))
@@ -198,7 +198,7 @@ def test_one_bad_image_costs_only_itself(decoder):
     assert decoder.fallbacks == before + 3
 
 
-def test_a_dead_dali_costs_only_time(decoder, monkeypatch):
+def test_pillow_decodes_when_dali_always_fails(decoder, monkeypatch):
     dead = Mock(side_effect=RuntimeError("no DALI today"))
     before, rng = decoder.fallbacks, np.random.default_rng(3)
     monkeypatch.setattr(decoder, "_pipeline", None)
@@ -209,7 +209,7 @@ def test_a_dead_dali_costs_only_time(decoder, monkeypatch):
     assert decoder.failure == "no DALI today"
 
 
-def test_batches_of_any_length_in_order_from_any_thread(decoder):
+def test_batches_of_any_length_from_any_thread_keep_their_order(decoder):
     rng = np.random.default_rng(4)
     batch = [(jpeg(photo(40, 60, rng)), Crop(3, 2, 30, 40, True)), (others()["PNG"], Crop(0, 0, 40, 60, False))] * (BATCH // 2)
     assert decoder.decode_batch([])[0].shape == (0, *SIZE, 3)
@@ -219,7 +219,7 @@ def test_batches_of_any_length_in_order_from_any_thread(decoder):
             pool.submit(check_parity, decoder, batch[-length:]).result()
 
 
-def test_nothing_is_left_behind(decoder):
+def test_no_memory_or_files_leak(decoder):
     def held():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))
@@ -236,7 +236,7 @@ def test_nothing_is_left_behind(decoder):
     assert files <= 0
 
 
-def test_dali_accepts_the_graph_for_gpus():
+def test_dali_accepts_the_gpu_graph():
     pipeline = Pipeline(BATCH, 2, None, prefetch_queue_depth=1)  # no GPU is needed unless the pipeline is built
     dali.define_graph(pipeline, "mixed")
     graph = pipeline.serialize()
@@ -246,7 +246,7 @@ def test_dali_accepts_the_graph_for_gpus():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_gpu_images_are_the_references(options):
+def test_gpu_images_equal_pillow_images(options):
     decoder, rng = DaliDecoder(SIZE, BATCH, threads=2, device_id=0), np.random.default_rng(6)
     for orientation in range(1, 9):
         for content in (photo, noise):

@@ -1,4 +1,4 @@
-"""Building, reading and packing an index; reading bytes from storage."""
+"""Tests of building, reading and packing an index, and of reading bytes from storage."""
 
 import errno
 import gzip
@@ -34,7 +34,7 @@ PNG_BOMB += zlib.crc32(PNG_BOMB[12:]).to_bytes(4, "big") + b"\0\0\0\x0aIDAT" + b
 
 
 def make_damaged(root):
-    """Class folders in which five of fourteen images are bad, each in its own way."""
+    """Make class folders in which five of fourteen images are unreadable, each for a different reason."""
     make_folders(root)
     folder = root / "class1"
     for name, content in (
@@ -48,10 +48,10 @@ def make_damaged(root):
     return root
 
 
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- index file
 
 
-def test_shipped_images_are_what_the_readme_says():
+def test_the_demo_data_has_the_documented_size_and_labels():
     train, val = open_index("demo:train"), open_index("demo:val")
     assert np.bincount(train.entries["label"]).tolist() == [1000] * 10
     assert np.bincount(val.entries["label"]).tolist() == [200] * 10
@@ -61,7 +61,7 @@ def test_shipped_images_are_what_the_readme_says():
 
 
 @pytest.mark.service("dataset-fashion-mnist")
-def test_shipped_shards_are_made_from_the_originals(tmp_path):
+def test_the_demo_shards_equal_the_original_fashion_mnist(tmp_path):
     from scale_mae.demo_data.pack_fashion_mnist import ORIGINALS, pack_shards, read_idx
 
     pack_shards(tmp_path)
@@ -79,7 +79,7 @@ def test_shipped_shards_are_made_from_the_originals(tmp_path):
             assert index.entries["label"][i] == labels[original]
 
 
-def test_rows_say_where_an_image_is_and_what_it_is(tmp_path):
+def test_an_index_row_contains_location_size_orientation_and_label(tmp_path):
     root = make_folders(tmp_path / "data")
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -97,10 +97,10 @@ def test_rows_say_where_an_image_is_and_what_it_is(tmp_path):
         assert (row["width"], row["height"]) == ((20, 40) if int(orientation) >= 5 else (40, 20))
     for i in range(20):
         assert index.read(i) == Path(index.location(i)).read_bytes()
-    assert load_file(tmp_path / "x.index")["entries"].shape == (20, 32)  # as the documents say
+    assert load_file(tmp_path / "x.index")["entries"].shape == (20, 32)  # as documented
 
 
-def test_an_index_moves_with_its_images_and_its_digest_follows_every_row(tmp_path):
+def test_an_index_can_be_moved_with_its_images_and_its_digest_depends_on_every_row(tmp_path):
     make_folders(tmp_path / "a" / "data")
     index = build_index(str(tmp_path / "a" / "data"), tmp_path / "a" / "x.index")
     expected = [index.read(i) for i in range(12)]
@@ -117,7 +117,7 @@ def test_an_index_moves_with_its_images_and_its_digest_follows_every_row(tmp_pat
     assert Index.open(tmp_path / "y.index").digest != index.digest
 
 
-def test_odd_file_names_are_read_as_they_are(tmp_path):
+def test_file_names_with_line_breaks_and_invalid_utf8_are_supported(tmp_path):
     folder = make_folders(tmp_path / "data", classes=1) / "class0"
     (folder / "a\nb.jpg").write_bytes(jpeg(seed=77))
     (folder / "\udcff.jpg").write_bytes(jpeg(seed=78))
@@ -129,7 +129,7 @@ def test_odd_file_names_are_read_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:5], lambda b: b[:-9], lambda b: b"\xff" * 40, lambda b: b[8:]])
-def test_a_damaged_index_is_one_line(tmp_path, damage):
+def test_a_damaged_index_raises_a_one_line_error(tmp_path, damage):
     path = tmp_path / "x.index"
     build_index(str(make_folders(tmp_path / "data")), path)
     path.write_bytes(damage(path.read_bytes()))
@@ -140,8 +140,8 @@ def test_a_damaged_index_is_one_line(tmp_path, damage):
         Index.open(tmp_path / "absent.index")
 
 
-def test_fourteen_million_images_open_at_once(tmp_path):
-    """Under 0.2 s and 50 MB of a process's own memory, whatever the number of rows and paths."""
+def test_opening_an_index_of_14_million_images_is_fast_and_small(tmp_path):
+    """Opening takes under 0.2 s and 50 MB of private memory, whatever the number of rows and paths."""
     count = 14_000_000
     rows = np.zeros(count, ENTRY_DTYPE)
     rows["shard"] = np.arange(count)
@@ -168,7 +168,7 @@ def test_fourteen_million_images_open_at_once(tmp_path):
 # ---------------------------------------------------------------- building
 
 
-def test_bad_images_are_quarantined_with_their_cause(tmp_path):
+def test_unreadable_images_are_quarantined_with_their_cause(tmp_path):
     index = build_index(str(make_damaged(tmp_path / "data")), tmp_path / "x.index")
     assert index.quarantine_counts() == {
         "empty file": 1,
@@ -189,14 +189,14 @@ def test_bad_images_are_quarantined_with_their_cause(tmp_path):
     }
 
 
-def test_headers_alone_find_less(tmp_path):
+def test_without_verification_only_headers_are_checked(tmp_path):
     index = build_index(str(make_damaged(tmp_path / "data")), tmp_path / "x.index", verify=False)
     assert "damaged" not in index.quarantine_counts()
     assert set(index.entries["status"]) == {ImageStatus.HEADER_READ}
     assert set(index.entries["width"]) == {40}
 
 
-def test_a_source_without_usable_images_is_an_error(tmp_path):
+def test_a_source_without_usable_images_raises_an_error(tmp_path):
     (tmp_path / "data" / "c").mkdir(parents=True)
     (tmp_path / "data" / "c" / "1.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"none of the 1 images is usable. .*1\.jpg: not an image"):
@@ -204,7 +204,7 @@ def test_a_source_without_usable_images_is_an_error(tmp_path):
     assert not (tmp_path / "x.index").exists()
 
 
-def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_build_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "CHUNK", 2)
     root = str(make_damaged(tmp_path / "data"))
     expected = build_index(root, tmp_path / "whole.index")
@@ -225,7 +225,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("x.index.partial*"))
 
 
-def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
+def test_a_killed_build_leaves_no_process_and_continues(tmp_path):
     root = make_folders(tmp_path / "data", classes=1, per_class=1)
     slow = jpeg(2500, 2500)
     for i in range(60):
@@ -249,7 +249,7 @@ def test_a_killed_build_goes_on_and_leaves_no_process(tmp_path):
     assert len(index) == 61
 
 
-def test_an_image_that_ends_the_decoder_costs_only_itself(tmp_path, monkeypatch):
+def test_an_image_that_crashes_the_decoder_is_quarantined(tmp_path, monkeypatch):
     root = make_folders(tmp_path / "data")
     (root / "class1" / "2.jpg").write_bytes(b"poison")
     original = building.read_image_header
@@ -264,7 +264,7 @@ def test_an_image_that_ends_the_decoder_costs_only_itself(tmp_path, monkeypatch)
     assert len(index) == 11
 
 
-def test_a_cut_tar_is_used_as_far_as_it_goes(tmp_path, capsys):
+def test_the_complete_images_of_a_truncated_tar_are_used(tmp_path, capsys):
     shard = make_tar(tmp_path / "s.tar", [(f"{i}.jpg", jpeg(seed=i)) for i in range(6)])
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     assert main(["index", str(shard), "--out", str(tmp_path / "x.index")]) == 0
@@ -274,7 +274,7 @@ def test_a_cut_tar_is_used_as_far_as_it_goes(tmp_path, capsys):
     assert f"{shard}: " in capsys.readouterr().err
 
 
-def test_odd_files_do_not_hold_up_a_build(tmp_path):
+def test_pipes_folders_and_huge_files_are_quarantined(tmp_path):
     root = make_folders(tmp_path / "data")
     os.mkfifo(root / "class0" / "pipe.jpg")
     with open(root / "class0" / "huge.jpg", "wb") as file:
@@ -286,13 +286,13 @@ def test_odd_files_do_not_hold_up_a_build(tmp_path):
     assert len(index) == 12
 
 
-def test_workers_that_cannot_start_end_the_build(tmp_path, monkeypatch):
+def test_workers_that_are_killed_at_the_start_stop_the_build(tmp_path, monkeypatch):
     monkeypatch.setattr("scale_mae.system.process_pool._start_worker", lambda given: os._exit(1))
     with pytest.raises(DataError, match="killed as they start"):
         build_index(str(make_folders(tmp_path / "data")), tmp_path / "x.index")
 
 
-def test_a_damaged_unfinished_index_is_no_source_of_images(tmp_path):
+def test_a_truncated_unfinished_index_raises_an_error(tmp_path):
     root = str(make_folders(tmp_path / "data"))
     with pytest.raises(KeyboardInterrupt):
         build_index(root, tmp_path / "x.index", progress=lambda done, total: exec("raise KeyboardInterrupt"))
@@ -305,7 +305,7 @@ def test_a_damaged_unfinished_index_is_no_source_of_images(tmp_path):
 # ---------------------------------------------------------------- storage
 
 
-def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
+def test_transient_read_errors_are_retried(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"0123456789")
     pauses, failures = [], [errno.EIO, errno.ESTALE, errno.ETIMEDOUT]
@@ -313,8 +313,8 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
 
     def pread(*args):
         if failures:
-            raise OSError(failures.pop(0), "storage sulks")
-        return original(args[0], min(args[1], 3), args[2])  # and gives little at a time
+            raise OSError(failures.pop(0), "storage fails")
+        return original(args[0], min(args[1], 3), args[2])  # return less than requested
 
     monkeypatch.setattr(storage.os, "pread", pread)
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
@@ -322,7 +322,7 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
     assert pauses == sorted(pauses)
     assert len(pauses) == 3
     failures += [errno.EIO] * 9
-    with pytest.raises(ImageError, match=r"unreadable \(storage sulks, 4 attempts") as caught:
+    with pytest.raises(ImageError, match=r"unreadable \(storage fails, 4 attempts") as caught:
         storage.read(str(path), 0, 4)
     assert caught.value.cause is ImageStatus.UNREADABLE
     assert len(failures) == 5
@@ -331,7 +331,7 @@ def test_transient_errors_are_tried_again(tmp_path, monkeypatch):
     assert len(failures) == 5
 
 
-def test_shards_stay_open_in_bounded_number(tmp_path):
+def test_the_number_of_open_shards_is_limited(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for i in range(2 * storage.MAX_OPEN_SHARDS):
         (tmp_path / f"{i}").write_bytes(b"abcdef")
@@ -343,7 +343,7 @@ def test_shards_stay_open_in_bounded_number(tmp_path):
 # ---------------------------------------------------------------- packing
 
 
-def test_packed_shards_hold_every_image_once_shuffled_and_small(tmp_path):
+def test_packed_shards_contain_every_image_once_shuffled_and_scaled_down(tmp_path):
     root = make_folders(tmp_path / "data", classes=3, per_class=10)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -367,7 +367,7 @@ def test_packed_shards_hold_every_image_once_shuffled_and_small(tmp_path):
         assert {os.path.splitext(name)[1] for name in tar.getnames()} == {".jpg", ".cls"}
 
 
-def test_an_interrupted_packing_goes_on(tmp_path):
+def test_interrupted_packing_continues(tmp_path):
     root = str(make_folders(tmp_path / "data", classes=3, per_class=10))
     build_index(root, tmp_path / "x.index")
     source, options = str(tmp_path / "x.index"), {"short_side": 16, "shard_mb": 0.02, "workers": 1}
@@ -379,7 +379,7 @@ def test_an_interrupted_packing_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "out", **options, progress=interrupt)
     shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
-    assert 0 < len(shards) < len(expected.shards) - 2  # nothing more was begun
+    assert 0 < len(shards) < len(expected.shards) - 2  # no further shard was started
     again = pack(source, tmp_path / "out", **options).index
     assert all(path.stat().st_mtime_ns == written for path, written in shards.items())
     assert [again.read(i) for i in range(30)] == [expected.read(i) for i in range(30)]
@@ -391,7 +391,7 @@ def test_an_interrupted_packing_goes_on(tmp_path):
         pack(source, tmp_path / "new", quality=100)
 
 
-def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
+def test_killed_packing_continues_and_loses_no_image(tmp_path):
     root = make_folders(tmp_path / "data", classes=2, per_class=30)
     for i in range(0, 30, 3):
         path = root / "class1" / f"{i}.jpg"
@@ -413,7 +413,7 @@ def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
     process.wait()
     psutil.wait_procs(children, timeout=10)
     before = len(list(out.glob("*.tar")))
-    for i in range(0, 30, 2):  # what was measured at first must not be measured again
+    for i in range(0, 30, 2):  # the images per shard must not be estimated again
         (root / "class0" / f"{i}.jpg").unlink()
     packed = pack(source, out, short_side=16, shard_mb=0.01)
     assert before < len(packed.index.shards)
@@ -423,7 +423,7 @@ def test_a_killed_packing_goes_on_and_loses_nothing(tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
-def test_packing_names_what_it_cannot_use(tmp_path, capsys):
+def test_packing_reports_skipped_images(tmp_path, capsys):
     root = make_folders(tmp_path / "data")
     (root / "class1" / "1.jpg").write_bytes(jpeg()[:-200])
     (root / "class1" / "2.jpg").write_bytes(b"")
@@ -435,7 +435,7 @@ def test_packing_names_what_it_cannot_use(tmp_path, capsys):
     assert decode(open_index(str(tmp_path / "out")).read(0), (0, 0, 20, 20, False), (8, 8)).shape == (8, 8, 3)
 
 
-def test_index_command_reports(tmp_path, capsys):
+def test_the_index_command_reports_results_and_errors(tmp_path, capsys):
     make_damaged(tmp_path / "data")
     assert main(["index", str(tmp_path / "data"), "--out", str(tmp_path / "x.index"), "--workers", "2"]) == 0
     text = capsys.readouterr()

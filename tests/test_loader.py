@@ -1,4 +1,4 @@
-"""Decoding by the reference, batches ahead of time, and images that cannot be had."""
+"""Tests of the reference decoder, of loading batches ahead of time, and of replacing unreadable images."""
 
 import io
 import json
@@ -34,19 +34,19 @@ from scale_mae.system import resources
 # ---------------------------------------------------------------- the reference decoder
 
 
-def test_decoding_equals_torchvisions_transform():
+def test_decode_equals_torchvision():
     data = jpeg(90, 60)
     image = Image.open(io.BytesIO(data))
     crop = Crop(5, 7, 40, 50, flip=True)
     ours, bicubic = decode(data, crop, (32, 48)), tvf.InterpolationMode.BICUBIC
     theirs = np.asarray(tvf.hflip(tvf.resized_crop(image, *crop[:4], [32, 48], bicubic)), np.int16)
-    assert np.abs(ours - theirs).mean() < 0.5  # some versions of Pillow round after the columns, some after the rows
+    assert np.abs(ours - theirs).mean() < 0.5  # the order of the two resizing passes depends on the version of Pillow
     rows_first = tvf.resize(tvf.resized_crop(image, *crop[:4], [40, 48], bicubic), [32, 48], bicubic)
     assert np.array_equal(ours, np.asarray(tvf.hflip(rows_first)))
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
-def test_orientation_is_honoured(orientation):
+def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(40, 20, exif=exif)
@@ -63,30 +63,30 @@ def saved(image, kind, **options):
     return out.getvalue()
 
 
-def test_every_kind_of_image_becomes_rgb():
+def test_every_image_mode_becomes_rgb():
     ramp = Image.fromarray(np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1)))
-    colour = Image.merge("RGB", [ramp, ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT), ramp])
+    color = Image.merge("RGB", [ramp, ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT), ramp])
     deep = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
-    alpha = colour.copy()
+    alpha = color.copy()
     alpha.putalpha(ramp)
     whole, size = Crop(0, 0, 30, 40, flip=False), (30, 40)
     for image, data, tolerance in (
         (ramp, saved(ramp, "JPEG", quality=95), 6),
         (ramp, saved(deep, "PNG"), 0),
         (ramp, saved(deep, "TIFF"), 0),
-        (colour, saved(colour, "PNG"), 0),
-        (colour, saved(alpha, "PNG"), 0),
-        (colour, saved(colour.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), 20),
-        (colour, saved(colour, "WEBP", lossless=True), 0),
-        (colour, saved(colour.convert("CMYK"), "JPEG", quality=95), 60),  # Pillow writes and reads Adobe's inverted form
-        (colour, saved(colour.convert("YCbCr"), "JPEG", quality=95), 60),
+        (color, saved(color, "PNG"), 0),
+        (color, saved(alpha, "PNG"), 0),
+        (color, saved(color.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), 20),
+        (color, saved(color, "WEBP", lossless=True), 0),
+        (color, saved(color.convert("CMYK"), "JPEG", quality=95), 60),  # Pillow writes and reads Adobe's inverted form
+        (color, saved(color.convert("YCbCr"), "JPEG", quality=95), 60),
         (ramp.point(lambda v: 255 * (v > 100), "1"), saved(ramp.point(lambda v: 255 * (v > 100), "1"), "PNG"), 0),
     ):
         expected = np.asarray(image.convert("RGB"), np.int16)
         assert np.abs(decode(data, whole, size) - expected).max() <= tolerance
 
 
-def test_one_pixel_and_very_large_images():
+def test_one_pixel_images_and_very_large_images():
     assert (decode(saved(Image.new("RGB", (1, 1), "red"), "PNG"), Crop(0, 0, 1, 1, False), (4, 4)) == [255, 0, 0]).all()
     wide = saved(Image.new("L", (65000, 40), 77), "PNG")
     assert (decode(wide, Crop(0, 30000, 40, 40, False), (8, 8)) == 77).all()
@@ -104,17 +104,17 @@ def test_one_pixel_and_very_large_images():
         (jpeg(20, 10), ImageStatus.DAMAGED),
     ],
 )
-def test_what_cannot_be_decoded_has_a_cause(data, cause):
+def test_an_unreadable_image_raises_an_error_with_its_cause(data, cause):
     with pytest.raises(ImageError) as caught:
         decode(data, center_square(40, 30), (16, 16))
     assert caught.value.cause is cause
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- pixels
+# ---------------------------------------------------------------- transforms
 
 
-def test_normalise_and_back():
+def test_normalize_equals_torchvision_and_denormalize_inverts_it():
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     x = normalize(images, mean, std)
@@ -123,7 +123,7 @@ def test_normalise_and_back():
     torch.testing.assert_close(denormalize(x, mean, std).permute(0, 2, 3, 1) * 255, images.float(), atol=1e-3, rtol=0)
 
 
-def test_jitter_changes_images_as_torchvision_does():
+def test_color_jitter_equals_torchvision():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((12, 3, 8, 8), generator=generator)
     jitter = torch.from_numpy(SamplePlan(0, 10, 8).color_jitter(np.arange(12), (0.4, 0.4, 0.4)))
@@ -147,7 +147,7 @@ def make_loader(index, rank=0, ranks=1, accumulation=1, micro_batch=4, warn=prin
     return Loader(index, plan, share, DataConfig(**data), decoder, (16, 16), 4, warn=warn)
 
 
-def test_batches_are_the_plans_whatever_the_threads_and_prefetch(tmp_path):
+def test_batches_do_not_depend_on_threads_and_prefetch(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     one = list(make_loader(index, threads=1, prefetch=1).batches(2, 8))
     many = list(make_loader(index, threads=5, prefetch=7).batches(2, 8))
@@ -159,7 +159,7 @@ def test_batches_are_the_plans_whatever_the_threads_and_prefetch(tmp_path):
         assert not a.failures
 
 
-def test_batches_hold_the_plans_images_and_the_indexs_labels(tmp_path):
+def test_batches_contain_the_planned_images_and_the_indexed_labels(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     plan = SamplePlan(0, 12, 4)
     for step, batch in enumerate(make_loader(index).batches(0, 6)):
@@ -173,7 +173,7 @@ def test_batches_hold_the_plans_images_and_the_indexs_labels(tmp_path):
         ]
 
 
-def test_a_run_killed_three_times_and_continued_by_other_ranks_decodes_the_same(tmp_path):
+def test_a_run_that_is_killed_and_resumed_with_other_world_sizes_loads_the_same_images(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     undisturbed = list(make_loader(index, micro_batch=12).batches(0, 20))
     generator, step, images, threads = random.Random(0), 0, [], threading.active_count()
@@ -188,18 +188,18 @@ def test_a_run_killed_three_times_and_continued_by_other_ranks_decodes_the_same(
             life.close()
         step = last
     time.sleep(0.2)
-    assert threading.active_count() <= threads + 1  # the pools of the dead are gone
+    assert threading.active_count() <= threads + 1  # the thread pools have ended
     assert torch.equal(torch.stack(images), torch.stack([batch.images for batch in undisturbed]))
 
 
-def test_jitter_comes_with_the_batch_that_asks_for_it(tmp_path):
+def test_only_random_crop_jitter_adds_color_jitter_to_a_batch(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     assert next(make_loader(index).batches(0, 1)).color_jitter is None
     batch = next(make_loader(index, augmentation="random_crop_jitter").batches(0, 1))
     assert batch.color_jitter.shape == (4, 6)
 
 
-def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatch):
+def test_prefetch_is_limited_and_depends_on_memory_and_threads(tmp_path, monkeypatch):
     index = open_index(str(make_folders(tmp_path)))
     planned = []
     original = SamplePlan.samples
@@ -220,7 +220,7 @@ def test_prefetch_is_bounded_and_follows_memory_and_threads(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("micro_batch", "batches"), [(1, 160), (4, 40), (16, 10)])
-def test_threads_are_kept_busy_whatever_the_size_of_a_batch(tmp_path, micro_batch, batches):
+def test_all_threads_are_busy_for_any_batch_size(tmp_path, micro_batch, batches):
     class Slow(PillowDecoder):
         def prepare_image(self, data, crop):
             time.sleep(0.05)
@@ -233,7 +233,7 @@ def test_threads_are_kept_busy_whatever_the_size_of_a_batch(tmp_path, micro_batc
     assert time.perf_counter() - began < 2 * 160 / 8 * 0.05
 
 
-def test_memory_of_the_control_group_counts(tmp_path, monkeypatch):
+def test_available_memory_respects_the_control_group(tmp_path, monkeypatch):
     for group, limit, usage in (("", "max", 0), ("job", 1 << 30, 1 << 29), ("job/step", "max", 5)):
         (tmp_path / group).mkdir(exist_ok=True)
         (tmp_path / group / "memory.max").write_text(f"{limit}\n")
@@ -247,20 +247,20 @@ def test_memory_of_the_control_group_counts(tmp_path, monkeypatch):
     assert resources.available_memory() == (1 << 29) + 1000
 
 
-# ---------------------------------------------------------------- images that cannot be had
+# ---------------------------------------------------------------- unreadable images
 
 
-def spoil(root):
-    """Make three of twelve images unusable, each in its own way."""
+def damage_images(root):
+    """Make three of twelve images unreadable, each in a different way."""
     (root / "class0" / "0.jpg").unlink()
     (root / "class1" / "1.jpg").write_bytes(bytes(9999))
     path = root / "class2" / "3.jpg"
     path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
 
 
-def test_bad_images_are_replaced_by_the_same_others_and_named(tmp_path):
+def test_unreadable_images_get_the_same_substitutes_and_are_reported(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
-    spoil(tmp_path)
+    damage_images(tmp_path)
     lives = [list(make_loader(index, threads=threads).batches(0, 6)) for threads in (1, 4)]
     for one, other in zip(*lives, strict=True):
         assert torch.equal(one.images, other.images)
@@ -283,7 +283,7 @@ def test_bad_images_are_replaced_by_the_same_others_and_named(tmp_path):
         assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), lives[0][step].images)
 
 
-def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
+def test_without_a_readable_substitute_a_one_line_error_is_raised(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(b"x" * 2000)
@@ -292,7 +292,7 @@ def test_no_usable_image_at_all_ends_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_failures_of_a_decoders_second_stage_are_replaced_too(tmp_path):
+def test_images_that_fail_in_the_second_decoder_stage_are_replaced(tmp_path):
     class Late(PillowDecoder):
         def decode_batch(self, prepared):
             images, _ = super().decode_batch(prepared)
@@ -309,7 +309,7 @@ def test_failures_of_a_decoders_second_stage_are_replaced_too(tmp_path):
     assert index.location(batch.samples[1]) == failure.substitute
 
 
-def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path, monkeypatch):
+def test_reads_that_hang_are_retried_reported_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "READ_TIMEOUTS", (0.3, 0.3, 0.3))
     index = open_index(str(make_folders(tmp_path)))
     slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
@@ -332,7 +332,7 @@ def test_storage_that_does_not_answer_is_asked_again_named_and_replaced(tmp_path
     assert sum(str(dead) in line for line in warnings) == 3
 
 
-def test_a_process_ends_though_storage_still_hangs(tmp_path):
+def test_a_process_exits_while_a_read_hangs(tmp_path):
     make_folders(tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_loader; import time; from scale_mae.data import storage;"
@@ -351,7 +351,7 @@ def count(tally, images, failures):
     tally.check(images, failures)
 
 
-def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
+def test_the_failure_limit_applies_to_the_last_100000_images():
     bad = [DecodeFailure(0, "a.jpg", ImageStatus.DAMAGED, "cut", "b.jpg")]
     tally = FailureCounter(0.001)
     for images in range(1000, 10**6, 1000):
@@ -366,7 +366,7 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
             json.dumps(tally.state_dict()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
         ),
     )
-    for images in range(start + 50_000, start + WINDOW, 1000):  # as before, after a resume
+    for images in range(start + 50_000, start + WINDOW, 1000):  # the same rate after a resume
         count(tally, images, bad)
     count(tally, start + WINDOW - 600, [])
     with pytest.raises(
@@ -374,7 +374,7 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
     ) as caught:
         count(tally, start + WINDOW - 500, bad)
     assert "\n" not in str(caught.value)
-    count(tally, start + WINDOW, [])  # no more of them: a run whose data was put right goes on
+    count(tally, start + WINDOW, [])  # no new failures: a run with repaired data continues
     count(FailureCounter(0.001), 64, bad * 100)
     with pytest.raises(DataError, match="101 of the last 128 images"):
         count(FailureCounter(0.001), 128, bad * 101)
@@ -382,10 +382,10 @@ def test_a_ceiling_on_failures_counts_the_last_hundred_thousand_images():
         count(FailureCounter(0), 128, bad)
 
 
-# ---------------------------------------------------------------- choosing, leaking
+# ---------------------------------------------------------------- choice of the decoder, leaks
 
 
-def test_the_choice_of_a_decoder_says_why(monkeypatch):
+def test_choosing_a_decoder_gives_the_reason(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(decoders, "_dali_problem", lambda: "")
     assert decoders.choose_decoder("auto", cpu) == ("dali_cpu", "DALI is available, a GPU is not")
@@ -399,7 +399,7 @@ def test_the_choice_of_a_decoder_says_why(monkeypatch):
         decoders.choose_decoder("dali_cpu", cpu)
 
 
-def test_dali_is_imported_only_when_used():
+def test_dali_is_imported_only_when_it_is_used():
     program = (
         "import sys, torch; from scale_mae.data import decoders; import scale_mae.training.trainer;"
         "cpu = torch.device('cpu');"
@@ -410,7 +410,7 @@ def test_dali_is_imported_only_when_used():
 
 
 @pytest.mark.parametrize("name", ["pillow", "dali_cpu"])
-def test_nothing_leaks_over_many_steps(tmp_path, name):
+def test_no_files_threads_or_memory_leak_over_many_steps(tmp_path, name):
     index = open_index(str(make_folders(tmp_path)))
     cpu, own = torch.device("cpu"), psutil.Process()
 

@@ -1,4 +1,4 @@
-"""Erasing, mixing and soft targets are timm's, and a function of the seed only."""
+"""Tests that random erasing, mixup, CutMix and label smoothing equal timm's and depend on the seed only."""
 
 import random
 
@@ -30,7 +30,7 @@ def batch(size=6, height=24, width=40):
     return normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), labels
 
 
-def timms(images, labels, config, seed):
+def augment_with_timm(images, labels, config, seed):
     boxes, mixes, pixels = derive_seeds(seed)
     random.seed(boxes)
     np.random.seed(mixes)
@@ -42,12 +42,12 @@ def timms(images, labels, config, seed):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("erasing", [0.0, 0.25, 1.0])
-def test_the_same_seeds_give_what_timm_gives(mix, erasing):
+def test_batch_augmentation_equals_timm_with_the_same_seeds(mix, erasing):
     config = ClassifyConfig(**mix, random_erasing=erasing, label_smoothing=0.1)
     mixing = BatchAugmentation(config, CLASSES)
     for seed in range(60):
         images, labels = batch()
-        expected, expected_targets = timms(images, labels, config, seed)
+        expected, expected_targets = augment_with_timm(images, labels, config, seed)
         changed, targets = mixing(images.clone(), labels, seed)
         assert torch.equal(changed, expected)
         torch.testing.assert_close(targets, expected_targets, atol=1e-7, rtol=1e-6)
@@ -57,7 +57,7 @@ def test_the_same_seeds_give_what_timm_gives(mix, erasing):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_without_mixing_targets_are_smoothed_labels(smoothing):
+def test_without_mixup_the_targets_are_smoothed_labels(smoothing):
     images, labels = batch()
     changed, targets = BatchAugmentation(ClassifyConfig(label_smoothing=smoothing), CLASSES)(images.clone(), labels, 0)
     assert torch.equal(changed, images)
@@ -68,7 +68,7 @@ def test_without_mixing_targets_are_smoothed_labels(smoothing):
     assert targets.argmax(1).tolist() == labels.tolist()
 
 
-def test_a_seed_decides_everything_and_other_generators_nothing():
+def test_the_result_depends_on_the_seed_only_and_global_generators_are_restored():
     mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
     found = []
     for seed in (*range(40), *reversed(range(40))):
@@ -86,8 +86,8 @@ def test_a_seed_decides_everything_and_other_generators_nothing():
     mixing(*batch(), 2**64 - 1)
 
 
-def test_seeds_in_a_row_draw_the_whole_distribution():
-    from scipy import stats  # only here, so that the test for GPUs runs without it
+def test_consecutive_seeds_draw_from_the_whole_distribution():
+    from scipy import stats  # imported here, so that the GPU test runs without scipy
 
     n, alpha = 4000, 0.8
     shares = [np.random.RandomState(mixes).beta(alpha, alpha) for _, mixes, _ in map(derive_seeds, range(n))]
@@ -101,7 +101,7 @@ def test_seeds_in_a_row_draw_the_whole_distribution():
 
 
 @pytest.mark.parametrize("key", ["mixup", "cutmix"])
-def test_pairs_need_an_even_micro_batch(tmp_path, key):
+def test_mixup_and_cutmix_require_an_even_micro_batch(tmp_path, key):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("run: {task: finetune}\ntrain: {global_batch: 15}\n")
     with pytest.raises(ConfigError, match=r"train.micro_batch=5 is odd, .* mix pairs of images") as caught:
@@ -111,7 +111,7 @@ def test_pairs_need_an_even_micro_batch(tmp_path, key):
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu():
+def test_batch_augmentation_does_not_wait_for_the_gpu():
     mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
     images, labels = (t.cuda() for t in batch())
     mixing(images.clone(), labels, 0)

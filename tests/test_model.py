@@ -1,4 +1,4 @@
-"""The model against values of the reference implementation, and its own promises."""
+"""Tests of the masked autoencoder, against values of the reference implementation among others."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_twelve_adamw_steps_equal_the_reference(golden):
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("base", 111_907_840), ("large", 329_541_888), ("huge", 657_074_508)])
-def test_parameter_counts_of_the_paper(size, parameters):
+def test_parameter_counts_equal_the_paper(size, parameters):
     with torch.device("meta"):
         model = build_mae(size, image_size=(224, 224))
     assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == parameters
@@ -70,26 +70,26 @@ def test_parameter_counts_of_the_paper(size, parameters):
 @pytest.mark.parametrize(
     ("size", "forward", "train"), [("base", 19.56, 58.46), ("large", 41.51, 124.23), ("huge", 97.12, 290.99)]
 )
-def test_operation_counts_of_the_analytic_table(size, forward, train):
+def test_operation_counts_equal_the_analytic_table(size, forward, train):
     with torch.device("meta"):
         flops = build_mae(size, image_size=(224, 224)).flops()
     assert flops.forward / 1e9 == pytest.approx(forward, abs=0.006)
     assert flops.train / 1e9 == pytest.approx(train, abs=0.006)
 
 
-def test_operation_count_equals_what_pytorch_executes():
+def test_the_operation_count_equals_that_of_pytorch():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model = build_mae("nano", image_size=(32, 48), patch_size=(8, 8), decoder_width=64, decoder_depth=2, decoder_heads=2)
-    # fused attention recomputes products in its backward pass, and PyTorch counts them; the plain kind does not
+    # use plain attention: PyTorch also counts the products that fused attention recomputes in its backward pass
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(3, 3, 32, 48), torch.rand(3, 24)).loss.backward()
     assert counter.get_total_flops() == 3 * model.flops().train
 
 
 @pytest.mark.parametrize("size", [s for s in SIZES if s not in ("giant", "2b", "huge", "large")])
-def test_every_small_size_takes_any_shape_that_divides(size):
+def test_small_sizes_support_non_square_images_and_patches(size):
     model = build_mae(
         size, image_size=(32, 96), patch_size=(16, 32), decoder_depth=1, decoder_width=64, decoder_heads=4, mask_ratio=0.5
     )
@@ -99,42 +99,42 @@ def test_every_small_size_takes_any_shape_that_divides(size):
 
 
 @pytest.mark.parametrize("size", ["large", "huge", "giant", "2b"])
-def test_every_large_size_is_shaped_right(size):
+def test_large_sizes_have_the_right_shapes(size):
     with torch.device("meta"):
         model = build_mae(size, image_size=(224, 224))
         out = model(torch.empty(2, 3, 224, 224), torch.empty(2, model.num_patches))
     assert out.latent.shape == (2, 1 + num_visible_patches(model.num_patches, 0.75), SIZES[size].width)
 
 
-def test_sizes_that_do_not_divide_are_refused():
+def test_a_patch_size_that_does_not_divide_the_image_raises_an_error():
     with pytest.raises(ValueError, match="not divisible"):
         build_mae("nano", image_size=(30, 32), patch_size=(8, 8))
     with pytest.raises(ValueError, match="mask ratio"):
         build_mae("nano", image_size=(32, 32), patch_size=(32, 32))
 
 
-def test_position_tables_equal_the_reference(golden):
+def test_position_embeddings_equal_the_reference(golden):
     tensors, _ = golden("recipe.safetensors")
     assert torch.equal(sincos_pos_embed(48, (3, 3))[0], tensors["sincos.dim48.grid3"].float())
     torch.testing.assert_close(sincos_pos_embed(64, (7, 7))[0], tensors["sincos.dim64.grid7"].float(), atol=1e-6, rtol=0)
 
 
-def test_position_table_of_a_grid_that_is_not_square_tells_rows_from_columns():
+def test_position_embeddings_of_a_non_square_grid_distinguish_rows_and_columns():
     table = sincos_pos_embed(16, (2, 5))[0, 1:].view(2, 5, 16)
-    assert torch.equal(table[0, :, :8], table[1, :, :8])  # the first half is the column's
-    assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])  # the second half the row's
+    assert torch.equal(table[0, :, :8], table[1, :, :8])  # the first half encodes the column
+    assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])  # the second half encodes the row
     assert not torch.equal(table[:, 0, :8], table[:, 4, :8])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casting_the_model_leaves_its_position_tables_exact(dtype):
+def test_casting_the_model_keeps_position_embeddings_exact(dtype):
     model = tiny().to(dtype)
     assert model.blocks[0].attn.qkv.weight.dtype == dtype
     assert torch.equal(model.pos_embed, sincos_pos_embed(48, (8, 8)))
     assert torch.equal(model.decoder_pos_embed, sincos_pos_embed(32, (8, 8)))
 
 
-def test_loss_is_fp32_and_right_in_bf16():
+def test_the_loss_of_a_bf16_model_is_fp32_and_accurate():
     model = tiny()
     images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 64)
     expected = model(images, noise).loss
@@ -144,14 +144,14 @@ def test_loss_is_fp32_and_right_in_bf16():
 
 
 def test_target_statistics_are_fp32_for_bf16_images():
-    images = (100 + torch.randn(1, 3, 8, 8)).bfloat16()  # in bf16, deviations about a mean of 100 would vanish
+    images = (100 + torch.randn(1, 3, 8, 8)).bfloat16()  # computed in bf16, deviations from a mean of 100 would vanish
     target = compute_target(images, (4, 4), "norm_pixel")
     torch.testing.assert_close(target, compute_target(images.double().float(), (4, 4), "norm_pixel"))
     assert target.dtype == torch.float32
     torch.testing.assert_close(target.var(dim=-1), torch.ones(1, 4), atol=1e-3, rtol=0)
 
 
-def test_loss_counts_hidden_patches_only():
+def test_the_loss_counts_removed_patches_only():
     model = tiny("pixel")
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
     out = model(images, noise)
@@ -163,7 +163,7 @@ def test_initial_weights_follow_the_reference():
     model = build_mae("base", image_size=(224, 224), seed=0)
     for weight, fan_in, fan_out in (
         (model.blocks[0].attn.qkv.weight, 768, 3 * 768),
-        (model.patch_embed.proj.weight, 3 * 16 * 16, 768),  # seen as one linear map
+        (model.patch_embed.proj.weight, 3 * 16 * 16, 768),  # initialized as one linear map
         (model.decoder_pred.weight, 512, 768),
     ):
         limit = math.sqrt(6 / (fan_in + fan_out))
@@ -171,11 +171,11 @@ def test_initial_weights_follow_the_reference():
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert not model.blocks[0].attn.qkv.bias.any()
-    assert model.patch_embed.proj.bias.any()  # PyTorch's own default, as in the reference
+    assert model.patch_embed.proj.bias.any()  # PyTorch's default, as in the reference
     assert (model.norm.weight == 1).all()
 
 
-def test_initial_weights_are_a_function_of_the_seed_and_leave_the_generator_alone():
+def test_initial_weights_depend_on_the_seed_only_and_the_global_generator_is_restored():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -186,7 +186,7 @@ def test_initial_weights_are_a_function_of_the_seed_and_leave_the_generator_alon
 
 
 @given(st.integers(1, 4), st.integers(2, 40), st.integers(0, 2**31), st.data())
-def test_masking_keeps_the_smallest_noise_and_restores_the_order(batch, length, seed, data):
+def test_masking_keeps_the_patches_with_the_smallest_noise(batch, length, seed, data):
     keep = data.draw(st.integers(1, length - 1))
     noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
     ids_keep, ids_restore, mask = random_masking(noise, keep)
@@ -208,14 +208,14 @@ def test_unpatchify_inverts_patchify(batch, rows, columns, height, width):
     assert torch.equal(unpatchify(patches, (height, width), (rows, columns)), images)
 
 
-def test_a_perfect_prediction_gives_back_the_pixels():
+def test_a_perfect_prediction_converts_to_the_original_pixels():
     images = torch.randn(2, 3, 16, 16)
     for target in ("pixel", "norm_pixel"):
         pixels = prediction_to_pixels(compute_target(images, (4, 4), target), images, (4, 4), target)
         torch.testing.assert_close(unpatchify(pixels, (4, 4), (4, 4)), images, atol=1e-5, rtol=1e-5)
 
 
-def test_features_see_the_whole_image_and_ignore_the_mask_ratio():
+def test_features_use_the_whole_image():
     model = tiny().eval()
     images = torch.randn(2, 3, 32, 32)
     features = model.features(images)

@@ -1,4 +1,4 @@
-"""RandAugment is timm's, and each image's depends on its seeds only."""
+"""Tests that RandAugment equals timm's and depends on the seeds of each image only."""
 
 import random
 import threading
@@ -12,7 +12,7 @@ import timm.data
 import torch
 from images import make_folders
 from PIL import Image
-from test_loader import make_loader, spoil
+from test_loader import damage_images, make_loader
 from timm.data import auto_augment
 
 from scale_mae.config import ConfigError, load_config
@@ -33,8 +33,8 @@ def pictures(n=8, size=(48, 64)):
     return (ramp + noise).clip(0, 255).astype(np.uint8)
 
 
-def timms(policy, image_size):
-    """What timm puts into the training transform of a classifier."""
+def timm_transform(policy, image_size):
+    """Return the RandAugment that timm puts into the training transform of a classifier."""
     transform = timm.data.create_transform(
         image_size, is_training=True, auto_augment=policy, interpolation="bicubic", mean=MEAN, std=(0.2, 0.2, 0.2)
     )
@@ -45,8 +45,8 @@ def plans_seeds(n):
     return [(int(first), int(second) >> 32) for first, second in SamplePlan(0, 10, 8).augment_seeds(np.arange(n))]
 
 
-def masked(image, bits, **_):
-    """Pillow's posterize as it was before it refused to keep no bits."""
+def posterize_with_mask(image, bits, **_):
+    """Posterize as old versions of Pillow do, which accept 0 bits."""
     return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
 
 
@@ -63,11 +63,11 @@ def masked(image, bits, **_):
         "rand-n3-t3aw-inc1",
     ],
 )
-def test_with_the_same_seeds_timm_gives_the_same_images(policy, monkeypatch):
-    posterize = {name: masked for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
+def test_randaugment_equals_timm_with_the_same_seeds(policy, monkeypatch):
+    posterize = {name: posterize_with_mask for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
     monkeypatch.setattr(auto_augment, "NAME_TO_OP", auto_augment.NAME_TO_OP | posterize)
     assert load_config("debug", {"data.randaugment": policy}).data.randaugment == policy
-    ours, theirs, changed = RandAugment(policy, MEAN), timms(policy, (48, 64)), 0
+    ours, theirs, changed = RandAugment(policy, MEAN), timm_transform(policy, (48, 64)), 0
     images = pictures()
     for number, (first, second) in enumerate(plans_seeds(400)):
         image = images[number % len(images)]
@@ -79,8 +79,8 @@ def test_with_the_same_seeds_timm_gives_the_same_images(policy, monkeypatch):
     assert changed > 200
 
 
-def applied(transform, call, n):
-    """Which operations ``n`` calls chose and did, and with what: lists of (number of choices done, name, arguments)."""
+def record_operations(transform, call, n):
+    """Return the operations that each of ``n`` calls applied, as lists of (name, arguments)."""
     done, found = [], []
     for op in transform.ops:
         op.aug_fn = lambda image, *args, name=op.name, **_: done.append((name, args)) or image
@@ -91,21 +91,21 @@ def applied(transform, call, n):
     return found
 
 
-def test_the_plans_seeds_draw_what_timm_draws():
-    from scipy import stats  # only here, so that the test for GPUs runs without it
+def test_the_seeds_of_the_plan_yield_the_distribution_of_timm():
+    from scipy import stats  # imported here, so that the GPU test runs without scipy
 
-    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timms(POLICY, 224)
+    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timm_transform(POLICY, 224)
     seeds = plans_seeds(n)
-    mine = applied(ours._transform, lambda number: ours(image, seeds[number]), n)
+    mine = record_operations(ours._transform, lambda number: ours(image, seeds[number]), n)
     random.seed(0)
     np.random.seed(0)
     timm_image = Image.fromarray(image)
-    other = applied(theirs, lambda _: theirs(timm_image), n)
+    other = record_operations(theirs, lambda _: theirs(timm_image), n)
 
     names = [op.name for op in theirs.ops]
     table = [[sum(name == each for calls in found for name, _ in calls) for each in names] for found in (mine, other)]
     assert stats.chi2_contingency(table).pvalue > 1e-3
-    assert stats.chisquare(table[0]).pvalue > 1e-3  # all as often: whether an operation is done does not hang on which it is
+    assert stats.chisquare(table[0]).pvalue > 1e-3  # all operations occur equally often
     number = np.bincount([len(calls) for calls in mine], minlength=3)
     assert stats.chisquare(number, np.array([0.25, 0.5, 0.25]) * n).pvalue > 1e-3
     pairs = [(names.index(calls[0][0]), names.index(calls[1][0])) for calls in mine if len(calls) == 2]
@@ -118,21 +118,21 @@ def test_the_plans_seeds_draw_what_timm_draws():
     assert degrees.max() <= 30
 
 
-def test_many_threads_at_once_change_nothing_and_nobody_elses_generators():
+def test_threads_do_not_affect_each_other_or_the_global_generators():
     augment, images, seeds = RandAugment(POLICY, MEAN), pictures(), plans_seeds(400)
     one_by_one = [augment(images[i % 8], seeds[i]) for i in range(400)]
-    assert len({image.tobytes() for image in one_by_one[::8]}) > 30  # one image at other positions
+    assert len({image.tobytes() for image in one_by_one[::8]}) > 30  # the same image at different positions
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     order = np.random.default_rng(1).permutation(400).tolist()
     with ThreadPoolExecutor(8) as pool:
         at_once = dict(zip(order, pool.map(lambda i: augment(images[i % 8], seeds[i]), order), strict=True))
     assert all(np.array_equal(at_once[i], one_by_one[i]) for i in range(400))
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert auto_augment.random is random  # timm's own module is as it was
+    assert auto_augment.random is random  # timm's own module is unchanged
 
 
 @pytest.mark.parametrize("policy", ["augmix-m3", "rand-x3", "rand-m9-inc", "rand-tbest", "rand-m0.5", "rand_m9", "rand-m9-"])
-def test_a_policy_unknown_to_timm_is_told_before_anything_starts(policy):
+def test_an_unknown_policy_is_a_config_error(policy):
     with pytest.raises(
         ConfigError, match=f"data.randaugment={policy}: not a RandAugment policy of timm. Write rand followed by any of"
     ) as caught:
@@ -140,7 +140,7 @@ def test_a_policy_unknown_to_timm_is_told_before_anything_starts(policy):
     assert "\n" not in str(caught.value)
 
 
-def test_what_timm_refuses_is_told_in_one_line():
+def test_a_policy_that_timm_rejects_raises_a_one_line_error():
     with pytest.raises(DataError, match="data.randaugment=rand-z3: not a policy of timm") as caught:
         RandAugment("rand-z3", MEAN)
     assert "\n" not in str(caught.value)
@@ -150,7 +150,7 @@ def test_what_timm_refuses_is_told_in_one_line():
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali_cpu"])
-def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_path, decoder):
+def test_batches_equal_those_without_randaugment_followed_by_timm(tmp_path, decoder):
     index, augment, changed = open_index(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), 0
     cpu = torch.device("cpu")
     plain, with_it = (
@@ -169,7 +169,7 @@ def test_batches_are_those_without_it_each_image_changed_by_its_position(tmp_pat
 
 
 @pytest.mark.gpu
-def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
+def test_gpu_batches_are_copied_to_the_host(tmp_path):
     index, augment, gpu = open_index(str(make_folders(tmp_path))), RandAugment(POLICY, MEAN), torch.device("cuda", 0)
     plain, with_it = (
         replace(
@@ -186,9 +186,9 @@ def test_batches_of_a_gpu_come_to_the_host_to_be_changed(tmp_path):
             assert np.array_equal(new, augment(old, (first, second >> 32)))
 
 
-def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(tmp_path):
+def test_a_run_resumed_with_other_world_sizes_and_micro_batches_sees_the_same_images(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
-    spoil(tmp_path)  # substitutes are changed too
+    damage_images(tmp_path)  # substitutes are augmented too
     undisturbed = [b.images for b in make_loader(index, micro_batch=12, threads=1, randaugment=POLICY).batches(0, 10)]
     threads, images = threading.active_count(), []
     for first, last, ranks, accumulation in ((0, 3, 2, 1), (3, 6, 1, 3), (6, 10, 3, 2)):
@@ -207,10 +207,10 @@ def test_a_run_continued_by_other_ranks_and_micro_batches_sees_the_same_images(t
     for _ in range(50):
         if threading.active_count() > threads:
             time.sleep(0.1)
-    assert threading.active_count() <= threads  # the pools of the dead are gone
+    assert threading.active_count() <= threads  # the thread pools have ended
 
 
-def test_without_it_nothing_is_prepared_for_it(tmp_path, monkeypatch):
+def test_without_randaugment_no_threads_are_started_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "RandAugment", None)
     batches = make_loader(open_index(str(make_folders(tmp_path)))).batches(0, 2)
     next(batches)
@@ -218,7 +218,7 @@ def test_without_it_nothing_is_prepared_for_it(tmp_path, monkeypatch):
     batches.close()
 
 
-def test_a_classifiers_batches_have_no_noise_but_a_seed(tmp_path):
+def test_batches_of_a_classifier_have_a_seed_but_no_mask_noise(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     batches = list(replace(make_loader(index), num_patches=0).batches(0, 3))
     assert all(batch.mask_noise is None for batch in batches)

@@ -1,4 +1,4 @@
-"""What comes when: order, crops, flips, jitter and masks as pure functions of a position."""
+"""Tests of the sample plan: order, crops, flips, color jitter and masks as pure functions of a position."""
 
 import math
 import random
@@ -22,7 +22,7 @@ SIZE = (224, 224)
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 3000))
 @settings(max_examples=100, deadline=None)
-def test_every_epoch_is_a_permutation_and_epochs_differ(seed, size):
+def test_every_epoch_is_a_different_permutation(seed, size):
     plan = SamplePlan(seed, size, 8)
     epochs = plan.samples(np.arange(3 * size)).reshape(3, size)
     assert (np.sort(epochs, axis=1) == np.arange(size)).all()
@@ -33,7 +33,7 @@ def test_every_epoch_is_a_permutation_and_epochs_differ(seed, size):
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
-def test_plan_does_not_depend_on_how_a_batch_is_split(ranks, accumulation, micro_batch, step):
+def test_the_plan_does_not_depend_on_how_a_batch_is_split(ranks, accumulation, micro_batch, step):
     batch = ranks * accumulation * micro_batch
     plan, config = SamplePlan(1, 37, batch), DataConfig()
     parts = [
@@ -63,8 +63,8 @@ def test_plan_does_not_depend_on_how_a_batch_is_split(ranks, accumulation, micro
     st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(1, 30)), min_size=4, max_size=7),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_run_killed_and_continued_by_other_ranks_sees_what_the_undisturbed_one_does(seed, size, lives):
-    """Each life: so many ranks for so many steps, each rank with its own micro-batches, then all are killed."""
+def test_a_run_that_is_killed_and_resumed_with_other_world_sizes_sees_the_same_samples(seed, size, lives):
+    """Each life is a number of ranks and a number of steps, after which all ranks are killed."""
     plan = SamplePlan(seed, size, 24)
     seen, step = [], 0
     for ranks, steps in lives:
@@ -80,20 +80,20 @@ def test_a_run_killed_and_continued_by_other_ranks_sees_what_the_undisturbed_one
     assert np.array_equal(np.concatenate(seen), plan.samples(np.arange(24 * step)))
 
 
-def test_order_is_not_near_the_identity_nor_another_epochs_or_seeds():
+def test_the_order_is_uncorrelated_with_identity_other_epochs_and_other_seeds():
     first, second = SamplePlan(0, 10_000, 8).samples(np.arange(20_000)).reshape(2, -1)
     other = SamplePlan(1, 10_000, 8).samples(np.arange(10_000))
     for a, b in ((np.arange(10_000), first), (first, second), (first, other), (first[:-1], first[1:])):
         assert abs(stats.spearmanr(a, b).statistic) < 0.05
     small = np.stack([SamplePlan(seed, 5, 1).samples(np.arange(5)) for seed in range(24_000)])
     _, counts = np.unique(small, axis=0, return_counts=True)
-    assert len(counts) == 120  # every order of five images comes up, about as often as the others
+    assert len(counts) == 120  # every order of five images occurs, about equally often
     assert counts.min() > 100
     assert counts.max() < 320
 
 
-def test_a_thousand_million_images_on_4096_ranks_leave_no_gap():
-    """Random windows of steps: what all ranks take is the stretch of the order, each image at most once an epoch."""
+def test_4096_ranks_cover_a_billion_images_without_gaps():
+    """In random windows of steps, the ranks together take consecutive positions, each image at most once per epoch."""
     ranks, micro_batch = 4096, 2
     plan = SamplePlan(0, 10**9, ranks * micro_batch)
     generator = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_a_thousand_million_images_on_4096_ranks_leave_no_gap():
         assert np.array_equal(plan.samples(one_rank), samples[(ranks + 77) * micro_batch :][:micro_batch])
 
 
-def test_a_step_costs_the_same_time_and_memory_at_any_scale():
+def test_time_and_memory_of_a_step_do_not_depend_on_the_scale():
     def cost(size, step):
         plan = SamplePlan(0, size, 4096)
         times = []
@@ -130,7 +130,7 @@ def test_a_step_costs_the_same_time_and_memory_at_any_scale():
     assert large[1] < small[1] + 100_000
 
 
-def test_masks_are_uniform_fresh_and_never_repeat():
+def test_mask_noise_is_uniform_and_never_repeats():
     plan = SamplePlan(0, 100, 50)
     noise = plan.mask_noise(np.arange(2000), 16)  # twenty epochs
     assert stats.kstest(noise.ravel(), "uniform").pvalue > 1e-3
@@ -147,7 +147,7 @@ def test_masks_are_uniform_fresh_and_never_repeat():
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (500, 375), (33, 70)])
-def test_crop_boxes_follow_torchvision(width, height):
+def test_random_crops_have_the_distribution_of_torchvision(width, height):
     n, config = 4000, DataConfig()
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -163,8 +163,8 @@ def test_crop_boxes_follow_torchvision(width, height):
     assert np.mean([crop.flip for crop in crops]) == pytest.approx(0.5, abs=0.03)
 
 
-def cut_crop(generator, width, height, scale, ratio):
-    """One crop as the paper's linear probe draws it, number by number."""
+def draw_clipped_crop(generator, width, height, scale, ratio):
+    """Draw one crop step by step, as the paper's linear probe does."""
     area = generator.uniform(*scale) * width * height
     shape = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
     w = min(round(math.sqrt(area * shape)), width)
@@ -173,9 +173,9 @@ def cut_crop(generator, width, height, scale, ratio):
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (500, 375), (33, 70), (400, 40)])
-def test_crops_of_one_draw_are_cut_to_the_image(width, height):
+def test_random_crop_once_clips_its_only_attempt_to_the_image(width, height):
     n, config, generator = 4000, DataConfig(augmentation="random_crop_once", crop_scale=(0.08, 1)), random.Random(0)
-    theirs = np.array([cut_crop(generator, width, height, config.crop_scale, config.crop_ratio) for _ in range(n)])
+    theirs = np.array([draw_clipped_crop(generator, width, height, config.crop_scale, config.crop_ratio) for _ in range(n)])
     sizes, plan = (np.full(n, width), np.full(n, height)), SamplePlan(0, n, 8)
     crops = plan.crops(np.arange(n), *sizes, config, SIZE)
     ours = np.array([crop[:4] for crop in crops])
@@ -188,14 +188,14 @@ def test_crops_of_one_draw_are_cut_to_the_image(width, height):
     again = DataConfig(augmentation="random_crop", crop_scale=config.crop_scale)
     redrawn = np.array([crop[:4] for crop in plan.crops(np.arange(n), *sizes, again, SIZE)])
     kept = (redrawn == ours).all(axis=1)
-    assert (ours[~kept, 2:] == [height, width]).any(axis=1).all()  # only what does not fit is another box
+    assert (ours[~kept, 2:] == [height, width]).any(axis=1).all()  # only boxes that do not fit differ
 
 
-def test_seeds_of_images_and_batches_are_streams_of_their_own():
+def test_seeds_of_images_and_batches_are_independent():
     plan, positions = SamplePlan(3, 100, 8), np.arange(20_000)
     seeds = plan.augment_seeds(positions)
     assert seeds.shape == (20_000, 2)
-    assert len(np.unique(seeds)) == 40_000  # no image shares one, and an image's two differ
+    assert len(np.unique(seeds)) == 40_000  # all seeds differ
     batches = [plan.batch_seed(positions[i : i + 8]) for i in range(0, 4000, 8)]
     assert len(set(batches)) == 500
     assert all(0 <= seed < 2**63 for seed in batches)
@@ -205,7 +205,7 @@ def test_seeds_of_images_and_batches_are_streams_of_their_own():
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
-def test_every_box_lies_inside_its_image(width, height, position):
+def test_every_crop_box_lies_inside_its_image(width, height, position):
     plan, sizes = SamplePlan(0, 10, 8), (np.array([width]), np.array([height]))
     for augmentation in ("none", "fixed_crop", "random_crop", "random_crop_once"):
         for image_size in (SIZE, (64, 128)):
@@ -218,13 +218,13 @@ def test_every_box_lies_inside_its_image(width, height, position):
 @pytest.mark.parametrize(
     ("width", "height", "expected"), [(1000, 10, (0, 493, 10, 13)), (10, 1000, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))]
 )
-def test_images_too_long_for_any_crop_get_torchvisions_central_one(width, height, expected):
+def test_elongated_images_get_the_central_crop_of_torchvision(width, height, expected):
     u = np.full((1, 22), 0.999)
     box = random_resized_crops(u, np.array([width]), np.array([height]), (0.9, 1.0), (3 / 4, 4 / 3))
     assert tuple(box[0]) == expected
 
 
-def test_fixed_crops_are_224_of_256_and_no_augmentation_is_the_centre():
+def test_fixed_crops_take_224_of_256_and_no_augmentation_takes_the_center():
     n, plan = 3000, SamplePlan(0, 10, 8)
     widths, heights = np.full(n, 341), np.full(n, 256)
     fixed = np.array(plan.crops(np.arange(n), widths, heights, DataConfig(augmentation="fixed_crop"), SIZE))
@@ -238,7 +238,7 @@ def test_fixed_crops_are_224_of_256_and_no_augmentation_is_the_centre():
     assert tuple(box[0]) == (25, 150, 350, 700)
 
 
-def test_jitter_is_drawn_as_torchvision_draws_it():
+def test_color_jitter_has_the_distribution_of_torchvision():
     n, strength = 4000, (0.4, 0.3, 0.0)
     ours = SamplePlan(0, 10, 8).color_jitter(np.arange(n), strength)
     torch.manual_seed(0)
@@ -253,7 +253,7 @@ def test_jitter_is_drawn_as_torchvision_draws_it():
     assert len(counts) == 6
 
 
-def test_substitutes_are_many_and_always_the_same():
+def test_substitutes_are_uniform_and_reproducible():
     plan = SamplePlan(0, 1000, 8)
     drawn = [plan.substitutes(position) for position in range(500)]
     assert drawn == [SamplePlan(0, 1000, 99).substitutes(position) for position in range(500)]
@@ -261,21 +261,21 @@ def test_substitutes_are_many_and_always_the_same():
     assert stats.kstest(np.ravel(drawn), stats.randint(0, 1000).cdf).pvalue > 1e-3
 
 
-def test_epochs_are_exact():
-    plan = SamplePlan(0, 10, 4)  # batches straddle epochs; every ten positions hold every image once
+def test_batches_that_span_two_epochs_contain_every_image_once_per_epoch():
+    plan = SamplePlan(0, 10, 4)  # a batch may contain the end of one epoch and the start of the next
     samples = np.concatenate([plan.samples(plan.positions(s, 0, 1, 0, 4)) for s in range(5)])
     assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
 
 
-STRETCHES = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), max_size=4)
+RANGES = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), max_size=4)
 
 
-@given(STRETCHES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
+@given(RANGES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
-def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretches, ranks, micro_batch, steps):
+def test_steps_take_all_positions_except_skipped_ones_once_and_in_order(ranges, ranks, micro_batch, steps):
     batch = ranks * micro_batch
     plan, skipped = SamplePlan(3, 37, batch), set()
-    for first, length in stretches:
+    for first, length in ranges:
         plan = plan.skip(first, first + length)
         skipped |= set(range(first, first + length))
     taken = np.concatenate([plan.positions(s, r, ranks, 0, micro_batch) for s in range(steps) for r in range(ranks)])
@@ -283,7 +283,7 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
     assert taken.tolist() == kept[: steps * batch]
     assert {p for first, stop in plan.skipped for p in range(first, stop)} == skipped
     assert all(a[1] < b[0] for a, b in zip(plan.skipped, plan.skipped[1:], strict=False))
-    # what is drawn for a position is the same, whatever is left out and however positions are taken together
+    # random numbers of a position do not depend on skipped positions, nor on how positions are grouped
     whole = SamplePlan(3, 37, batch)
     positions = plan.positions(steps - 1, 0, 1, 0, batch)
     alone = np.concatenate([whole.mask_noise(np.array([p]), 9) for p in positions])
@@ -292,7 +292,7 @@ def test_steps_take_every_position_but_those_left_out_once_and_in_order(stretche
 
 @given(st.integers(0, 30), st.integers(1, 5), st.integers(0, 10))
 @settings(max_examples=60, deadline=None)
-def test_steps_before_a_stretch_that_is_left_out_stay_as_they_were(step, length, later):
+def test_skipping_positions_does_not_change_earlier_steps(step, length, later):
     plan = SamplePlan(0, 50, 8)
     without = plan.skip(step * 8, (step + length) * 8)
     for number in range(step):

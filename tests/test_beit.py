@@ -120,7 +120,7 @@ MISMATCHES = {
     "another grid": ({"args": {"img_size": 64}}, r"_table has shape \[52, 4\], timm's .* \[228, 4\]"),
     "another number of heads": ({"args": {"num_heads": 8}}, r"_table has shape \[52, 4\], timm's .* \[52, 8\]"),
     "another number of classes": ({"args": {"num_classes": 9}}, r"head.* has shape \[10.*\], timm's .* \[9.*\]"),
-    "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} holds NaN or infinity"),
+    "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} contains NaN or infinity"),
     "integers": ({"tensors": {TABLE: torch.ones(52, 4, dtype=torch.int8)}}, f"{TABLE} has dtype int8, expected floating point"),
     "no head": ({"args": {"num_classes": 0}}, "no classifier .its config.json: num_classes=0.*knn, logistic and embed take it"),
     "no pooling": ({"args": {"global_pool": ""}}, "no classifier .its config.json: num_classes=10, global_pool=''"),

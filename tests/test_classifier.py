@@ -98,7 +98,7 @@ def test_weights_without_a_linear_head_raise_one_line_errors(tmp_path):
             {"head.weight": torch.ones(10, 31)},
             r"not one linear layer on 32 features .*head.weight .10, 31",
         ),
-        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias holds NaN or infinity"),
+        "NaN": ({}, {"head.bias": torch.full((10,), torch.nan)}, "head.bias contains NaN or infinity"),
     }
     for name, (more, changes, message) in cases.items():
         folder = write_timm(tmp_path / name, vit(**more))

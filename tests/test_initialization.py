@@ -169,7 +169,7 @@ MISMATCHES = {
     ),
     "NaN in a table": (
         {"decoder_pos_embed": torch.full((1, 17, 64), torch.nan)},
-        "decoder_pos_embed holds NaN or infinity",
+        "decoder_pos_embed contains NaN or infinity",
     ),
     "the norm behind": (
         {"norm.weight": REMOVED, "norm.bias": REMOVED, "fc_norm.weight": torch.ones(96)},
@@ -180,8 +180,8 @@ MISMATCHES = {
     "qk norm": ({"blocks.5.attn.q_norm.weight": torch.ones(32)}, "q_norm.weight; a MAE has no query and key normalization"),
     "anything": ({"what": torch.ones(1), "ever": torch.ones(1)}, r"unexpected key ever \(and 1 more\)\.$"),
     "beside a prefix": ({"neck.conv.weight": torch.ones(1)}, "unexpected key neck.conv.weight"),
-    "another encoder": ({"teacher.patch_embed.proj.weight": torch.ones(1)}, "holds 2 encoders"),
-    "NaN": ({"blocks.1.norm1.bias": torch.full((96,), torch.nan)}, "blocks.1.norm1.bias holds NaN or infinity"),
+    "another encoder": ({"teacher.patch_embed.proj.weight": torch.ones(1)}, "contains 2 encoders"),
+    "NaN": ({"blocks.1.norm1.bias": torch.full((96,), torch.nan)}, "blocks.1.norm1.bias contains NaN or infinity"),
     "grey": ({"patch_embed.proj.weight": torch.ones(96, 1, 8, 8)}, r"\[96, 1, 8, 8\].*Its images have 1 channel, not 3"),
     "a shape": ({"norm.bias": torch.ones(95)}, r"norm.bias has shape \[95\], the model \[96\]"),
     "no square": ({"pos_embed": torch.ones(1, 16, 96)}, r"pos_embed has shape \[1, 16, 96\]; its grid of patches is unknown"),
@@ -254,7 +254,7 @@ def test_damaged_and_unknown_files_give_a_one_line_error(tmp_path):
         (pickled[:-30], "truncated"),
         (pickled[: len(pickled) // 2], "truncated"),
         (safetensors[:-30], "not a readable safetensors file"),
-        (b"\x80\x02]q\x00.", "cannot be read|holds a list"),
+        (b"\x80\x02]q\x00.", "cannot be read|contains a list"),
         ((tmp_path / "p.pt2").read_bytes(), "a torch.export program"),
         (b"\x08\x0a\x12\x07pytorch", "an ONNX model"),
         (b'{"weight_map": []}', "weight_map is empty"),
@@ -264,15 +264,15 @@ def test_damaged_and_unknown_files_give_a_one_line_error(tmp_path):
             initialize(overwrite(tmp_path / "x", content))
         assert "\n" not in str(caught.value)
     torch.save([1, 2], tmp_path / "x")
-    with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
+    with pytest.raises(CheckpointError, match="contains a list, not a state dict"):
         initialize(tmp_path / "x")
     torch.save({"epoch": 3}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="holds no state dict; its keys are epoch"):
+    with pytest.raises(CheckpointError, match="contains no state dict; its keys are epoch"):
         initialize(tmp_path / "x")
     with pytest.raises(CheckpointError, match="absent: no such file or folder"):
         initialize(tmp_path / "absent")
     shutil.copy(tmp_path / "w.safetensors", tmp_path / "v.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 2 files of weights \(v\.safetensors, \.\.\.\)"):
+    with pytest.raises(CheckpointError, match=r"contains 2 files of weights \(v\.safetensors, \.\.\.\)"):
         initialize(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint nor a folder of weights"):
@@ -408,7 +408,7 @@ def test_the_config_of_a_timm_folder_is_validated(tmp_path):
         ({"architecture": "resnet18"}, "timm's resnet18 is not a plain ViT but ResNet"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "the activation of timm's .* is not supported"),
         ({"model_args": {"num_heads": 4}}, "has 4 attention heads, the model has 3. Change model.size"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "the metadata are damaged"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, "the metadata is damaged"),
     ]:
         (tmp_path / "f" / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
@@ -480,7 +480,7 @@ def test_the_config_of_a_transformers_folder_is_validated(tmp_path):
     for changes, message in [
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu' is not supported"),
         ({"num_attention_heads": 4}, "has 4 attention heads, the model has 3. Change model.size"),
-        ({"layer_norm_eps": "small"}, "the metadata are damaged"),
+        ({"layer_norm_eps": "small"}, "the metadata is damaged"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):

@@ -16,7 +16,7 @@ from scale_mae.config import UserError
 from scale_mae.system.files import check_space, flush
 from scale_mae.system.lock import exclusive_lock
 
-REPLACED = "replaced"  # holds the previous folder inside the hidden folder while it is being replaced
+REPLACED = "replaced"  # contains the previous folder, inside the hidden folder while it is being replaced
 EXTERNAL_DATA = re.compile(r"\.[0-9a-f]{8}\.data")  # suffix of the file with the tensors of a large ONNX export
 OVERHEAD_BYTES = 1 << 22  # for headers and graphs
 

@@ -53,7 +53,7 @@ def read_head(config: Config, reader: ZeroReader, probe: int | None = None) -> C
 
     Raises:
         UserError: ``probe`` is out of range, or the run is not a linear probe.
-        CheckpointError: The checkpoint does not hold its class names, or their number differs from that of the outputs.
+        CheckpointError: The checkpoint does not contain its class names, or their number differs from that of the outputs.
     """
     try:
         state = reader.state["classifier"]

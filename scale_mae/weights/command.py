@@ -22,7 +22,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=WEIGHT_FORMATS,
-        help="format; vit_mae, mae and state_dict hold the whole MAE, the others its encoder; "
+        help="format; vit_mae, mae and state_dict contain the whole MAE, the others its encoder; "
         "for a classifier: all except vit_mae and mae",
     )
     add("--out", required=True, metavar="PATH", help="the file (.safetensors, .pth, .onnx, .pt2) or folder to write")

@@ -46,7 +46,7 @@ def convert(
 
     The export is verified before it gets its name. A forward pass must compute the same as the checkpoint. For 16-bit dtypes
     and for classifiers, the tensors are read back and compared bit by bit as well. ``state_dict`` is verified bit by bit only.
-    An existing file is replaced. An existing folder is replaced if it is an earlier export and holds no other files.
+    An existing file is replaced. An existing folder is replaced if it is an earlier export and contains no other files.
 
     Args:
         checkpoint: A run directory or a checkpoint. For ``state_dict`` also a folder that plain DeepSpeed code wrote.
@@ -171,7 +171,7 @@ def _check_request(request: ExportRequest, out: Path, max_shard_gb: float | None
     if not as_folder and out.is_dir():
         raise UserError(f"--out {out}: --to {to} writes a file, but a folder exists. Choose another name.")
     if as_folder and out.is_dir() and not _is_replaceable(out):
-        raise UserError(f"--out {out}: this folder holds files that are not from an export. Choose another name.")
+        raise UserError(f"--out {out}: this folder contains files that are not from an export. Choose another name.")
     return as_folder
 
 

@@ -68,7 +68,7 @@ def is_mean_pooled(weights: ImportedWeights) -> bool:
 
 
 def _expected_state(metadata: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the state dict on the meta device of the encoder that metadata describe, with the keys of class-token pooling."""
+    """Return the state dict on the meta device of the encoder that metadata describes, with the keys of class-token pooling."""
     try:
         # timm does not check its arguments; some of them would open other files
         if metadata["timm_name"] not in TIMM_NAMES.values() or metadata["timm_kwargs"].keys() - TIMM_ARGUMENTS:
@@ -79,15 +79,15 @@ def _expected_state(metadata: dict[str, Any], path: Path) -> dict[str, Tensor]:
             encoder = build_encoder(metadata | {"timm_kwargs": metadata["timm_kwargs"] | {"global_pool": "token"}})
     except Exception as error:  # timm raises anything for wrong arguments
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{path}: the metadata are damaged ({reason[:200]}).") from None
+        raise CheckpointError(f"{path}: the metadata is damaged ({reason[:200]}).") from None
     return dict(encoder.state_dict())
 
 
 def _infer_metadata(weights: ImportedWeights, grid: Grid) -> dict[str, Any]:
     """Infer the metadata of a third-party encoder with a grid of patches.
 
-    The shapes show all sizes except the number of attention heads. If the provenance does not hold it, it is that of the
-    published model of the same width and depth. Unknown channel statistics are ImageNet's.
+    The shapes show all sizes except the number of attention heads. If the provenance does not contain this number either, the
+    published model of the same width and depth determines it. Unknown channel statistics are those of ImageNet.
     """
     for key, dimensions in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2), ("pos_embed", 3)):
         if key not in weights.tensors or weights.tensors[key].dim() != dimensions:

@@ -49,7 +49,7 @@ class ExportFormat:
     Attributes:
         suffix: Suffix of a file name. ``None`` if the format is always a folder.
         supports_folder: Whether a path without the suffix is a folder.
-        has_decoder: Whether the format holds the decoder. Then parity is checked by loss and prediction, else by the tokens
+        has_decoder: Whether the format contains the decoder. Then parity is checked by loss and prediction, else by the tokens
             and the embedding of the encoder, or by the logits of the classifier.
         write: Writes the file or folder.
         run: Loads the file or folder and returns what it computes. ``None`` if comparing all tensors is enough.

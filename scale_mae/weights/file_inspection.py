@@ -112,7 +112,7 @@ def _inspect_state_dict(path: Path) -> Report:
 
 
 def _find_missing_file(path: Path, metadata: Mapping[str, Any]) -> str | None:
-    """Return an error if a file of an exported folder is missing. The metadata list all files."""
+    """Return an error if a file of an exported folder is missing. The metadata lists all files."""
     if not (path / METADATA_FILE).is_file():
         return None
     missing = [path / name for name in metadata.get("files", ()) if not (path / name).exists()]

@@ -79,7 +79,7 @@ def run_torch_export(source: ExportSource, target: Path, batch: ParityBatch) -> 
 
 
 def read_back_torch_export(source: ExportSource, target: Path) -> tuple[dict[str, LazyTensor], dict[str, Tensor]]:
-    """Return the tensors that a ``.pt2`` file should hold, and those that it holds."""
+    """Return the expected and the actual tensors of a ``.pt2`` file, under the same keys."""
     return {f"encoder.{key}": t for key, t in source.encoder.items()}, torch.export.load(target).state_dict
 
 

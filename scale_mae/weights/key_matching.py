@@ -110,7 +110,7 @@ def to_finite_fp32(path: Path, key: str, tensor: Tensor) -> Tensor:
         raise CheckpointError(f"{path}: {key} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point.")
     tensor = tensor.float()
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {key} holds NaN or infinity.")
+        raise CheckpointError(f"{path}: {key} contains NaN or infinity.")
     return tensor
 
 

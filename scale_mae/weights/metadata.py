@@ -1,6 +1,6 @@
 """The metadata of exported weights: everything that is needed to use them.
 
-Every export format stores the metadata under the key ``scale_mae``. A folder also stores them in ``scale_mae.json``.
+Every export format stores the metadata under the key ``scale_mae``. A folder also stores it in ``scale_mae.json``.
 """
 
 from __future__ import annotations

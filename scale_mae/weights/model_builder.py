@@ -42,9 +42,9 @@ def build_meta_mae(config: Config) -> MAE:
 
 
 def build_encoder(metadata: dict[str, Any]) -> VisionTransformer:
-    """Build the timm model that export metadata describe, in evaluation mode.
+    """Build the timm model that export metadata describes, in evaluation mode.
 
-    The weights are random. ``pretrained_cfg`` holds the image size and the channel means and deviations.
+    The weights are random. ``pretrained_cfg`` contains the image size and the channel means and deviations.
     """
     pretrained_cfg = {name: tuple(v) if isinstance(v, list) else v for name, v in build_pretrained_cfg(metadata).items()}
     encoder = timm.create_model(

@@ -30,10 +30,10 @@ def load_encoder(path: str | Path, warn: Callable[[str], None] = print) -> Visio
     Returns:
         A timm ``VisionTransformer`` without head. ``forward_features(images)`` returns ``[B, 1 + L, D]``, the class token
         first, after the final norm. If the export has ``--pool avg``, the norm is ``fc_norm`` and follows the pooling.
-        ``pretrained_cfg`` holds the image size, mean and standard deviation of training.
+        ``pretrained_cfg`` contains the image size, mean and standard deviation of training.
 
     Raises:
-        UserError: ``path`` holds no usable weights.
+        UserError: ``path`` contains no usable weights.
     """
     metadata, weights = import_encoder(Path(path), warn)
     encoder = build_encoder(metadata)
@@ -45,7 +45,7 @@ def load_untrained_encoder(path: str | Path, warn: Callable[[str], None] = print
     """Load the encoder of :func:`load_encoder` with the weights that it had before training.
 
     Raises:
-        UserError: ``path`` holds third-party weights or a classifier, or ``model.init_from`` does not exist any more.
+        UserError: ``path`` contains third-party weights or a classifier, or ``model.init_from`` does not exist any more.
     """
     metadata, _ = import_encoder(Path(path), warn)
     if "config" not in metadata:
@@ -58,7 +58,7 @@ def load_untrained_encoder(path: str | Path, warn: Callable[[str], None] = print
     try:
         config = Config.model_validate(tree)
     except ValueError:
-        raise CheckpointError(f"{path}: the metadata are damaged (config).") from None
+        raise CheckpointError(f"{path}: the metadata is damaged (config).") from None
     model, _ = load_initial_model(config, warn)
     encoder = build_encoder(metadata)
     encoder.load_state_dict(encoder_state(model.state_dict()), strict=True)

@@ -62,7 +62,7 @@ def fit_pos_embed(
     """Return a position embedding for the model.
 
     Args:
-        weights: The weights that hold the embedding.
+        weights: The weights that contain the embedding.
         key: ``pos_embed`` or ``decoder_pos_embed``.
         expected: The model's own embedding.
         source_grid: The grid of the weights.

@@ -95,7 +95,7 @@ def detect_provenance(files: WeightFiles, is_huggingface: bool, width: int, deco
     provenance, folder = _read_provenance(files, is_huggingface, decoder_width is not None), files.files[0].parent
     for heads, dim in ((provenance.heads, width), (provenance.decoder_heads, decoder_width)):
         if heads and dim and dim % heads:
-            raise CheckpointError(f"{folder}: the metadata are damaged ({heads} attention heads for a width of {dim}).")
+            raise CheckpointError(f"{folder}: the metadata is damaged ({heads} attention heads for a width of {dim}).")
     return provenance
 
 
@@ -109,7 +109,8 @@ def _read_provenance(files: WeightFiles, is_huggingface: bool, has_decoder: bool
         if isinstance(files.config.get("architecture"), str):
             return _from_timm(files.config, config_file)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{config_file.parent}: the metadata are damaged ({error!r}).") from None
+        source = config_file.parent if "config" in files.metadata else config_file
+        raise CheckpointError(f"{source}: the metadata is damaged ({error!r}).") from None
     return _from_bare_file(files, has_decoder)
 
 
@@ -180,14 +181,14 @@ def read_channel_statistics(pretrained_cfg: Mapping[str, Any]) -> tuple[ChannelV
     """Return the channel means and standard deviations in timm's ``pretrained_cfg``, or ``None`` for a missing entry.
 
     Raises:
-        ValueError, TypeError: An entry does not hold valid values for three channels.
+        ValueError, TypeError: An entry does not contain valid values for three channels.
     """
     mean, std = pretrained_cfg.get("mean"), pretrained_cfg.get("std")
     return _parse_channels(mean, _parse_finite), _parse_channels(std, _parse_positive)
 
 
 def _from_bare_file(files: WeightFiles, has_decoder: bool) -> Provenance:
-    """Read the values that a file without config holds. The reference's pre-training checkpoints hold its options."""
+    """Read the values in a file without config. A pre-training checkpoint of the reference repository contains its options."""
     args = files.extras.get("args")
     options = vars(args) if isinstance(args, argparse.Namespace) else {}
     size_name = re.match(r"(?:mae_)?vit_(\w+)_patch\d+", str(options.get("model")))

@@ -42,16 +42,16 @@ def load_pickled_weights(path: Path) -> PickledWeights:
     """Load a file of ``torch.save``. Memory-map it if it is a zip archive.
 
     Raises:
-        CheckpointError: The file is damaged, holds no state dict, or would run code.
+        CheckpointError: The file is damaged, contains no state dict, or would run code.
     """
     content = _unpickle(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict.")
+        raise CheckpointError(f"{path}: contains a {type(content).__name__}, not a state dict.")
     key = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
     state: dict[str, Any] = content if key is None else content[key]
     tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no state dict; its keys are {', '.join(str(k) for k in list(content)[:5])}.")
+        raise CheckpointError(f"{path}: contains no state dict; its keys are {', '.join(str(k) for k in list(content)[:5])}.")
     extras = {str(name): value for name, value in content.items() if name != key and not isinstance(value, Tensor)}
     return PickledWeights(tensors, extras, key)
 

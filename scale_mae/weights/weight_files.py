@@ -25,7 +25,7 @@ from scale_mae.weights.safe_unpickle import load_pickled_weights
 from scale_mae.weights.safetensors_io import TensorFiles
 
 ONNX, TORCH_EXPORT = "an ONNX model, not a state dict", "a torch.export program (.pt2), not a state dict"
-DEFAULT_NAMES = ("model.safetensors", "pytorch_model.bin")  # of timm and transformers; a folder may hold other files as well
+DEFAULT_NAMES = ("model.safetensors", "pytorch_model.bin")  # of timm and transformers; a folder may contain other files as well
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -34,9 +34,9 @@ class WeightFiles:
     """The contents of a file or folder of weights.
 
     Attributes:
-        files: The files that hold the tensors, sorted.
+        files: The files that contain the tensors, sorted.
         tensors: The state dict with the keys of the files. Memory-mapped if the format allows it.
-        extras: The metadata of a safetensors file (texts), or the values that a pickle holds in addition to the tensors.
+        extras: The metadata of a safetensors file (texts), or the values that a pickle contains in addition to the tensors.
         state_dict_key: The key of a pickle under which the state dict is stored, or ``None``.
         config: The folder's ``config.json``, or an empty dictionary.
         processor: The folder's ``preprocessor_config.json``, or an empty dictionary.
@@ -114,7 +114,7 @@ def open_weights(path: Path) -> WeightFiles:
 
 
 def read_config_json(path: Path) -> dict[str, Any]:
-    """Return the ``config.json`` of a folder, or of the folder that holds a file. Return an empty dictionary without one.
+    """Return the ``config.json`` of a folder, or of the folder that contains a file. Return an empty dictionary without one.
 
     Raises:
         CheckpointError: The file is not a JSON object.
@@ -126,7 +126,7 @@ def find_main_file(path: Path) -> Path:
     """Return the file that represents a folder of weights: its index, else its safetensors file, else its pickle.
 
     Raises:
-        CheckpointError: ``path`` does not exist, holds no weights, or holds several files without an index.
+        CheckpointError: ``path`` does not exist, contains no weights, or contains several files without an index.
     """
     if path.is_file():
         return path
@@ -138,7 +138,7 @@ def find_main_file(path: Path) -> Path:
         if len(default) == 1:
             return default[0]
         if len(files) > 1:
-            raise CheckpointError(f"{path}: holds {len(files)} files of weights ({files[0].name}, ...). Give one of them.")
+            raise CheckpointError(f"{path}: contains {len(files)} files of weights ({files[0].name}, ...). Give one of them.")
         if files:
             return files[0]
     raise CheckpointError(f"{path}: neither a run directory nor a checkpoint nor a folder of weights.")
@@ -187,7 +187,7 @@ def parse_metadata(content: Any, path: Path) -> dict[str, Any]:
         path: The file, for errors.
 
     Raises:
-        CheckpointError: The metadata are damaged.
+        CheckpointError: The metadata is damaged.
     """
     try:
         metadata = json.loads(content) if isinstance(content, str) else content or {}
@@ -235,6 +235,6 @@ def _merge(shards: Iterable[Mapping[str, Tensor]], path: Path) -> dict[str, Tens
     for shard in shards:
         for name in shard:
             if name in merged:
-                raise CheckpointError(f"{path}: two of its shards hold {name}.")
+                raise CheckpointError(f"{path}: two of its shards contain {name}.")
             merged[name] = shard[name]
     return merged

@@ -98,7 +98,7 @@ def read_weights(path: Path) -> ImportedWeights:
     """Import weights from a path that :func:`locate_weights` returned.
 
     Raises:
-        CheckpointError: ``path`` holds no usable weights.
+        CheckpointError: ``path`` contains no usable weights.
     """
     if is_run_or_checkpoint(path):
         return _read_checkpoint(path)
@@ -169,7 +169,9 @@ def _find_prefix(tensors: Mapping[str, Tensor], anchor: str, path: Path) -> str:
     if sorted(prefixes)[1:] == [min(prefixes).replace(MOCO_ENCODER, MOCO_EMA_ENCODER)]:
         prefixes = [min(prefixes)]
     if len(prefixes) > 1:
-        raise CheckpointError(f"{path}: holds {len(prefixes)} encoders ({', '.join(prefixes)}). Give a file with one encoder.")
+        raise CheckpointError(
+            f"{path}: contains {len(prefixes)} encoders ({', '.join(prefixes)}). Give a file with one encoder."
+        )
     if not re.fullmatch(WRAPPER_PREFIXES, prefixes[0]):
         raise CheckpointError(f"{path}: the keys start with the unknown prefix {prefixes[0]!r}. Remove it from the file.")
     return prefixes[0]

@@ -37,7 +37,7 @@ def load_initial_encoder(model: Classifier, weights: ImportedWeights) -> str:
     """Load an imported encoder into a new classifier.
 
     The position embedding is interpolated bicubically if the grid of patches differs. With mean pooling, the norm after the
-    pooling starts anew as in the reference, unless the weights come from a classifier with mean pooling.
+    pooling keeps its initial values as in the reference, unless the weights come from a classifier with mean pooling.
 
     Returns:
         A description of the weights and of all deviations, in one line.
@@ -62,7 +62,7 @@ def load_initial_encoder(model: Classifier, weights: ImportedWeights) -> str:
     else:  # fc_norm is present only if it was trained after the pooling
         tensors = {key: t for key, t in tensors.items() if not key.startswith("norm.")}
         if "fc_norm.weight" not in tensors:
-            notes.append("fc_norm starts anew.")
+            notes.append("fc_norm keeps its initial values.")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
         parameters[key].copy_(tensor)
@@ -80,7 +80,7 @@ def _check_sizes(model: Classifier, weights: ImportedWeights, timm_kwargs: dict[
     ):
         if found != expected:
             raise CheckpointError(
-                f"{weights.path}: the encoder's {what} is {found}, the model's {expected}. Change model.size."
+                f"{weights.path}: the encoder's {what} is {found}, the model's is {expected}. Change model.size."
             )
     if timm_kwargs["patch_size"] != list(model.patch_embed.patch_size):
         patch = timm_kwargs["patch_size"]

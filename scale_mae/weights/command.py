@@ -22,8 +22,9 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=WEIGHT_FORMATS,
-        help="vit_mae (transformers), mae (reference repository) and state_dict contain the whole MAE; timm, vit (transformers), "
-        "onnx and torch_export contain its encoder; for a classifier use any format except vit_mae and mae",
+        help="vit_mae (transformers), mae (reference repository) and state_dict contain the whole MAE; "
+        "timm, vit (transformers), onnx and torch_export contain its encoder; "
+        "for a classifier use any format except vit_mae and mae",
     )
     add("--out", required=True, metavar="PATH", help="the file (.safetensors, .pth, .onnx, .pt2) or folder to write")
     add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="dtype of the weights (default: %(default)s)")

@@ -44,6 +44,7 @@ def load_initial_weights(model: MAE, weights: ImportedWeights) -> str:
     """
     has_decoder, provenance = weights.has_decoder, weights.provenance
     state = {key: t for key, t in model.state_dict().items() if has_decoder or not is_decoder_key(key)}
+    # check_keys refuses third-party classifiers with mean pooling, because their norm is missing
     is_own_mean_pooled = is_mean_pooled(weights) and "task" in (provenance.metadata or {})
     if is_own_mean_pooled:
         state = {key: t for key, t in state.items() if not key.startswith("norm.")}
@@ -52,7 +53,9 @@ def load_initial_weights(model: MAE, weights: ImportedWeights) -> str:
     check_attention_heads(weights, encoder_block.attn.num_heads, decoder_block.attn.num_heads)
     notes = [f"Skipped {first_of(weights.skipped)}."] if weights.skipped else []
     if is_own_mean_pooled:
-        notes.append("The final norm starts anew, because the norm of the classifier follows the pooling (fc_norm).")
+        notes.append(
+            "The final norm keeps its initial values, because the norm of the classifier follows the pooling (fc_norm)."
+        )
     if not has_decoder:
         notes.append("The decoder starts with random weights, because the source has no decoder.")
     if provenance.layer_norm_eps != LAYER_NORM_EPS:

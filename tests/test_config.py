@@ -103,6 +103,16 @@ def test_overrides_in_python_are_checked():
         load_config("debug", {"train": 3})
 
 
+@pytest.mark.parametrize("value", ["null", ""])
+def test_null_clears_an_optional_path_on_the_command_line(value):
+    assert load_config("finetune_demo", [f"classify.val_source={value}"]).classify.val_source is None
+    assert load_config("demo", [f"log.discovery_dir={value}"]).log.discovery_dir is None
+
+
+def test_a_path_on_the_command_line_may_contain_what_yaml_interprets():
+    assert load_config("demo", ["data.source=a: #b"]).data.source == "a: #b"
+
+
 def test_a_resumed_run_may_change_marked_keys_only():
     config = load_config("demo")
     changed = load_config("demo", ["log.interval=1", "train.micro_batch=32", "run.dir=elsewhere", "optim.base_lr=0.1"])

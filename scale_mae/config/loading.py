@@ -106,19 +106,21 @@ def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> Iterator[t
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: not an override. Write section.key=value, such as train.micro_batch=32.")
-        try:
-            value = text if _is_text(key) else yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{override}: the value is not valid YAML. Quote it or correct it.") from None
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
-            value = float(value)  # YAML 1.1 reads 1e-3 as text
-        yield _check_form(key), value
+        yield _check_form(key), _parse_value(key, text)
 
 
-def _is_text(key: str) -> bool:
-    """Whether the value of a key is text, such as a path, in which YAML would interpret ``#`` and ``:``."""
+def _parse_value(key: str, text: str) -> Any:
+    """Parse the value of an override as YAML, except text such as paths, in which YAML would interpret ``#`` and ``:``."""
     field = config_keys().get(key)
-    return field is not None and field.annotation in (str, str | None)
+    if field is not None and field.annotation in (str, str | None):
+        return None if text == "null" and field.annotation == str | None else text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={text}: the value is not valid YAML. Quote it or correct it.") from None
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-3 as text
+    return value
 
 
 def _check_form(key: str) -> str:

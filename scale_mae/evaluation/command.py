@@ -224,7 +224,7 @@ EVALUATION_COMMANDS = (
         name="evaluate",
         group="evaluate",
         summary="Measure the accuracy of a classifier on a data set, next to published results.",
-        example="scale-mae evaluate runs/finetune_demo --on folder --root demo:val",
+        example="scale-mae evaluate runs/finetune_demo --on folder --root demo:val --out results/finetune_demo.json",
         add_arguments=_add_evaluate_arguments,
         run=evaluate,
     ),

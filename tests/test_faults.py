@@ -651,7 +651,7 @@ def test_a_full_or_read_only_disk_loses_checkpoints_but_not_the_run(expected, tm
     run_in_mount_namespace("train_on_failing_disks", tmp_path, checkpoint_bytes(expected[0]))
     expected_log = log(tmp_path / "undisturbed" / "run", "loss", "lr", "grad_norm")
     for name, reason in (
-        ("full", "GB are needed, 0.0[0-9]* GB are free"),
+        ("full", "GB are needed, but only 0.0[0-9]* GB are free"),
         ("overrun", "No space left|disk is full or not writable"),
     ):
         text = (tmp_path / f"{name} kept" / "log.txt").read_text()

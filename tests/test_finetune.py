@@ -499,7 +499,7 @@ def test_what_cannot_be_trained_is_one_line(tmp_path, encoder, own, message):
 
 
 def test_a_recipe_belongs_to_its_command(tmp_path):
-    with pytest.raises(UserError, match="this recipe is for finetune, not for pretrain"):
+    with pytest.raises(UserError, match="run.task=finetune: not a configuration for pretrain"):
         scale_mae.pretrain("finetune_demo", run={"dir": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
 

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scale_mae.data.index_builder import list_source
-from scale_mae.evaluation.features import Source, features
-from scale_mae.evaluation.logistic_regression import fit
-from scale_mae.evaluation.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from scale_mae.evaluation.corruption_error import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from scale_mae.evaluation.features import LabeledSource, features
+from scale_mae.evaluation.logistic_regression import fit_logistic_regression
 
 ARCHITECTURE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 WNIDS = [f"n0000000{c}" for c in range(10)]
@@ -56,17 +56,17 @@ def write_timm(folder, model, pool="avg", config=True, name="model.safetensors")
 @functools.cache
 def fitted_classifier():
     """Return a folder with a Fashion-MNIST classifier: a random ViT, and a head from logistic regression."""
-    from scale_mae.evaluation.classifier import load_subject
+    from scale_mae.evaluation.models import load_frozen_encoder
 
     folder = tempfile.TemporaryDirectory()
     weakref.finalize(fitted_classifier, folder.cleanup)
     path, model = Path(folder.name), vit()
     write_timm(path, model)
-    subject, train = load_subject(path), Source.labelled("demo:train")
+    subject, train = load_frozen_encoder(path), LabeledSource.open("demo:train")
     rows = range(0, len(train.index), 20)
     values = features(subject, train.index, rows, 100).values.clone()
     deviation, mean = torch.std_mean(values, dim=0)
-    solution = fit((values - mean) / deviation, train.labels[list(rows)], 10, 1e-3)
+    solution = fit_logistic_regression((values - mean) / deviation, train.labels[list(rows)], 10, 1e-3)
     with torch.no_grad():
         model.head.weight.copy_((solution[:-1] / deviation[:, None]).T)
         model.head.bias.copy_(solution[-1] - (mean / deviation) @ solution[:-1])

@@ -12,9 +12,9 @@ from timm.models import save_for_hf
 
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.cli import main
-from scale_mae.evaluation.classifier import load_classifier, load_subject
-from scale_mae.evaluation.evaluate import _view
-from scale_mae.evaluation.features import pooled
+from scale_mae.evaluation.evaluate import _transform
+from scale_mae.evaluation.features import pool_tokens
+from scale_mae.evaluation.models import load_classifier, load_frozen_encoder
 from scale_mae.evaluation.results import Result
 from scale_mae.model.pos_embed import sincos_pos_embed
 from scale_mae.weights.weight_import import read_weights
@@ -62,10 +62,10 @@ def test_the_outputs_equal_those_of_timm(tmp_path, name, options, as_safetensors
     subject = load_classifier(write(tmp_path / "f", timm_model, as_safetensors))
     with torch.inference_mode():
         torch.testing.assert_close(subject.model(IMAGES), timm_model(IMAGES), rtol=0, atol=0)
-        encoder = load_subject(tmp_path / "f").model
+        encoder = load_frozen_encoder(tmp_path / "f").model
         tokens = timm_model.forward_features(IMAGES)
-        torch.testing.assert_close(pooled(encoder, IMAGES), timm_model.fc_norm(tokens[:, 1:].mean(1)))
-        torch.testing.assert_close(pooled(encoder, IMAGES, "token"), timm_model.fc_norm(tokens[:, 0]))
+        torch.testing.assert_close(pool_tokens(encoder, IMAGES), timm_model.fc_norm(tokens[:, 1:].mean(1)))
+        torch.testing.assert_close(pool_tokens(encoder, IMAGES, "token"), timm_model.fc_norm(tokens[:, 0]))
     family = "BEiTv2" if name.startswith("beitv2") else "BEiT"
     assert (subject.architecture, subject.classes) == (f"{family}-32x3/8, 32 px", 10)
     assert (subject.mean, subject.crop_pct) == (timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["crop_pct"])
@@ -85,9 +85,9 @@ def test_published_folders_load(tmp_path):
     subject = load_classifier(folder / "model.safetensors")
     assert (subject.architecture, subject.classes) == ("BEiT-32x3/8, 32 px", 10)
     assert {tensor.dtype for tensor in subject.model.state_dict().values()} == {torch.float32}
-    assert _view("folder", subject, None)[1]["resize"] == "short side to 35, bicubic"
-    assert _view("imagenet_c", subject, None)[1]["resize"] == "none"
-    assert _view("folder", subject, 1.0)[1]["crop_pct"] == 1.0
+    assert _transform("folder", subject, None)[1]["resize"] == "short side to 35, bicubic"
+    assert _transform("imagenet_c", subject, None)[1]["resize"] == "none"
+    assert _transform("folder", subject, 1.0)[1]["crop_pct"] == 1.0
 
 
 def test_evaluate_knn_logistic_and_embed_accept_beit(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_evaluate_knn_logistic_and_embed_accept_beit(tmp_path, capsys):
     assert (result.protocol["crop_pct"], result.model["architecture"]) == (0.9, "BEiTv2-32x3/8, 32 px")
     assert main(["evaluate", str(folder), "--on", "imagenet_r", "--root", str(root), "--classes", names]) == 0
     text = capsys.readouterr().out
-    assert "not comparable: BEiTv2-32x3/8, 32 px is none of the published models" in text
+    assert "not comparable: no published model is a BEiTv2-32x3/8, 32 px" in text
     assert main(["results", str(out)]) == 0
     assert "BEiTv2-32x3/8, 32 px" in capsys.readouterr().out
 
@@ -122,12 +122,15 @@ MISMATCHES = {
     "another number of classes": ({"args": {"num_classes": 9}}, r"head.* has shape \[10.*\], timm's .* \[9.*\]"),
     "NaN": ({"tensors": {TABLE: torch.full((52, 4), torch.nan)}}, f"{TABLE} contains NaN or infinity"),
     "integers": ({"tensors": {TABLE: torch.ones(52, 4, dtype=torch.int8)}}, f"{TABLE} has dtype int8, expected floating point"),
-    "no head": ({"args": {"num_classes": 0}}, "no classifier .its config.json: num_classes=0.*knn, logistic and embed take it"),
-    "no pooling": ({"args": {"global_pool": ""}}, "no classifier .its config.json: num_classes=10, global_pool=''"),
-    "grey images": ({"args": {"in_chans": 1}}, "what its config.json says is damaged .*not of three channels"),
-    "another file": ({"args": {"checkpoint_path": "x.pth"}}, "is damaged .*model_args has checkpoint_path"),
-    "nonsense": ({"args": {"depth": "many"}}, "what its config.json says is damaged .TypeError"),
-    "no arguments": ({"config": {"pretrained_cfg": "none"}}, "what its config.json says is damaged"),
+    "no head": (
+        {"args": {"num_classes": 0}},
+        "not a classifier .config.json: num_classes=0.*use scale-mae knn, logistic or embed",
+    ),
+    "no pooling": ({"args": {"global_pool": ""}}, "not a classifier .config.json: num_classes=10, global_pool=''"),
+    "grey images": ({"args": {"in_chans": 1}}, "config.json is damaged .*mean, std, crop_pct or the number of channels"),
+    "another file": ({"args": {"checkpoint_path": "x.pth"}}, "is damaged .*unknown model_args checkpoint_path"),
+    "nonsense": ({"args": {"depth": "many"}}, "config.json is damaged .TypeError"),
+    "no arguments": ({"config": {"pretrained_cfg": "none"}}, "config.json is damaged"),
 }
 
 
@@ -143,18 +146,18 @@ def test_a_mismatch_is_refused_in_one_line(tmp_path, changes, message):
 def test_another_image_size_is_refused(tmp_path):
     folder = write(tmp_path / "f", beit())
     assert load_classifier(folder, size=32).size == 32
-    for load in (load_classifier, load_subject):
-        with pytest.raises(CheckpointError, match="relative positions are for images of 32 x 32 px, not of --size 48"):
+    for load in (load_classifier, load_frozen_encoder):
+        with pytest.raises(CheckpointError, match="relative position tables are for images of 32 x 32 px, not for --size 48"):
             load(folder, size=48)
-    with pytest.raises(CheckpointError, match="for images of 16 x 64 px; evaluation takes squares"):
-        load_subject(write(tmp_path / "oblong", beit(img_size=(16, 64))))
+    with pytest.raises(CheckpointError, match="images of 16 x 64 px; evaluation needs square images"):
+        load_frozen_encoder(write(tmp_path / "oblong", beit(img_size=(16, 64))))
 
 
 def test_another_resampling_filter_is_reported(tmp_path):
     folder, warnings = write(tmp_path / "f", beit()), []
     change(folder, config={"pretrained_cfg": {"interpolation": "bilinear"}})
     subject = load_classifier(folder, warnings.append)
-    assert warnings == [f"{folder}: its config.json scales images by 'bilinear', here they are scaled bicubically"]
+    assert warnings == [f"{folder}: config.json asks for 'bilinear' resampling; evaluation uses bicubic"]
     assert subject.mean == (0.5,) * 3
 
 
@@ -214,7 +217,7 @@ def test_moco_v3_in_its_own_files(tmp_path):
     state |= {f"module.momentum_encoder.{name}": tensor + 1 for name, tensor in encoder.items()}
     state |= {"module.base_encoder.head.0.weight": torch.ones(8, 384), "module.predictor.0.weight": torch.ones(8, 8)}
     torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
-    subject = load_subject(tmp_path / "moco.pth.tar")
+    subject = load_frozen_encoder(tmp_path / "moco.pth.tar")
     torch.testing.assert_close(subject.model.forward_features(IMAGES), timm_model.forward_features(IMAGES))
     assert (subject.kind, subject.architecture) == ("ViT of MoCo v3, epoch 300", "ViT-small/8, 32 px")
     with pytest.raises(CheckpointError, match=r"not one linear layer on 384 features .head\.0\.weight"):

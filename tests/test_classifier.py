@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from scale_mae import load_config
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.evaluation.classifier import load_classifier, load_subject
+from scale_mae.evaluation.models import load_classifier, load_frozen_encoder
 from scale_mae.model.pos_embed import resize_pos_embed
 from scale_mae.weights.metadata import METADATA_KEY, build_metadata
 from scale_mae.weights.model_builder import build_mae_from_config, encoder_state
@@ -116,7 +116,7 @@ def test_weights_without_a_linear_head_raise_one_line_errors(tmp_path):
 def test_the_encoder_of_a_classifier_yields_its_features(tmp_path):
     theirs = vit()
     folder = write_timm(tmp_path / "theirs", theirs)
-    subject = load_subject(folder)
+    subject = load_frozen_encoder(folder)
     assert subject.classes == 0
     with torch.inference_mode():
         tokens = subject.model.forward_features(IMAGES)
@@ -131,5 +131,5 @@ def test_an_exported_file_is_an_encoder_but_not_a_classifier(tmp_path):
     save_file(state, tmp_path / "e.safetensors", {METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(CheckpointError, match="no classifier"):
         load_classifier(tmp_path / "e.safetensors")
-    subject = load_subject(tmp_path / "e.safetensors")
+    subject = load_frozen_encoder(tmp_path / "e.safetensors")
     assert (subject.seed, subject.classes, subject.kind) == (5, 0, "scale-mae export")

@@ -18,7 +18,7 @@ from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import saved_config
-from scale_mae.evaluation.classifier import load_classifier, load_subject
+from scale_mae.evaluation.models import load_classifier, load_frozen_encoder
 from scale_mae.report.reconstructions import draw_missing
 from scale_mae.weights.classifier_heads import fold_batch_norm
 from scale_mae.weights.classifier_initialization import build_classifier_from_config, load_initial_encoder
@@ -180,7 +180,7 @@ def test_a_run_loads_as_classifier_and_as_encoder(classifier_runs, tmp_path, nam
     assert (subject.classes, subject.names, subject.seed, subject.kind) == (10, tuple(CLASSES), 7, "scale-mae checkpoint")
     with torch.inference_mode():
         expected = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
-        for encoder in (load_encoder(run), load_subject(run).model, load_encoder(convert(run, "timm", tmp_path / "t"))):
+        for encoder in (load_encoder(run), load_frozen_encoder(run).model, load_encoder(convert(run, "timm", tmp_path / "t"))):
             assert encoder.num_classes == 0
             assert_close(encoder(IMAGES), expected)
     assert load_encoder(run).pretrained_cfg["num_classes"] == 0

@@ -32,19 +32,19 @@ from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.data.errors import DataError, ImageError
 from scale_mae.data.pillow import decode_center_crop
 from scale_mae.distributed.process_group import process_group
-from scale_mae.evaluation.accuracy import place_of
-from scale_mae.evaluation.classifier import load_classifier
-from scale_mae.evaluation.dataset_checks import deviations
-from scale_mae.evaluation.datasets import SETS, parts_of, read_classes, synsets
+from scale_mae.evaluation.accuracy import class_rank
+from scale_mae.evaluation.corruption_error import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalized_error
+from scale_mae.evaluation.dataset_checks import find_deviations
+from scale_mae.evaluation.datasets import DATASETS, list_parts, read_classes, synsets
 from scale_mae.evaluation.evaluate import evaluate
+from scale_mae.evaluation.models import load_classifier
 from scale_mae.evaluation.results import Result
-from scale_mae.evaluation.robustness import ALEXNET_ERROR, CORRUPTIONS, mean_corruption_error, unnormalised_error
 
 
-def measure(name, root, model=None, tell=lambda _: None, **options):
+def measure(name, root, model=None, report=lambda _: None, **options):
     """By one process; the lines told are left out."""
     with process_group() as ranks:
-        return evaluate(load_classifier(model or fitted_classifier()), name, str(root), ranks, tell=tell, **options)
+        return evaluate(load_classifier(model or fitted_classifier()), name, str(root), ranks, report=report, **options)
 
 
 def outputs(paths, transform, model=None):
@@ -107,13 +107,13 @@ def test_class_folders_score_as_a_loop_with_torchvision_does(tmp_path):
     paths = sorted(root.glob("*/*"))
     labels = torch.tensor([label_of(path) for path in paths])
     logits = outputs(paths, standard())
-    result, unlike = measure("folder", root, batch=7)
+    result, issues = measure("folder", root, batch=7)
     assert result.data["images"] == len(paths) == 60
     assert result.scores["top1"] == (logits.argmax(1) == labels).double().mean().item()
     assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
     assert 0.15 < result.scores["top1"] < 1  # else the test would compare nothing
-    assert "ViT-32x3/8, 32 px is none of the published models" in unlike
+    assert "ViT-32x3/8, 32 px is none of the published models" in issues
     cropped, _ = measure("folder", root, crop_pct=1.0)
     assert cropped.scores["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(outputs(paths, standard(1.0)), labels).item(), abs=1e-5
@@ -122,8 +122,8 @@ def test_class_folders_score_as_a_loop_with_torchvision_does(tmp_path):
 
 def test_equal_outputs_are_in_the_order_of_the_classes():
     logits = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [3.0, 1.0, 2.0]])
-    assert place_of(logits, torch.tensor([0, 2, 1])).tolist() == [0, 1, 2]
-    assert place_of(logits, torch.tensor([2, 0, 0])).tolist() == [2, 2, 0]
+    assert class_rank(logits, torch.tensor([0, 2, 1])).tolist() == [0, 1, 2]
+    assert class_rank(logits, torch.tensor([2, 0, 0])).tolist() == [2, 2, 0]
 
 
 def test_any_number_of_processes_counts_each_image_once(tmp_path):
@@ -141,12 +141,12 @@ def test_any_number_of_processes_counts_each_image_once(tmp_path):
         assert result.data["digest"] == results[0].data["digest"]
         assert [result.scores[name] for name in ("top1", "top5")] == [results[0].scores[name] for name in ("top1", "top5")]
         assert result.scores["loss"] == pytest.approx(results[0].scores["loss"], abs=1e-6)
-    assert [result.made["processes"] for result in results] == [1, 2, 3]
+    assert [result.environment["processes"] for result in results] == [1, 2, 3]
 
 
 def evaluate_in_rank(model, root, classes):
     with process_group() as ranks:
-        return evaluate(load_classifier(model), "folder", root, ranks, batch=4, classes=classes, tell=lambda _: None)[0]
+        return evaluate(load_classifier(model), "folder", root, ranks, batch=4, classes=classes, report=lambda _: None)[0]
 
 
 def test_a_damaged_image_is_one_error_on_every_process(tmp_path):
@@ -266,7 +266,7 @@ def test_sets_as_they_are_handed_out(tmp_path):
     assert scores["imagenet1k"].scores["top1"] > 0.15
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if name != "folder"])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "folder"])
 def test_an_empty_folder_is_one_line_that_says_what_is_missing(tmp_path, name):
     with pytest.raises(DataError, match=r"missing|no class folders like n01440764") as caught:
         measure(name, tmp_path)
@@ -340,12 +340,12 @@ def test_the_published_classes_compete_also_where_a_folder_is_missing(tmp_path, 
     assert wnids == list(synsets(name))
     root = real_folders(tmp_path / name.replace("_", "-"), wnids[1:])
     logits = outputs(sorted(root.glob("*/*")), standard(), thousand)[:, competing]
-    result, unlike = measure(name, tmp_path, thousand, told.append)
+    result, issues = measure(name, tmp_path, thousand, told.append)
     assert result.data["images"] == 199
     labels = torch.arange(1, 200)
     assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item() == 4 / 199
-    assert unlike[-2:] == ["199 images are not the published set", f"199 of 200 classes: {wnids[0]} missing"]
+    assert issues[-2:] == ["199 images are not the published set", f"199 of 200 classes: {wnids[0]} missing"]
     assert told == [f"{name}: 199 of 200 classes: {wnids[0]} missing"]
     write_image(root / "n01440764" / "0.JPEG", fashion(1)[0][1])  # a class of ImageNet that both leave out, or one has
     (root / wnids[5]).rename(root / "moved")
@@ -357,8 +357,8 @@ def test_the_published_classes_compete_also_where_a_folder_is_missing(tmp_path, 
 
 def test_a_whole_set_has_nothing_to_tell(tmp_path, thousand):
     real_folders(tmp_path, synsets("imagenet_a"))
-    _, unlike = measure("imagenet_a", tmp_path, thousand)
-    assert not [reason for reason in unlike if "classes:" in reason]
+    _, issues = measure("imagenet_a", tmp_path, thousand)
+    assert not [reason for reason in issues if "classes:" in reason]
 
 
 def test_an_empty_class_folder_is_named(tmp_path, thousand):
@@ -370,8 +370,8 @@ def test_an_empty_class_folder_is_named(tmp_path, thousand):
         real_folders(tmp_path / root / "val", wnids)
         (tmp_path / root / "val" / wnids[1] / "1.JPEG").unlink()
         model, classes = (thousand, None) if root == "theirs" else (None, classes_file(tmp_path / "classes.txt"))
-        _, unlike = measure("imagenet1k", tmp_path / root, model, classes=classes)
-        assert unlike[1:] == ["1 images are not the published set", *unlike[2:-1], phrase]
+        _, issues = measure("imagenet1k", tmp_path / root, model, classes=classes)
+        assert issues[1:] == ["1 images are not the published set", *issues[2:-1], phrase]
 
 
 # ---------------------------------------------------------------- ImageNet-C
@@ -408,9 +408,9 @@ def test_mce_of_values_worked_out_by_hand():
     # brightness alone worse by 0.1 at two severities: 0.2 / 5 / 0.564592 / 15
     worse = alexnet | {"brightness/1": alexnet["brightness/1"] - 0.1, "brightness/5": alexnet["brightness/5"] - 0.1}
     assert mean_corruption_error(worse) == pytest.approx(1 + 0.00472318, abs=1e-7)
-    assert unnormalised_error(top1) is None
+    assert unnormalized_error(top1) is None
     top1 |= {f"{c}/{s}": 0.0 for c in ("speckle_noise", "gaussian_blur", "spatter", "saturate") for s in range(1, 6)}
-    assert unnormalised_error(top1) == pytest.approx((15 * 0.5 + 4) / 19)
+    assert unnormalized_error(top1) == pytest.approx((15 * 0.5 + 4) / 19)
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +428,7 @@ def test_mce_on_its_folders(corrupted, tmp_path):
             labels = torch.tensor([label_of(path) for path in paths])
             wrong.append((outputs(paths, standard(None)).argmax(1) != labels).double().mean().item())
         error[name] = sum(wrong) / 5
-    result, unlike = measure("imagenet_c", corrupted)
+    result, issues = measure("imagenet_c", corrupted)
     mce = sum(error[name] / ALEXNET_ERROR[name] for name in CORRUPTIONS) / 15
     assert result.scores["mce"] == pytest.approx(mce, abs=1e-12)
     assert result.scores["error_19_unnormalised"] == pytest.approx(sum(error.values()) / 19, abs=1e-12)
@@ -437,7 +437,7 @@ def test_mce_on_its_folders(corrupted, tmp_path):
     assert result.parts["fog/3"]["images"] == 10
     assert result.parts["fog"]["error_over_alexnet"] == pytest.approx(error["fog"] / ALEXNET_ERROR["fog"])
     assert result.protocol["resize"] == "none"
-    assert any("950 images are not the published set" in reason for reason in unlike)
+    assert any("950 images are not the published set" in reason for reason in issues)
 
 
 def test_what_is_missing_of_imagenet_c(corrupted, tmp_path):
@@ -464,7 +464,7 @@ def test_an_empty_part_ends_it_before_anything_is_scored(corrupted, tmp_path):
     for image in (root / "jpeg_compression" / "5").glob("*/*"):
         image.unlink()
     with pytest.raises(DataError, match="jpeg_compression/5: no images found") as caught:
-        measure("imagenet_c", root, tell=told.append)
+        measure("imagenet_c", root, report=told.append)
     assert "\n" not in str(caught.value)
     assert not told
 
@@ -474,14 +474,14 @@ def test_a_part_that_is_unlike_the_others_is_named(corrupted, tmp_path):
     classes = classes_file(tmp_path / "classes.txt")
     (root / "fog" / "3" / WNIDS[4] / "4.JPEG").unlink()
     (root / "fog" / "3" / WNIDS[4]).rmdir()
-    result, unlike = measure("imagenet_c", root, tell=told.append, classes=classes)
-    assert unlike[-1] == f"fog/3: 9 images, others 10; {WNIDS[4]} missing"
-    assert told[0] == f"imagenet_c: {unlike[-1]}"
+    result, issues = measure("imagenet_c", root, report=told.append, classes=classes)
+    assert issues[-1] == f"fog/3: 9 images, others 10; {WNIDS[4]} missing"
+    assert told[0] == f"imagenet_c: {issues[-1]}"
     assert told[1].startswith("gaussian_noise/1: top-1")
     assert result.parts["fog/3"]["images"] == 9
     (root / "snow" / "1" / WNIDS[2] / "2.JPEG").rename(root / "snow" / "1" / WNIDS[4] / "2.JPEG")
     (root / "pixelate" / "5" / WNIDS[2] / "2.JPEG").rename(root / "pixelate" / "5" / WNIDS[2] / "2.txt")
-    found = deviations(parts_of("imagenet_c", str(root), WNIDS, 10), SETS["imagenet_c"])
+    found = find_deviations(list_parts("imagenet_c", str(root), WNIDS, 10), DATASETS["imagenet_c"])
     assert found == [f"snow/1: {WNIDS[2]} empty (the first of 3 such parts)"]
 
 
@@ -501,10 +501,10 @@ def deviating_in_rank(model, root, classes):
     told = []
     with process_group() as ranks:
         try:
-            result, unlike = evaluate(load_classifier(model), "imagenet_r", root, ranks, classes=classes, tell=told.append)
+            result, issues = evaluate(load_classifier(model), "imagenet_r", root, ranks, classes=classes, report=told.append)
         except DataError as error:
             return str(error)
-    return result.data["images"], told, unlike, result.scores
+    return result.data["images"], told, issues, result.scores
 
 
 def test_through_the_command_line(tmp_path, capsys):

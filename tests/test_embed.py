@@ -16,9 +16,9 @@ from scale_mae.config import UserError
 from scale_mae.data.index_builder import list_source
 from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import embed as module
-from scale_mae.evaluation.classifier import load_subject
 from scale_mae.evaluation.embed import embed
-from scale_mae.evaluation.image_loader import views, whole_view
+from scale_mae.evaluation.image_loader import full_square_transform, load_images
+from scale_mae.evaluation.models import load_frozen_encoder
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def write(model, source, out, stop_after=None, **options):
 
     module.PIECE = 8
     with process_group() as ranks:
-        return embed(load_subject(model), str(source), out, ranks, batch=4, progress=progress, **options)
+        return embed(load_frozen_encoder(model), str(source), out, ranks, batch=4, progress=progress, **options)
 
 
 def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
@@ -49,8 +49,8 @@ def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
     assert told.endswith("images/s")
     values = np.load(tmp_path / "f.npy")
     assert (values.shape, values.dtype) == ((30, 32), np.float32)
-    subject, index = load_subject(model), list_source(str(data))
-    (viewed,) = views(index, range(30), whole_view(32), 30)
+    subject, index = load_frozen_encoder(model), list_source(str(data))
+    (viewed,) = load_images(index, range(30), full_square_transform(32), 30)
     images = (viewed.images.permute(0, 3, 1, 2) / 255 - 0.286) / 0.353
     with torch.inference_mode():
         tokens = subject.model.forward_features(images)

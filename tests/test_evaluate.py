@@ -20,11 +20,16 @@ from scale_mae.data.errors import DataError
 from scale_mae.data.index_builder import list_source
 from scale_mae.distributed.process_group import process_group
 from scale_mae.evaluation import knn
-from scale_mae.evaluation.classifier import load_subject
-from scale_mae.evaluation.features import Source, features
-from scale_mae.evaluation.knn import decide, knn_accuracy, nearest
-from scale_mae.evaluation.logistic_regression import choose_penalty, fit, logistic_accuracy, logits
-from scale_mae.evaluation.reconstruct import draw, reconstruct
+from scale_mae.evaluation.features import LabeledSource, features
+from scale_mae.evaluation.knn import find_nearest, knn_accuracy, vote
+from scale_mae.evaluation.logistic_regression import (
+    choose_penalty,
+    fit_logistic_regression,
+    logistic_regression_accuracy,
+    logits,
+)
+from scale_mae.evaluation.models import load_frozen_encoder
+from scale_mae.evaluation.reconstruct import draw_reconstructions, reconstruct
 from scale_mae.model.targets import compute_target, unpatchify
 from scale_mae.system import progress
 from scale_mae.weights.metadata import METADATA_KEY, build_metadata
@@ -38,20 +43,20 @@ def test_votes_follow_an_independent_implementation(monkeypatch):
     labels = torch.randint(0, 5, (300,), generator=generator)
     # for unit vectors the Euclidean distance d gives the cosine similarity 1 - d**2 / 2
     theirs = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
-    theirs.fit(train.numpy(), labels.numpy())
+    theirs.fit_logistic_regression(train.numpy(), labels.numpy())
     wanted = theirs.predict(queries.numpy()).tolist()
-    assert decide(*nearest(train, labels, queries, 20), 5).tolist() == wanted
+    assert vote(*find_nearest(train, labels, queries, 20), 5).tolist() == wanted
     monkeypatch.setattr(knn, "QUERIES", 7)
     monkeypatch.setattr(knn, "BANK", 13)  # fewer than neighbours
-    assert decide(*nearest(train, labels, queries, 20), 5).tolist() == wanted
+    assert vote(*find_nearest(train, labels, queries, 20), 5).tolist() == wanted
 
 
 def test_logistic_regression_follows_an_independent_implementation():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 6, generator=generator)
     y = (x[:, :3] + torch.randn(200, 3, generator=generator)).argmax(1)
-    ours = fit(x, y, 3, l2=0.01)
-    theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-8, max_iter=5000).fit(x.numpy(), y.numpy())
+    ours = fit_logistic_regression(x, y, 3, l2=0.01)
+    theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-8, max_iter=5000).fit_logistic_regression(x.numpy(), y.numpy())
     probabilities = torch.softmax(logits(ours, x), dim=1).numpy()
     assert np.abs(probabilities - theirs.predict_proba(x.numpy())).max() < 1e-3
 
@@ -77,13 +82,13 @@ def encoder(tmp_path_factory):
 
 def measured(measure, path, train, val, *more):
     with process_group() as ranks:
-        return measure(load_subject(path), Source.labelled(str(train)), Source.labelled(str(val)), ranks, *more)
+        return measure(load_frozen_encoder(path), LabeledSource.open(str(train)), LabeledSource.open(str(val)), ranks, *more)
 
 
 def test_features_are_the_mean_patch_token_of_the_encoder(encoder, tmp_path):
     path, mae = encoder
     index = list_source(str(make_folders(tmp_path)))
-    found = features(load_subject(path), index, range(len(index)), 5).values
+    found = features(load_frozen_encoder(path), index, range(len(index)), 5).values
     image = Image.open(tmp_path / "class0" / "0.jpg").crop((5, 0, 35, 30)).resize((32, 32), Image.Resampling.BICUBIC)
     x = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.286) / 0.353
     with torch.inference_mode():
@@ -101,8 +106,8 @@ def test_identical_sources_classify_themselves(encoder, tmp_path):
 def knn_in_rank(path, k):
     torch.set_num_threads(1)
     with process_group() as ranks:
-        train, val = (Source.labelled(source) for source in ("demo:val", "demo:val"))
-        return knn_accuracy(load_subject(path), train, val, ranks, k)
+        train, val = (LabeledSource.open(source) for source in ("demo:val", "demo:val"))
+        return knn_accuracy(load_frozen_encoder(path), train, val, ranks, k)
 
 
 def test_processes_share_the_neighbours(encoder):
@@ -113,7 +118,7 @@ def test_processes_share_the_neighbours(encoder):
 
 
 def test_a_linear_classifier_of_features(encoder):
-    result = measured(logistic_accuracy, encoder[0], "demo:val", "demo:val")
+    result = measured(logistic_regression_accuracy, encoder[0], "demo:val", "demo:val")
     assert result.scores["top1"] > 0.6
     assert result.data["images"] == 2000
 
@@ -158,7 +163,7 @@ def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
         measured(knn_accuracy, encoder[0], one, one, 20)
     with pytest.raises(DataError, match="--k 0"):
         measured(knn_accuracy, encoder[0], one, one, 0)
-    for measure, more in ((knn_accuracy, [1]), (logistic_accuracy, [])):
+    for measure, more in ((knn_accuracy, [1]), (logistic_regression_accuracy, [])):
         with pytest.raises(DataError, match="classes differ"):
             measured(measure, encoder[0], one, two, *more)
 
@@ -199,7 +204,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
         paths.append(str(tmp_path / f"{i}.jpg"))
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(90, 60, seed=i))
     out = tmp_path / "out.png"
-    draw(build_mae_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
+    draw_reconstructions(build_mae_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
     picture = Image.open(out)
     assert picture.height > picture.width  # six rows of three
     assert ("mean and deviation of the true patch" in titles[0]) == (target == "norm_pixel")
@@ -218,4 +223,4 @@ def test_pictures_that_cannot_be_drawn(tmp_path):
         ([a], tmp_path / "o.png", [1.0], "--mask-ratio: mask ratio 1.0 keeps 0"),
     ):
         with pytest.raises(UserError, match=message):
-            draw(model, config, paths, out, ratios, step=1)
+            draw_reconstructions(model, config, paths, out, ratios, step=1)

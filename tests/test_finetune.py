@@ -19,7 +19,7 @@ from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.cli import main
 from scale_mae.config import ConfigError, UserError, load_config
 from scale_mae.data.index_builder import open_index
-from scale_mae.evaluation.classifier import load_classifier
+from scale_mae.evaluation.models import load_classifier
 from scale_mae.metrics.counters import Counters
 from scale_mae.model.classifier import Classifier, LinearProbes
 from scale_mae.model.sizes import SIZES, EncoderSize
@@ -514,7 +514,7 @@ def test_scores_count_every_image_once_also_where_a_process_has_none(tmp_path):
 
 
 def part_of(count):
-    from scale_mae.evaluation.datasets import Part
+    from scale_mae.evaluation.datasets import DatasetPart
 
     index = open_index("demo:val")
 
@@ -527,28 +527,28 @@ def part_of(count):
 
     few = Few()
     few.entries["label"] = np.arange(count) % 2
-    return Part("few", few, None, None)
+    return DatasetPart("few", few, None, None)
 
 
 def score_some():
     """Two classifiers on seven images of two classes: always 0, and always 1."""
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.evaluation.accuracy import scores
-    from scale_mae.evaluation.image_loader import central_view
+    from scale_mae.evaluation.accuracy import score_classifiers
+    from scale_mae.evaluation.image_loader import center_crop_transform
 
     def logits(images):
         one = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         return one[:, None].expand(2, len(images), 2)
 
     with process_group() as ranks:
-        found = scores(logits, part_of(7), central_view(28, None), ranks, 2)
+        found = score_classifiers(logits, part_of(7), center_crop_transform(28, None), ranks, 2)
     return [(each.images, each.top1, each.top5) for each in found]
 
 
 def count_calls():
     from scale_mae.distributed.process_group import process_group
-    from scale_mae.evaluation.accuracy import scores
-    from scale_mae.evaluation.image_loader import central_view
+    from scale_mae.evaluation.accuracy import score_classifiers
+    from scale_mae.evaluation.image_loader import center_crop_transform
 
     calls = []
 
@@ -557,5 +557,5 @@ def count_calls():
         return torch.zeros(1, len(images), 2)
 
     with process_group() as ranks:
-        scores(logits, part_of(2), central_view(28, None), ranks, 1)
+        score_classifiers(logits, part_of(2), center_crop_transform(28, None), ranks, 1)
     return "called", len(calls)

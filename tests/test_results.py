@@ -8,16 +8,16 @@ import pytest
 from scale_mae.cli import main
 from scale_mae.config import UserError
 from scale_mae.evaluation.command import SET_NAMES
-from scale_mae.evaluation.datasets import SETS
-from scale_mae.evaluation.published_results import beside, differences
-from scale_mae.evaluation.results import Result, find_results, made_by, tabulate
+from scale_mae.evaluation.datasets import DATASETS
+from scale_mae.evaluation.published_results import comparison_table, differences
+from scale_mae.evaluation.results import Result, find_results, measurement_metadata, tabulate
 from scale_mae.evaluation.tables import Table
 
 
 def result(top1, seed, weights=None, **more):
     model = {"path": f"/x/{seed}.pth", "architecture": "ViT-base/16, 224 px", "sha256": weights or f"w{seed}", "seed": seed}
     protocol = {"name": "evaluate", "set": "imagenet1k", "size": 224, "crop_pct": 0.875} | more
-    made = made_by(1, "cpu", 1.0) | {"time": f"2026-01-0{1 + (seed or 0) % 9}T00:00:00Z"}
+    made = measurement_metadata(1, "cpu", 1.0) | {"time": f"2026-01-0{1 + (seed or 0) % 9}T00:00:00Z"}
     data = {"images": 50_000, "digest": "d"}
     return Result(protocol, model, data, {"top1": top1, "loss": 0.7}, {}, made)
 
@@ -28,7 +28,7 @@ def test_a_file_holds_what_was_written(tmp_path):
     assert Result.read(tmp_path / "results" / "a.json") == written
     content = json.loads((tmp_path / "results" / "a.json").read_text())
     assert content["format"] == "scale_mae.result.1"
-    assert {"python", "torch", "timm", "pillow"} <= content["made"]["versions"].keys()
+    assert {"python", "torch", "timm", "pillow"} <= content["environment"]["versions"].keys()
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["a.json"]
 
 
@@ -105,7 +105,7 @@ def test_nothing_there(tmp_path):
 def test_published_figures_stand_beside_a_model_that_may_be_compared():
     unlike = differences("ViT-base/16, 224 px", True, 50_000, True, (1000, 1000))
     assert unlike == []
-    table = beside("imagenet_c", "ViT-base/16, 224 px", {"mce": 0.517, "error_19_unnormalised": 0.38}, unlike)
+    table = comparison_table("imagenet_c", "ViT-base/16, 224 px", {"mce": 0.517, "error_19_unnormalised": 0.38}, unlike)
     lines = {(row[0], row[1]): row for row in table.rows}
     assert lines["ours", "mce"][2:6] == ["51.70", "", "", ""]
     assert lines["MAE", "mce"][2:6] == ["51.7", "41.8", "33.8", "36.8"]
@@ -116,13 +116,13 @@ def test_published_figures_stand_beside_a_model_that_may_be_compared():
 def test_and_why_another_may_not():
     unlike = differences("ViT-nano/8, 32 px", False, 40, False, (10, 1000))
     assert len(unlike) == 4
-    table = beside("imagenet1k", "ViT-nano/8, 32 px", {"top1": 0.5}, unlike)
+    table = comparison_table("imagenet1k", "ViT-nano/8, 32 px", {"top1": 0.5}, unlike)
     assert table.header[-2] == "this model"
     assert table.rows[0][-2] == "50.00"
     assert table.rows[0][2:6] == ["", "", "", ""]
     assert table.note.startswith("not comparable: ViT-nano/8, 32 px is none of the published models; 40 images")
-    assert beside("folder", "ViT-nano/8, 32 px", {"top1": 0.5}, unlike) is None
+    assert comparison_table("folder", "ViT-nano/8, 32 px", {"top1": 0.5}, unlike) is None
 
 
 def test_the_command_line_knows_the_sets():
-    assert set(SET_NAMES) == set(SETS)
+    assert set(SET_NAMES) == set(DATASETS)

@@ -203,7 +203,7 @@ def test_fine_tuning_can_be_submitted_and_restarted_too(cluster, here, capsys):
     assert max(finish(cluster, run)) == 200
     assert "stopped by SIGTERM after" in log_text(run)
     result = json.loads((run / "results" / "finetune.json").read_text())
-    assert (result["model"]["step"], result["data"]["images"], result["made"]["processes"]) == (200, 2000, 2)
+    assert (result["model"]["step"], result["data"]["images"], result["environment"]["processes"]) == (200, 2000, 2)
 
 
 @service

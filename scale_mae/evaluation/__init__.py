@@ -1,1 +1,1 @@
-"""What a trained encoder is worth, and what it sees."""
+"""Measures encoders and classifiers: accuracy on data sets, k-NN, logistic regression, features and reconstructions."""

@@ -1,4 +1,4 @@
-"""The commands that measure encoders and classifiers. Imports no torch."""
+"""The commands that evaluate encoders and classifiers. This module imports no torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scale_mae.system.command_line import CHECKPOINT_HELP, SOURCE_HELP, WEIGHTS_
 
 if TYPE_CHECKING:
     from scale_mae.distributed.process_group import World
-    from scale_mae.evaluation.classifier import Subject
-    from scale_mae.evaluation.features import Source
+    from scale_mae.evaluation.features import LabeledSource
+    from scale_mae.evaluation.models import EvaluatedModel
     from scale_mae.evaluation.results import Result
     from scale_mae.system.progress import ProgressBar
 
@@ -88,8 +88,8 @@ def _add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _together(what: str, out: str | None) -> Iterator[tuple[World, ProgressBar, Callable[[str], None]]]:
-    """The processes, a bar that the first of them shows, and how it tells things; ``out`` is what they will write."""
+def _process_group(what: str, out: str | None) -> Iterator[tuple[World, ProgressBar, Callable[[str], None]]]:
+    """Start the process group. Yield it, a progress bar and a print function; both are active on rank 0 only."""
     from scale_mae.distributed.process_group import process_group
     from scale_mae.system.progress import ProgressBar
 
@@ -100,10 +100,10 @@ def _together(what: str, out: str | None) -> Iterator[tuple[World, ProgressBar, 
 
 
 def _check_writable(out: str | None) -> None:
-    """Make the folder of a file and try whether one can be made there, now and not after hours of measuring.
+    """Check that an output file can be written, before hours of measurement. Create its folder.
 
     Raises:
-        UserError: it cannot.
+        UserError: It cannot be written.
     """
     if not out:
         return
@@ -112,45 +112,45 @@ def _check_writable(out: str | None) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # as what is written will be called at first
+        trial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # the name of the staging file of Result.write
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _frozen(args: argparse.Namespace, world: World) -> tuple[Subject, Source, Source]:
-    """The encoder and the two sources of ``knn`` and ``logistic``."""
-    from scale_mae.evaluation.classifier import load_subject
-    from scale_mae.evaluation.features import Source
+def _load_encoder_and_sources(args: argparse.Namespace, world: World) -> tuple[EvaluatedModel, LabeledSource, LabeledSource]:
+    """Load the encoder and open the two sources of ``knn`` and ``logistic``."""
+    from scale_mae.evaluation.features import LabeledSource
+    from scale_mae.evaluation.models import load_frozen_encoder
 
-    subject = world.run_on_all(lambda: load_subject(args.encoder, warn))
-    return subject, *world.run_on_main(lambda: (Source.labelled(args.train), Source.labelled(args.val)))
+    evaluated = world.run_on_all(lambda: load_frozen_encoder(args.encoder, warn))
+    return evaluated, *world.run_on_main(lambda: (LabeledSource.open(args.train), LabeledSource.open(args.val)))
 
 
-def _finish(result: Result, out: str | None, world: World, tell: Callable[[str], None]) -> None:
+def _finish(result: Result, out: str | None, world: World, report: Callable[[str], None]) -> None:
     if out:
         world.run_on_main(lambda: result.write(out))
-        tell(f"{out}: written")
+        report(f"Wrote {out}.")
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """``scale-mae evaluate``."""
-    from scale_mae.evaluation.classifier import load_classifier
     from scale_mae.evaluation.evaluate import evaluate
-    from scale_mae.evaluation.published_results import beside
+    from scale_mae.evaluation.models import load_classifier
+    from scale_mae.evaluation.published_results import comparison_table
 
-    with _together("images", args.out) as (world, bar, tell):
-        subject = world.run_on_all(lambda: load_classifier(args.model, warn, args.size))
+    with _process_group("images", args.out) as (world, bar, report):
+        evaluated = world.run_on_all(lambda: load_classifier(args.model, warn, args.size))
         options = {"crop_pct": args.crop_pct, "batch": args.batch_size, "classes": args.classes, "seed": args.seed}
-        result, unlike = evaluate(subject, args.on, args.root, world, **options, progress=bar.update, tell=tell)
+        result, issues = evaluate(evaluated, args.on, args.root, world, **options, progress=bar.update, report=report)
         scores = ", ".join(
             f"{name} {value:.4f}" if name.startswith("loss") else f"{name} {value:.2%}" for name, value in result.scores.items()
         )
-        tell(f"{args.on}: {scores} ({result.data['images']} images, {subject.architecture})")
-        if (table := beside(args.on, subject.architecture, result.scores, unlike)) is not None:
-            tell("\n" + table.render())
-        _finish(result, args.out, world, tell)
+        report(f"{args.on}: {scores} ({result.data['images']} images, {evaluated.architecture})")
+        if (table := comparison_table(args.on, evaluated.architecture, result.scores, issues)) is not None:
+            report("\n" + table.render())
+        _finish(result, args.out, world, report)
     return 0
 
 
@@ -159,42 +159,44 @@ def knn(args: argparse.Namespace) -> int:
     from scale_mae.evaluation.knn import knn_accuracy
     from scale_mae.weights.model_loader import load_untrained_encoder
 
-    with _together("images", args.out) as (world, bar, tell):
-        subject, train, val = _frozen(args, world)
-        begun = world.run_on_all(lambda: load_untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
-        result = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.update)
-        tell(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
-        if begun:
-            subject.model.load_state_dict(begun)
-            untrained = knn_accuracy(subject, train, val, world, args.k, args.batch_size, args.seed, bar.update)
-            tell(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
+    with _process_group("images", args.out) as (world, bar, report):
+        evaluated, train, val = _load_encoder_and_sources(args, world)
+        untrained_state = (
+            world.run_on_all(lambda: load_untrained_encoder(args.encoder, warn)).state_dict() if args.untrained else None
+        )
+        result = knn_accuracy(evaluated, train, val, world, args.k, args.batch_size, args.seed, bar.update)
+        report(f"trained: k-NN top-1 {result.scores['top1']:.2%} ({result.data['images']} images, k={args.k})")
+        if untrained_state:
+            evaluated.model.load_state_dict(untrained_state)
+            untrained = knn_accuracy(evaluated, train, val, world, args.k, args.batch_size, args.seed, bar.update)
+            report(f"untrained: k-NN top-1 {untrained.scores['top1']:.2%} ({untrained.data['images']} images, k={args.k})")
             result.scores["untrained_top1"] = untrained.scores["top1"]
-        _finish(result, args.out, world, tell)
+        _finish(result, args.out, world, report)
     return 0
 
 
 def logistic(args: argparse.Namespace) -> int:
     """``scale-mae logistic``."""
-    from scale_mae.evaluation.logistic_regression import logistic_accuracy
+    from scale_mae.evaluation.logistic_regression import logistic_regression_accuracy
 
-    with _together("images", args.out) as (world, bar, tell):
-        subject, train, val = _frozen(args, world)
-        result = logistic_accuracy(subject, train, val, world, args.batch_size, args.seed, bar.update)
+    with _process_group("images", args.out) as (world, bar, report):
+        evaluated, train, val = _load_encoder_and_sources(args, world)
+        result = logistic_regression_accuracy(evaluated, train, val, world, args.batch_size, args.seed, bar.update)
         chosen = result.parts["chosen"]["l2"]
-        tell(f"logistic regression top-1 {result.scores['top1']:.2%} ({result.data['images']} images, L2 {chosen:g})")
-        _finish(result, args.out, world, tell)
+        report(f"logistic regression top-1 {result.scores['top1']:.2%} ({result.data['images']} images, L2 {chosen:g})")
+        _finish(result, args.out, world, report)
     return 0
 
 
 def embed(args: argparse.Namespace) -> int:
     """``scale-mae embed``."""
-    from scale_mae.evaluation.classifier import load_subject
     from scale_mae.evaluation.embed import embed
+    from scale_mae.evaluation.models import load_frozen_encoder
 
-    with _together("images", args.out) as (world, bar, tell):
-        subject = world.run_on_all(lambda: load_subject(args.encoder, warn, args.size))
-        told = embed(subject, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.update)
-        tell(told)
+    with _process_group("images", args.out) as (world, bar, report):
+        evaluated = world.run_on_all(lambda: load_frozen_encoder(args.encoder, warn, args.size))
+        summary = embed(evaluated, args.source, args.out, world, pool=args.pool, batch=args.batch_size, progress=bar.update)
+        report(summary)
     return 0
 
 
@@ -202,12 +204,12 @@ def reconstruct(args: argparse.Namespace) -> int:
     """``scale-mae reconstruct``."""
     from scale_mae.checkpoint.discovery import locate_checkpoint
     from scale_mae.checkpoint.manifest import read_config, read_manifest
-    from scale_mae.evaluation.reconstruct import draw
+    from scale_mae.evaluation.reconstruct import draw_reconstructions
     from scale_mae.weights.model_loader import load_mae
 
     checkpoint = locate_checkpoint(args.checkpoint, warn)
     step = read_manifest(checkpoint).step
-    print(draw(load_mae(checkpoint), read_config(checkpoint), args.images, args.out, args.mask_ratio, step))
+    print(draw_reconstructions(load_mae(checkpoint), read_config(checkpoint), args.images, args.out, args.mask_ratio, step))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Sets that classifiers are measured on: where their images lie, what is missing, and which class is which output.
+"""The data sets that classifiers are evaluated on: where their images are, and which model output belongs to which class.
 
-Robustness sets: ImageNet-C (Hendrycks & Dietterich 2019), -A (Hendrycks et al. 2021, natural adversarial examples), -R
-(Hendrycks et al. 2021, renditions), -Sketch (Wang et al. 2019). Each keeps its images in folders named by WordNet id.
+Robustness data sets: ImageNet-C (Hendrycks & Dietterich 2019), -A (Hendrycks et al. 2021, natural adversarial examples), -R
+(Hendrycks et al. 2021, renditions), -Sketch (Wang et al. 2019). Each stores its images in folders named by WordNet ID.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from scale_mae.data.image_list import NO_LABEL
 from scale_mae.data.index import INDEX_SUFFIX, Index, existing_index
 from scale_mae.data.index_builder import list_source
 from scale_mae.data.source_check import check_source
-from scale_mae.evaluation.robustness import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from scale_mae.evaluation.corruption_error import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
-ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # folders that ImageNet-C's archives may have been unpacked to
-THREADS = 16  # that ask storage whether files are there
+ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # folders into which ImageNet-C's archives may be unpacked
+THREADS = 16  # that check whether files exist
 _is_synset = re.compile(r"n\d{8}").fullmatch
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """One set.
+class EvaluationDataset:
+    """A published data set.
 
     Attributes:
-        images: how many the published set has (of ImageNet-C each severity of each corruption), in any of its editions.
-        synsets: whose WordNet ids the published classes are, see :func:`synsets`; empty: they are not known.
-        own: only the set's own classes are told apart: argmax over these.
-        folders: below the root, where class folders named by WordNet id may lie; empty: a source is read instead.
-        layout: the source, with ``{root}``.
+        images: The number of images in each published edition. For ImageNet-C, of each severity of each corruption.
+        synsets: The name of the list of its WordNet IDs, see :func:`synsets`. Empty: the classes are unknown.
+        own_classes_only: The prediction is the largest output among the data set's own classes.
+        folders: Folders below the root that may contain the class folders. Empty: ``layout`` names a source.
+        layout: The source, with ``{root}`` in place of the root folder.
     """
 
     images: Sequence[int] = ()
     synsets: str = ""
-    own: bool = False
+    own_classes_only: bool = False
     folders: Sequence[str] = ()
     layout: str = ""
 
     def published(self, names: Collection[str]) -> Sequence[str]:
-        """The published classes; none if they are not known, or if the set's ``names`` of classes are all of another kind."""
+        """Return the published classes, or nothing if they are unknown or if no name in ``names`` is one of them."""
         known = synsets(self.synsets) if self.synsets else ()
         return () if set(names).isdisjoint(known) else known
 
 
-SETS: dict[str, EvaluationSet] = {
-    "imagenet1k": EvaluationSet([50_000], "imagenet", layout="imagenet1k:val:{root}"),
-    "imagenet_c": EvaluationSet([50_000], "imagenet"),
-    "imagenet_a": EvaluationSet([7_500], "imagenet_a", own=True, folders=("", "imagenet-a")),
-    "imagenet_r": EvaluationSet([30_000], "imagenet_r", own=True, folders=("", "imagenet-r")),
-    "imagenet_sketch": EvaluationSet(
+DATASETS: dict[str, EvaluationDataset] = {
+    "imagenet1k": EvaluationDataset([50_000], "imagenet", layout="imagenet1k:val:{root}"),
+    "imagenet_c": EvaluationDataset([50_000], "imagenet"),
+    "imagenet_a": EvaluationDataset([7_500], "imagenet_a", own_classes_only=True, folders=("", "imagenet-a")),
+    "imagenet_r": EvaluationDataset([30_000], "imagenet_r", own_classes_only=True, folders=("", "imagenet-r")),
+    "imagenet_sketch": EvaluationDataset(
         [50_000, 50_889], "imagenet", folders=("", "sketch", "imagenet-sketch", "ImageNet-Sketch")
     ),
-    "inat2017": EvaluationSet([95_986], layout="inat2017:val:{root}"),
-    "inat2018": EvaluationSet([24_426], layout="inat2018:val:{root}"),
-    "inat2019": EvaluationSet([3_030], layout="inat2019:val:{root}"),
-    "places205": EvaluationSet([20_500], layout="places205:val:{root}"),
-    "places365": EvaluationSet([36_500], layout="places365:val:{root}"),
-    "folder": EvaluationSet(layout="{root}"),
+    "inat2017": EvaluationDataset([95_986], layout="inat2017:val:{root}"),
+    "inat2018": EvaluationDataset([24_426], layout="inat2018:val:{root}"),
+    "inat2019": EvaluationDataset([3_030], layout="inat2019:val:{root}"),
+    "places205": EvaluationDataset([20_500], layout="places205:val:{root}"),
+    "places365": EvaluationDataset([36_500], layout="places365:val:{root}"),
+    "folder": EvaluationDataset(layout="{root}"),
 }
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a set that is scored by itself.
+class DatasetPart:
+    """A part of a data set with a score of its own.
 
     Attributes:
-        name: of a part of ImageNet-C ``corruption/severity``, else of the set.
-        index: its images.
-        outputs: output of the model for each class number of the index; None: they are the same.
-        competing: the outputs that compete, ascending; None: all.
-        empty: class folders without images.
+        name: ``corruption/severity`` for a part of ImageNet-C, else the name of the data set.
+        index: Its images.
+        outputs: The model output of each class of the index. ``None``: class ``i`` is output ``i``.
+        competing: The outputs that the prediction chooses from, in ascending order. ``None``: all.
+        empty: Class folders without images.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Part:
     empty: Sequence[str] = ()
 
     def targets(self) -> tuple[NDArray[np.int64], list[int] | None]:
-        """The right output of each image ``[N]``, as a position among the competing outputs, and these (None: all)."""
+        """Return the true output of each image ``[N]``, as a position in the competing outputs, and the competing outputs."""
         labels = _output_of_each(self.index, self.outputs)
         if self.competing is None:
             return labels, None
@@ -99,21 +99,21 @@ class Part:
 
 @functools.cache
 def synsets(name: str) -> tuple[str, ...]:
-    """WordNet ids in alphabetical order, from timm's lists: 1,000 of ``imagenet``, 200 of ``imagenet_a`` and ``imagenet_r``."""
+    """Return timm's list of WordNet IDs in alphabetical order: ``imagenet`` (1,000), ``imagenet_a`` or ``imagenet_r`` (200)."""
     return tuple(resources.files("timm.data").joinpath(f"_info/{name}_synsets.txt").read_text("utf-8").split())
 
 
 def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) -> list[str] | None:
-    """Name of each output of a model.
+    """Return the class name of each output of a model, or ``None`` if the names are unknown.
 
     Args:
-        source: a text file with a name a line, or an index of the images it was trained on; None: what the weights tell,
-            else of ImageNet's 1,000 the WordNet ids in alphabetical order, of others nothing is known.
-        outputs: how many.
-        known: what the weights tell; empty: nothing.
+        source: A text file with one name per line, or the index of the training images. ``None``: use ``known``, or the
+            WordNet IDs of ImageNet in alphabetical order for a model with 1,000 outputs.
+        outputs: The number of outputs.
+        known: The names that the weights' metadata contains, or nothing.
 
     Raises:
-        DataError: not so many there.
+        DataError: The number of names differs from the number of outputs.
     """
     if source is None and known:
         return list(known)
@@ -126,51 +126,53 @@ def read_classes(source: str | None, outputs: int, known: Sequence[str] = ()) ->
     names = list(Index.open(source).classes) if source.endswith(INDEX_SUFFIX) else text.split("\n")
     names = [name.strip() for name in names if name.strip()]
     if len(names) != outputs or len(set(names)) != outputs:
-        raise DataError(f"--classes {source}: {len(set(names))} different names, but the model tells {outputs} classes apart")
+        raise DataError(f"--classes {source}: {len(set(names))} different names, but the model has {outputs} classes")
     return names
 
 
-def parts_of(name: str, root: str, classes: Sequence[str] | None, outputs: int) -> list[Part]:
-    """The parts of a set, all of them listed.
+def list_parts(name: str, root: str, classes: Sequence[str] | None, outputs: int) -> list[DatasetPart]:
+    """List the images of all parts of a data set.
 
     Args:
-        name: of :data:`SETS`.
-        root: its folder; of ``folder`` any source.
-        classes: from :func:`read_classes`.
-        outputs: of the model.
+        name: A key of :data:`DATASETS`.
+        root: The folder of the data set. For ``folder``, any labeled source.
+        classes: The names from :func:`read_classes`.
+        outputs: The number of model outputs.
 
     Raises:
-        DataError: something is missing or empty, has no label, or a class that the model does not know.
+        DataError: Something is missing or empty, an image has no label, or the model does not have one of the classes.
     """
-    chosen = SETS[name]
+    chosen = DATASETS[name]
     if name == "imagenet_c":
-        sources = corruption_folders(root)
+        sources = find_corruption_folders(root)
     elif chosen.folders:
-        sources = {name: class_folders(root, name, chosen.folders)}
+        sources = {name: find_class_folders(root, name, chosen.folders)}
     else:
         sources = {name: chosen.layout.format(root=root)}
     return [_part(part, source, chosen, classes, outputs) for part, source in sources.items()]
 
 
-def class_folders(root: str, name: str, places: Sequence[str]) -> str:
-    """The first of ``places`` below ``root`` that holds folders named by WordNet id.
+def find_class_folders(root: str, name: str, places: Sequence[str]) -> str:
+    """Return the first folder of ``places`` below ``root`` that contains class folders named by WordNet ID.
 
     Raises:
-        DataError: none does.
+        DataError: No folder does.
     """
     for place in places:
         folder = os.path.join(root, place) if place else root
         if os.path.isdir(folder) and any(_is_synset(entry.name) for entry in os.scandir(folder)):
             return folder
     tried = ", ".join(place for place in places if place)
-    raise DataError(f"{root}: no class folders like n01440764 of {name} there or in {tried}; unpack its archive there")
+    raise DataError(
+        f"{root}: no class folders of {name} (such as n01440764) here or in {tried}; unpack the archive of the data set here"
+    )
 
 
-def corruption_folders(root: str) -> dict[str, str]:
-    """``corruption/severity`` -> folder, of the 15 corruptions and of those extra ones that are there.
+def find_corruption_folders(root: str) -> dict[str, str]:
+    """Map ``corruption/severity`` to its folder, for the 15 corruptions and for the extra ones that exist.
 
     Raises:
-        DataError: one of the 75 folders is missing or holds no class folders; names the first.
+        DataError: One of the 75 folders is missing or has no class folders. The message names the first one.
     """
     found = {}
     for corruption in (*CORRUPTIONS, *EXTRA_CORRUPTIONS):
@@ -180,44 +182,48 @@ def corruption_folders(root: str) -> dict[str, str]:
             continue
         if at is None:
             there = sum(any(map(os.path.isdir, (os.path.join(root, a, c) for a in ARCHIVES))) for c in CORRUPTIONS)
-            raise DataError(f"{root}: {corruption} is missing; {there} of the {len(CORRUPTIONS)} corruptions are there")
+            raise DataError(f"{root}: {corruption} is missing; {there} of the {len(CORRUPTIONS)} corruptions exist")
         for severity in SEVERITIES:
             folder = os.path.join(at, str(severity))
             if not os.path.isdir(folder):
-                raise DataError(f"{folder}: missing; every corruption has the severities {SEVERITIES[0]} to {SEVERITIES[-1]}")
+                raise DataError(
+                    f"{folder}: no such folder; every corruption has the severities {SEVERITIES[0]} to {SEVERITIES[-1]}"
+                )
             if not any(_is_synset(entry.name) for entry in os.scandir(folder)):
-                raise DataError(f"{folder}: no class folders like n01440764")
+                raise DataError(f"{folder}: no class folders (such as n01440764)")
             found[f"{corruption}/{severity}"] = folder
     return found
 
 
-def _part(name: str, source: str, chosen: EvaluationSet, classes: Sequence[str] | None, outputs: int) -> Part:
+def _part(name: str, source: str, chosen: EvaluationDataset, classes: Sequence[str] | None, outputs: int) -> DatasetPart:
     index, place = list_source(source), check_source(source).path
     if index.problems:
         raise DataError(f"{source}: {index.problems[0]}")
     if len(index.quarantined):
         where, cause = next(index.quarantined_images())
-        raise DataError(f"{source}: {len(index.quarantined)} images cannot be used ({where}: {cause}); a score needs them all")
+        raise DataError(
+            f"{source}: {len(index.quarantined)} images cannot be read (the first: {where}: {cause}); a score needs all images"
+        )
     labels = index.entries["label"]
     if (labels == NO_LABEL).any():
         raise DataError(f"{source}: {int((labels == NO_LABEL).sum())} of {len(index)} images have no label")
     numbers = _outputs(index, source, classes, outputs)
     if numbers is None and int(labels.max()) >= outputs:
-        raise DataError(f"{source}: has class {int(labels.max())}, but the model tells only 0 to {outputs - 1} apart")
-    if not os.path.isdir(place) or existing_index(source):  # else the files were seen a moment ago
+        raise DataError(f"{source}: contains class {int(labels.max())}, but the model only has classes 0 to {outputs - 1}")
+    if not os.path.isdir(place) or existing_index(source):  # else the listing has just seen the files
         _check_files(index, source)
-    competing = _competing(index, numbers, chosen, classes) if chosen.own else None
-    return Part(name, index, numbers, competing, _empty_folders(place, index) if chosen.synsets else ())
+    competing = _competing(index, numbers, chosen, classes) if chosen.own_classes_only else None
+    return DatasetPart(name, index, numbers, competing, _empty_folders(place, index) if chosen.synsets else ())
 
 
 def _check_files(index: Index, source: str) -> None:
-    """Lists and indexes may name files that are not there."""
+    """Check that the files exist, because lists and indexes may name missing files."""
     with ThreadPoolExecutor(THREADS) as threads:
         there = threads.map(os.path.exists, index.shards)
         missing = [number for number, exists in enumerate(there) if not exists]
     if missing:
         first = escape_unprintable(index.shards[missing[0]])
-        raise DataError(f"{source}: {first} is missing ({len(missing)} of {len(index.shards)} files that it tells of)")
+        raise DataError(f"{source}: {first} is missing ({len(missing)} of {len(index.shards)} listed files are missing)")
 
 
 def _empty_folders(place: str, index: Index) -> list[str]:
@@ -228,20 +234,22 @@ def _empty_folders(place: str, index: Index) -> list[str]:
 
 
 def _output_of_each(index: Index, numbers: Sequence[int] | None) -> NDArray[np.int64]:
-    """The right output of each image, ``[N]``; ``numbers`` as :attr:`Part.outputs`."""
+    """Return the true output of each image, ``[N]``; ``numbers`` is as :attr:`DatasetPart.outputs`."""
     labels = index.entries["label"].astype(np.int64)
     return labels if numbers is None else np.asarray(numbers, np.int64)[labels]
 
 
-def _competing(index: Index, numbers: Sequence[int] | None, chosen: EvaluationSet, classes: Sequence[str] | None) -> list[int]:
-    """Outputs of the classes that are there, and of all published ones, if the model knows these."""
+def _competing(
+    index: Index, numbers: Sequence[int] | None, chosen: EvaluationDataset, classes: Sequence[str] | None
+) -> list[int]:
+    """Return the outputs of the classes in the index, and of all published classes if the model has them."""
     published, known = chosen.published(index.classes), {name: number for number, name in enumerate(classes or ())}
     others = [known[name] for name in published] if known.keys() >= set(published) else []
     return sorted({*np.unique(_output_of_each(index, numbers)).tolist(), *others})
 
 
 def _outputs(index: Index, source: str, classes: Sequence[str] | None, outputs: int) -> list[int] | None:
-    """The output of each class of an index, by name where names are known on both sides."""
+    """Return the output of each class of an index. Classes are matched by name where both sides have names."""
     if not index.classes:
         return None
     known = {name: number for number, name in enumerate(classes or ())}
@@ -249,8 +257,12 @@ def _outputs(index: Index, source: str, classes: Sequence[str] | None, outputs: 
     if not unknown:
         return [known[name] for name in index.classes]
     if len(index.classes) == outputs and len(unknown) == outputs:
-        return None  # as many as outputs, under names of their own: the order is that of training
+        return None  # as many classes as outputs, with other names: assume the order of training
     if not classes:
-        told = f"{len(index.classes)} classes, the model tells {outputs} apart"
-        raise DataError(f"{source}: {told}; say with --classes FILE which they are, one name a line")
-    raise DataError(f"{source}: no output of the model is called {unknown[0]} ({len(unknown)} of {len(index.classes)} classes)")
+        raise DataError(
+            f"{source}: {len(index.classes)} classes, but the model has {outputs}; give the name of each output, one per line, "
+            "with --classes FILE"
+        )
+    raise DataError(
+        f"{source}: the model has no class {unknown[0]} ({len(unknown)} of {len(index.classes)} classes are unknown to it)"
+    )

@@ -1,8 +1,8 @@
-"""Features of all images of a source in one file, by any number of processes; what is done stays done.
+"""Writes the features of all images of a source to one file, with any number of processes.
 
-Pieces of :data:`PIECE` images are written aside in ``OUT.pieces``, each whole or not at all. An interrupted run goes on with
-the pieces that are missing. Which images share a batch depends on their place in the source alone, so a resumed run gives the
-file of an undisturbed one.
+The processes write pieces of :data:`PIECE` images to ``OUT.pieces``, each atomically. The same command continues an interrupted
+run with the missing pieces. The batches depend only on the order of the source, so a resumed run writes the same file as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from scale_mae.config import UserError
 from scale_mae.data.index import Index
 from scale_mae.data.index_builder import list_source
 from scale_mae.distributed.process_group import World
-from scale_mae.evaluation.classifier import Subject
 from scale_mae.evaluation.features import Pool, Progress, features
+from scale_mae.evaluation.models import EvaluatedModel
 from scale_mae.system.lock import exclusive_lock
 from scale_mae.weights.safetensors_io import write_tensors
 
@@ -38,7 +38,7 @@ Writer = Callable[[Path, NDArray[np.float32], NDArray[np.int32], Sequence[str], 
 
 
 def embed(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     source: str,
     out: str | Path,
     world: World,
@@ -47,29 +47,29 @@ def embed(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> str:
-    """Write the features of a source's images, in its order. All processes call it.
+    """Write the features of a source's images, in the order of the source. All processes call it.
 
     Args:
-        subject: the encoder.
-        source: class folders, tar shards, a list, an index, ...; labels are kept where there are any.
-        out: ``.npy`` (``[N, D]`` fp32; names and labels beside it in ``.tsv``), ``.safetensors`` (``features``, ``labels``,
-            and the names in ``paths`` and ``path_ends``) or ``.parquet`` (a row an image).
-        world: the processes.
-        pool: how tokens become one vector.
-        batch: images at a time, a process.
-        progress: called with (images done by this process, all of its own).
+        evaluated: The encoder.
+        source: Any image source. Labels are written if there are any.
+        out: ``.npy`` (``[N, D]`` fp32; names and labels in a ``.tsv`` file next to it), ``.safetensors`` (``features``,
+            ``labels``, and the names in ``paths`` and ``path_ends``) or ``.parquet`` (one row per image).
+        world: The process group.
+        pool: The pooling of the tokens.
+        batch: Images per batch and process.
+        progress: Receives (images done by this process, all of its images).
 
     Returns:
-        What was done, in one line.
+        A summary of the work, one line.
 
     Raises:
-        UserError: an image cannot be read, the unfinished work there is another's, or something cannot be written.
+        UserError: An image cannot be read, ``OUT.pieces`` belongs to another command, or a file cannot be written.
     """
     out, began = Path(out), time.monotonic()
     world.run_on_main(lambda: _writer(out))
     pieces = out.with_name(out.name + ".pieces")
     index = world.run_on_main(lambda: list_source(source))
-    plan = {"weights": subject.digest or subject.path, "size": subject.size, "pool": pool, "batch": batch, "piece": PIECE}
+    plan = {"weights": evaluated.digest or evaluated.path, "size": evaluated.size, "pool": pool, "batch": batch, "piece": PIECE}
     plan |= {"images": len(index), "listing": _listing_digest(index)}
     with ExitStack() as held:
         lock = exclusive_lock(pieces.with_name(f"{pieces.name}.lock"), f"{out} is being written")
@@ -77,18 +77,18 @@ def embed(
         done = world.run_on_main(lambda: _begin(pieces, plan))
         starts = [start for start in range(0, len(index), PIECE) if start not in done]
         mine = starts[world.rank :: world.size]
-        subject.model.to(world.device)
-        world.run_on_all(lambda: _compute(subject, index, pieces, mine, pool, batch, progress))
+        evaluated.model.to(world.device)
+        world.run_on_all(lambda: _compute(evaluated, index, pieces, mine, pool, batch, progress))
         seconds = time.monotonic() - began
-        facts = {"scale_mae_embed": json.dumps(plan | {"source": source, "architecture": subject.architecture})}
-        world.run_on_main(lambda: _join(index, pieces, out, facts))
+        metadata = {"scale_mae_embed": json.dumps(plan | {"source": source, "architecture": evaluated.architecture})}
+        world.run_on_main(lambda: _join(index, pieces, out, metadata))
     made = len(index) - sum(min(PIECE, len(index) - start) for start in done)
     kept = f", {len(index) - made} of them from an earlier run" if done else ""
     return f"{out}: {len(index)} images{kept}; {made / max(seconds, 1e-9):.1f} images/s"
 
 
 def _listing_digest(index: Index) -> str:
-    """Of the places of all images and their labels; whether an index or a listing told them does not matter."""
+    """Return a digest of the locations and labels of all images. It is the same for an index and for a fresh listing."""
     digest = hashlib.sha256()
     for name in ("shard", "offset", "label"):
         digest.update(np.ascontiguousarray(index.entries[name]).tobytes())
@@ -98,7 +98,7 @@ def _listing_digest(index: Index) -> str:
 
 
 def _begin(pieces: Path, plan: dict[str, Any]) -> set[int]:
-    """First images of the pieces that are done."""
+    """Create or check the folder of pieces. Return the first images of the finished pieces."""
     try:
         pieces.mkdir(parents=True, exist_ok=True)
         if not (pieces / PLAN).exists():
@@ -108,12 +108,20 @@ def _begin(pieces: Path, plan: dict[str, Any]) -> set[int]:
     except (OSError, ValueError) as error:
         raise UserError(f"{pieces}: cannot be written or read ({error})") from None
     if changed := [name for name in plan if before.get(name) != plan[name]]:
-        raise UserError(f"{pieces}: unfinished work with another {', '.join(changed)}; finish that, or delete the folder")
+        raise UserError(
+            f"{pieces}: contains unfinished work with a different {', '.join(changed)}; finish it first, or delete it"
+        )
     return {int(file.stem) for file in pieces.glob("*.npy")}
 
 
 def _compute(
-    subject: Subject, index: Index, pieces: Path, starts: Sequence[int], pool: Pool, batch: int, progress: Progress | None
+    evaluated: EvaluatedModel,
+    index: Index,
+    pieces: Path,
+    starts: Sequence[int],
+    pool: Pool,
+    batch: int,
+    progress: Progress | None,
 ) -> None:
     total = sum(min(PIECE, len(index) - start) for start in starts)
     before = 0
@@ -124,7 +132,7 @@ def _compute(
             if progress:
                 progress(before + done, total)
 
-        found = features(subject, index, rows, batch, pool, move)
+        found = features(evaluated, index, rows, batch, pool, move)
         before += len(rows)
         path = pieces / f"{start:012d}.npy"
         try:
@@ -134,21 +142,23 @@ def _compute(
                 os.fsync(file.fileno())
             path.with_suffix(".tmp").replace(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on there") from None
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror or error}); run the same command again to continue"
+            ) from None
 
 
-def _join(index: Index, pieces: Path, out: Path, facts: dict[str, str]) -> None:
-    """Write the file from the pieces, whole or not at all, and take these away."""
+def _join(index: Index, pieces: Path, out: Path, metadata: dict[str, str]) -> None:
+    """Join the pieces to the output file, atomically, and delete them."""
     files = [pieces / f"{start:012d}.npy" for start in range(0, len(index), PIECE)]
     staging = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         shape = len(index), np.load(files[0], mmap_mode="r").shape[1]
-        whole = np.lib.format.open_memmap(pieces / JOINED, "w+", np.float32, shape)  # there may be more than fits in memory
+        whole = np.lib.format.open_memmap(pieces / JOINED, "w+", np.float32, shape)  # the features may not fit in memory
         for number, file in enumerate(files):
             whole[number * PIECE : (number + 1) * PIECE] = np.load(file)
         whole.flush()
         names = [index.location(row) for row in range(len(index))]
-        _writer(out)(staging, whole, index.entries["label"].astype(np.int32), names, facts)
+        _writer(out)(staging, whole, index.entries["label"].astype(np.int32), names, metadata)
         staging.replace(out)
         shutil.rmtree(pieces)
     except (OSError, ValueError) as error:
@@ -157,35 +167,37 @@ def _join(index: Index, pieces: Path, out: Path, facts: dict[str, str]) -> None:
 
 
 def _writer(out: Path) -> Writer:
-    """What writes a file of this name.
+    """Return the function that writes this file format.
 
     Raises:
-        UserError: nothing does.
+        UserError: The format is unknown, or its package is missing.
     """
     if out.suffix not in WRITERS or out.is_dir():
-        raise UserError(f"--out {out}: the name of a file that ends in {', '.join(WRITERS)}")
+        raise UserError(f"--out {out}: unknown format; use a file name that ends in {', '.join(WRITERS)}")
     if out.suffix == ".parquet":
         try:
             importlib.import_module("pyarrow.parquet")
         except ImportError:
-            raise UserError(f"--out {out}: Parquet needs pyarrow; pip install 'scale-mae[parquet]', or take .npy") from None
+            raise UserError(
+                f"--out {out}: Parquet needs pyarrow; run pip install 'scale-mae[parquet]', or write .npy"
+            ) from None
     return WRITERS[out.suffix]
 
 
 def _write_npy(
-    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], metadata: dict[str, str]
 ) -> None:
     assert isinstance(values, np.memmap)
     Path(str(values.filename)).replace(path)
     lines = (f"{name}\t{label}\n" for name, label in zip(names, labels.tolist(), strict=True))
-    # OUT.npy.<process>.tmp -> OUT.tsv; -1 is no label
+    # OUT.npy.<process ID>.tmp -> OUT.tsv; label -1 means no label
     path.with_name(path.name.rsplit(".npy.", 1)[0] + ".tsv").write_text("path\tlabel\n" + "".join(lines), "utf-8")
 
 
 def _write_safetensors(
-    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], metadata: dict[str, str]
 ) -> None:
-    """Names are tensors, as in an index: all UTF-8 texts in one, and where each ends. A header may not have so many bytes."""
+    """Store the names as tensors: all UTF-8 bytes in one, and the end of each name. The header's size is limited."""
 
     def lazily(array: NDArray[Any]) -> LazyTensor:
         tensor = torch.from_numpy(array)
@@ -198,17 +210,17 @@ def _write_safetensors(
         "paths": np.frombuffer(bytearray(b"".join(texts)), np.uint8),
         "path_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
     }
-    # the library would copy all values to memory, and write the keys of the metadata in another order each time
-    write_tensors(path, {name: lazily(array) for name, array in arrays.items()}, facts)
+    # safetensors' own writer copies all values to memory and writes the metadata keys in a random order
+    write_tensors(path, {name: lazily(array) for name, array in arrays.items()}, metadata)
 
 
 def _write_parquet(
-    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], facts: dict[str, str]
+    path: Path, values: NDArray[np.float32], labels: NDArray[np.int32], names: Sequence[str], metadata: dict[str, str]
 ) -> None:
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), values.shape[1])
     table = arrow.table({"path": arrow.array(list(names)), "label": arrow.array(labels), "features": vectors})
-    parquet.write_table(table.replace_schema_metadata(facts), path)
+    parquet.write_table(table.replace_schema_metadata(metadata), path)
 
 
 WRITERS: dict[str, Writer] = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}

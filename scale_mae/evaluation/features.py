@@ -1,4 +1,4 @@
-"""Features of images by a frozen encoder: one vector each, computed once, by one of the processes."""
+"""Computes the features of a frozen encoder: one vector per image. One process computes each image, once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scale_mae.data.index import Index, existing_index
 from scale_mae.data.index_builder import list_source
 from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
-from scale_mae.evaluation.classifier import Encoder, Subject
-from scale_mae.evaluation.image_loader import CONTENT_BITS, views, whole_view
+from scale_mae.evaluation.image_loader import CONTENT_BITS, full_square_transform, load_images
+from scale_mae.evaluation.models import Encoder, EvaluatedModel
 from scale_mae.evaluation.results import content_digest
 
 Pool = Literal["mean", "token"]
@@ -25,44 +25,49 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A labelled source: its name and its images."""
+class LabeledSource:
+    """A labeled source: its name and its images."""
 
     name: str
     index: Index
 
     @classmethod
-    def labelled(cls, source: str) -> Source:
-        """Open it.
+    def open(cls, source: str) -> LabeledSource:
+        """Open a source.
 
         Raises:
-            DataError: it is missing, or some images have no label or cannot be used.
+            DataError: The source is missing, or an image has no label or cannot be read.
         """
         index = list_source(source)
-        if len(index.quarantined) and not existing_index(source):  # who gives an index knows what it leaves out
-            raise DataError(f"{source}: {len(index.quarantined)} images cannot be used ({index.quarantine_counts()})")
+        if len(index.quarantined) and not existing_index(source):  # an index has reported its unreadable images before
+            raise DataError(f"{source}: {len(index.quarantined)} images cannot be read ({index.quarantine_counts()})")
         if (index.entries["label"] == NO_LABEL).any():
-            raise DataError(f"{source}: some images have no label")
+            raise DataError(f"{source}: some images have no label; use a labeled source")
         return cls(source, index)
 
     @property
     def labels(self) -> Tensor:
-        """Class numbers, ``[N]``."""
+        """The class numbers, ``[N]``."""
         return torch.from_numpy(self.index.entries["label"].astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of this process's images, ``[n, D]`` fp32 on the host, with the rows of the index they belong to and the sum of
-    the images' contents (:func:`scale_mae.evaluation.image_loader.content_of`)."""
+    """Features of some images.
+
+    Attributes:
+        rows: The images' rows in the index.
+        values: The features, ``[n, D]`` fp32 on the host.
+        content: The sum of the images' hashes (:func:`scale_mae.evaluation.image_loader.content_hash`).
+    """
 
     rows: Sequence[int]
     values: Tensor
     content: int
 
 
-def pooled(encoder: Encoder, images_B3HW: Tensor, pool: Pool = "mean") -> Tensor:
-    """``[B, D]``: the mean of the patch tokens, or the class token, after the final norm, wherever the encoder has it."""
+def pool_tokens(encoder: Encoder, images_B3HW: Tensor, pool: Pool = "mean") -> Tensor:
+    """Return the mean of the patch tokens or the class token, ``[B, D]``, after the encoder's final norm."""
     tokens = encoder.forward_features(images_B3HW)
     vector = tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
     normed: Tensor = encoder.fc_norm(vector)
@@ -71,26 +76,31 @@ def pooled(encoder: Encoder, images_B3HW: Tensor, pool: Pool = "mean") -> Tensor
 
 @torch.inference_mode()
 def features(
-    subject: Subject, index: Index, rows: Sequence[int], batch: int, pool: Pool = "mean", progress: Progress | None = None
+    evaluated: EvaluatedModel,
+    index: Index,
+    rows: Sequence[int],
+    batch: int,
+    pool: Pool = "mean",
+    progress: Progress | None = None,
 ) -> Features:
-    """Features of some images: the whole central square, scaled to the encoder's size, without augmentation.
+    """Compute features of the largest centered square, resized to the encoder's size, without augmentation.
 
     Args:
-        subject: the encoder, on the device that computes.
-        index: the images.
-        rows: which of them.
-        batch: images at a time.
-        pool: how tokens become one vector.
-        progress: called with (images done, all of ``rows``).
+        evaluated: The encoder, on its device.
+        index: The images.
+        rows: The rows to compute.
+        batch: Images per batch.
+        pool: The pooling of the tokens.
+        progress: Receives (images done, all images of ``rows``).
 
     Raises:
-        DataError: an image cannot be read or decoded; names it.
+        DataError: An image cannot be read or decoded; the message names it.
     """
-    device, width = subject.model.cls_token.device, subject.model.embed_dim
+    device, width = evaluated.model.cls_token.device, evaluated.model.embed_dim
     found, content, done = [torch.zeros(0, width)], 0, 0
-    for viewed in views(index, rows, whole_view(subject.size), batch):
-        images = normalize(viewed.images.to(device), subject.mean, subject.std)
-        found.append(pooled(subject.model, images, pool).float().cpu())
+    for viewed in load_images(index, rows, full_square_transform(evaluated.size), batch):
+        images = normalize(viewed.images.to(device), evaluated.mean, evaluated.std)
+        found.append(pool_tokens(evaluated.model, images, pool).float().cpu())
         content += viewed.content
         done += len(viewed.rows)
         if progress:
@@ -98,15 +108,17 @@ def features(
     return Features(rows, torch.cat(found), content % 2**CONTENT_BITS)
 
 
-def own_features(subject: Subject, index: Index, world: World, batch: int, progress: Progress | None = None) -> Features:
-    """Features of every ``world.size``-th image. All processes call it; what one cannot read is an error on all."""
-    subject.model.to(world.device)
+def local_features(
+    evaluated: EvaluatedModel, index: Index, world: World, batch: int, progress: Progress | None = None
+) -> Features:
+    """Compute the features of every ``world.size``-th image. All processes call it. An error on one is raised on all."""
+    evaluated.model.to(world.device)
     rows = range(world.rank, len(index), world.size)
-    return world.run_on_all(lambda: features(subject, index, rows, batch, progress=progress))
+    return world.run_on_all(lambda: features(evaluated, index, rows, batch, progress=progress))
 
 
-def gathered(found: Features, world: World) -> Tensor:
-    """The features of all processes in the order of the index, ``[N, D]``, on every process."""
+def gather_features(found: Features, world: World) -> Tensor:
+    """Return the features of all processes in the order of the index, ``[N, D]``, on every process."""
     parts = world.all_gather(found.values)
     whole = torch.empty(sum(len(part) for part in parts), parts[0].shape[1])
     for rank, part in enumerate(parts):
@@ -114,8 +126,10 @@ def gathered(found: Features, world: World) -> Tensor:
     return whole
 
 
-def data_facts(train: Source, val: Source, world: World, found: tuple[Features, Features]) -> dict[str, object]:
-    """What a result file says of the two sources; ``images`` is the number classified."""
+def data_metadata(
+    train: LabeledSource, val: LabeledSource, world: World, found: tuple[Features, Features]
+) -> dict[str, object]:
+    """Return the description of the two sources in a result file. ``images`` is the number of classified images."""
     sums = [sum(world.all_gather(each.content)) % 2**CONTENT_BITS for each in found]
     return {
         "train": train.name,
@@ -126,11 +140,11 @@ def data_facts(train: Source, val: Source, world: World, found: tuple[Features, 
     }
 
 
-def check_classes(train: Source, val: Source) -> None:
-    """Two sources have to agree on their classes.
+def require_same_classes(train: LabeledSource, val: LabeledSource) -> None:
+    """Check that two sources have the same classes.
 
     Raises:
-        DataError: they do not.
+        DataError: They differ.
     """
     if list(train.index.classes) != list(val.index.classes):
         raise DataError(f"{train.name} and {val.name}: their classes differ")

@@ -1,4 +1,4 @@
-"""Images as evaluation sees them: decoded ahead in threads, whole or an error, each once, in any number of processes."""
+"""Loads images for evaluation. Threads decode them ahead; an image that cannot be decoded is an error, never a substitute."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ CONTENT_BITS = 128
 
 
 @dataclass(frozen=True)
-class View:
-    """How an encoded image becomes pixels, uint8 ``[side, side, 3]``."""
+class ImageTransform:
+    """Turns an encoded image into pixels, uint8 ``[side, side, 3]``."""
 
     side: int
     decode: Callable[[bytes], NDArray[np.uint8]]
 
 
-def central_view(size: int, crop_pct: float | None) -> View:
-    """Scales the short side, cuts out the central square; see :func:`scale_mae.data.pillow.decode_center_crop`."""
-    return View(size, lambda data: pillow.decode_center_crop(data, size, crop_pct))
+def center_crop_transform(size: int, crop_pct: float | None) -> ImageTransform:
+    """Resize the short side and crop the center; see :func:`scale_mae.data.pillow.decode_center_crop`."""
+    return ImageTransform(size, lambda data: pillow.decode_center_crop(data, size, crop_pct))
 
 
-def whole_view(size: int) -> View:
-    """The whole central square of the upright image, scaled to ``size`` pixels."""
+def full_square_transform(size: int) -> ImageTransform:
+    """Crop the largest centered square of the upright image and resize it to ``size`` pixels."""
 
     def decode(data: bytes) -> NDArray[np.uint8]:
         header = pillow.read_image_header(data, verify=False)
         return pillow.decode(data, pillow.center_square(header.width, header.height), (size, size))
 
-    return View(size, decode)
+    return ImageTransform(size, decode)
 
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Some images.
+    """A batch of images.
 
     Attributes:
-        rows: of the index, ``[B]``.
-        images: uint8 ``[B, H, W, 3]``.
-        content: sum of the images' digests, see :func:`content_of`.
+        rows: Their rows in the index, ``[B]``.
+        images: uint8 pixels ``[B, H, W, 3]``.
+        content: The sum of the images' hashes; see :func:`content_hash`.
     """
 
     rows: Sequence[int]
@@ -61,17 +61,19 @@ class EvaluationImages:
     content: int
 
 
-def content_of(data: bytes, label: int) -> int:
-    """A number of 128 bits for the encoded bytes of an image and its label. The sum of these, modulo 2**128, tells which images
-    a set has and how often, whatever their order, names and packaging."""
+def content_hash(data: bytes, label: int) -> int:
+    """Return a 128-bit hash of an image's encoded bytes and its label.
+
+    The sum of these hashes modulo 2**128 identifies a set of images. It does not depend on order, file names and packaging.
+    """
     return int.from_bytes(hashlib.blake2b(data, digest_size=CONTENT_BITS // 8, salt=b"%d" % label).digest(), "little")
 
 
-def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator[EvaluationImages]:
-    """The images of ``rows`` in that order, ``batch`` at a time, read and decoded in threads while the model computes.
+def load_images(index: Index, rows: Sequence[int], view: ImageTransform, batch: int) -> Iterator[EvaluationImages]:
+    """Yield the images of ``rows`` in this order, in batches. Threads read and decode them while the model computes.
 
     Raises:
-        DataError: an image cannot be read or decoded; names it.
+        DataError: An image cannot be read or decoded; the message names it.
     """
     threads = max(1, available_cores() // processes_on_node())
     pool = DaemonThreadPool(threads, "decode")
@@ -80,7 +82,7 @@ def views(index: Index, rows: Sequence[int], view: View, batch: int) -> Iterator
     def load(row: int) -> tuple[NDArray[np.uint8], int]:
         try:
             data = index.read(row)
-            return view.decode(data), content_of(data, int(labels[row]))
+            return view.decode(data), content_hash(data, int(labels[row]))
         except ImageError as error:
             raise DataError(f"{index.location(row)}: {error}; it belongs to the set, so nothing is told without it") from None
 

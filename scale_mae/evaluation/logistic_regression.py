@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, computed once: a linear classifier without a schedule to choose."""
+"""Logistic regression on frozen features: a linear classifier without a training schedule."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from torch.nn.functional import cross_entropy
 
 from scale_mae.data.errors import DataError
 from scale_mae.distributed.process_group import World
-from scale_mae.evaluation.classifier import Subject
-from scale_mae.evaluation.features import Progress, Source, check_classes, data_facts, gathered, own_features
-from scale_mae.evaluation.results import Result, made_by, model_facts
+from scale_mae.evaluation.features import (
+    LabeledSource,
+    Progress,
+    data_metadata,
+    gather_features,
+    local_features,
+    require_same_classes,
+)
+from scale_mae.evaluation.models import EvaluatedModel
+from scale_mae.evaluation.results import Result, measurement_metadata, model_metadata
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT = 5  # each fifth training image, in an order drawn with seed 0, chooses the penalty
+HELD_OUT = 5  # every fifth training image, in an order drawn with seed 0, is held out to choose the penalty
 STEPS = 500
 
 
-def fit(features_ND: Tensor, labels_N: Tensor, classes: int, l2: float, start: Tensor | None = None) -> Tensor:
-    """Weights and biases ``[D + 1, classes]`` that minimise mean cross entropy + ``l2 / 2 * |weights|^2``, by L-BFGS.
+def fit_logistic_regression(
+    features_ND: Tensor, labels_N: Tensor, classes: int, l2: float, start: Tensor | None = None
+) -> Tensor:
+    """Return weights and biases ``[D + 1, classes]`` that minimize mean cross entropy + ``l2 / 2 * |weights|^2``, by L-BFGS.
 
     Args:
-        features_ND: standardised.
-        labels_N: class numbers.
-        classes: how many.
-        l2: penalty; biases have none.
-        start: where to begin; None: zeros.
+        features_ND: Standardized features.
+        labels_N: Class numbers.
+        classes: The number of classes.
+        l2: The penalty. It does not apply to biases.
+        start: The initial solution. ``None``: zeros.
     """
     device, width = features_ND.device, features_ND.shape[1]
     solution = torch.zeros(width + 1, classes, device=device) if start is None else start.clone()
@@ -47,52 +56,52 @@ def fit(features_ND: Tensor, labels_N: Tensor, classes: int, l2: float, start: T
 
 
 def logits(solution: Tensor, features_ND: Tensor) -> Tensor:
-    """``[N, classes]``."""
+    """Return the logits, ``[N, classes]``."""
     return features_ND @ solution[:-1] + solution[-1]
 
 
 def choose_penalty(features_ND: Tensor, labels_N: Tensor, classes: int) -> float:
-    """The penalty of :data:`PENALTIES` that classifies held-out training images best; of equal ones the largest."""
+    """Return the value of :data:`PENALTIES` that classifies held-out training images best; the largest of equal ones."""
     order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(features_ND.device)
     held, rest = order[::HELD_OUT], torch.cat([order[first::HELD_OUT] for first in range(1, HELD_OUT)])
     best, chosen, solution = -1.0, PENALTIES[-1], None
-    for l2 in sorted(PENALTIES, reverse=True):  # each begins where the stronger one ended
-        solution = fit(features_ND[rest], labels_N[rest], classes, l2, solution)
+    for l2 in sorted(PENALTIES, reverse=True):  # each fit starts from the solution for the stronger penalty
+        solution = fit_logistic_regression(features_ND[rest], labels_N[rest], classes, l2, solution)
         right = float((logits(solution, features_ND[held]).argmax(dim=1) == labels_N[held]).double().mean())
         if right > best:
             best, chosen = right, l2
     return chosen
 
 
-def logistic_accuracy(
-    subject: Subject,
-    train: Source,
-    val: Source,
+def logistic_regression_accuracy(
+    evaluated: EvaluatedModel,
+    train: LabeledSource,
+    val: LabeledSource,
     world: World,
     batch: int = 64,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Top-1 accuracy of a logistic regression. All processes compute features, the first one fits.
+    """Measure the top-1 accuracy of a logistic regression. All processes compute features; rank 0 fits.
 
     Args:
-        subject: the encoder.
-        train: labelled images to learn from.
-        val: labelled images to classify.
-        world: the processes.
-        batch: images at a time, a process.
-        seed: of the encoder's training, if its weights do not say.
-        progress: called with (images of a source done by this process, all of them).
+        evaluated: The encoder.
+        train: The labeled images to fit on.
+        val: The labeled images to classify.
+        world: The process group.
+        batch: Images per batch and process.
+        seed: The seed of the training run, for weights that do not record it.
+        progress: Receives (images of a source done by this process, all of its images).
 
     Raises:
-        DataError: a source is too small, their classes differ, or an image cannot be read.
+        DataError: A source is too small, the classes differ, or an image cannot be read.
     """
     began = time.monotonic()
-    check_classes(train, val)
+    require_same_classes(train, val)
     if len(train.index) < 2 * HELD_OUT:
-        raise DataError(f"{train.name}: holds {len(train.index)} images, too few to learn from")
-    found = tuple(own_features(subject, source.index, world, batch, progress) for source in (train, val))
-    known, asked = (gathered(each, world).to(world.device) for each in found)
+        raise DataError(f"{train.name}: contains {len(train.index)} images; logistic regression needs at least {2 * HELD_OUT}")
+    found = tuple(local_features(evaluated, source.index, world, batch, progress) for source in (train, val))
+    known, asked = (gather_features(each, world).to(world.device) for each in found)
     deviation, mean = torch.std_mean(known, dim=0)
     known, asked = ((each - mean) / deviation.clamp_min(1e-6) for each in (known, asked))
     labels, wanted = train.labels.to(world.device), val.labels.to(world.device)
@@ -100,15 +109,15 @@ def logistic_accuracy(
 
     def learn() -> tuple[float, float, float]:
         l2 = choose_penalty(known, labels, classes)
-        outputs = logits(fit(known, labels, classes, l2), asked)
+        outputs = logits(fit_logistic_regression(known, labels, classes, l2), asked)
         return l2, (outputs.argmax(dim=1) == wanted).double().mean().item(), cross_entropy(outputs, wanted).item()
 
     l2, top1, loss = world.run_on_main(learn)
     return Result(
-        {"name": "logistic", "size": subject.size, "pool": "mean", "penalties": list(PENALTIES), "held_out": HELD_OUT},
-        model_facts(subject, seed),
-        data_facts(train, val, world, (found[0], found[1])),
+        {"name": "logistic", "size": evaluated.size, "pool": "mean", "penalties": list(PENALTIES), "held_out": HELD_OUT},
+        model_metadata(evaluated, seed),
+        data_metadata(train, val, world, (found[0], found[1])),
         {"top1": top1, "loss": loss},
         {"chosen": {"l2": l2}},
-        made_by(world.size, world.device.type, time.monotonic() - began),
+        measurement_metadata(world.size, world.device.type, time.monotonic() - began),
     )

@@ -1,4 +1,4 @@
-"""Published figures beside ours, and whether the two may be compared."""
+"""Compares measured scores with published ones, if the two are comparable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def _published() -> dict[str, Any]:
     return content
 
 
-def column_of(architecture: str) -> int | None:
-    """Which published model has this architecture (``ViT-base/16, 224 px``); None: none has."""
+def published_column(architecture: str) -> int | None:
+    """Return the column of the published model with this architecture (``ViT-base/16, 224 px``), or ``None``."""
     models: list[str] = _published()["models"]
     name = architecture.replace(",", "")
     return models.index(name) if name in models else None
@@ -27,41 +27,41 @@ def column_of(architecture: str) -> int | None:
 def differences(
     architecture: str, whole: bool, images: int, reference_crop_pct: bool, classes: tuple[int, int] | None
 ) -> list[str]:
-    """Why a result may not be compared with the published ones, one phrase each; none if it may.
+    """Return the reasons why a result is not comparable with the published ones. An empty list means that it is comparable.
 
     Args:
-        architecture: of the model, with the size of its images.
-        whole: whether as many images were scored as the published set has.
-        images: how many were scored.
-        reference_crop: whether images were cropped as the reference does.
-        classes: (of the model, of the published ones); None: not known.
+        architecture: The architecture of the model, with its image size.
+        whole: Whether the number of scored images is that of the published data set.
+        images: The number of scored images.
+        reference_crop_pct: Whether the images were cropped as the reference does.
+        classes: The number of classes of (the model, the published models), or ``None`` if they are unknown.
     """
     found = []
-    if column_of(architecture) is None:
-        found.append(f"{architecture} is none of the published models")
+    if published_column(architecture) is None:
+        found.append(f"no published model is a {architecture}")
     if not whole:
         found.append(f"{images} images are not the published set")
     if not reference_crop_pct:
-        found.append("another crop than the reference's")
+        found.append("the crop differs from the reference's")
     if classes and classes[0] != classes[1]:
-        found.append(f"the model tells {classes[0]} classes apart, not {classes[1]}")
+        found.append(f"the model has {classes[0]} classes, not {classes[1]}")
     return found
 
 
-def beside(name: str, architecture: str, scores: dict[str, float], unlike: list[str]) -> Table | None:
-    """Ours and the published figures of a set, in percent; None where nothing is published.
+def comparison_table(name: str, architecture: str, scores: dict[str, float], unlike: list[str]) -> Table | None:
+    """Return a table of measured and published scores in percent, or ``None`` if nothing is published for the data set.
 
     Args:
-        name: of the set.
-        architecture: of the model.
-        scores: ours, shares in [0, 1].
-        unlike: from :func:`differences`; if empty, ours stands in the column of its model.
+        name: The name of the data set.
+        architecture: The architecture of the model.
+        scores: The measured scores, shares in [0, 1].
+        issues: The reasons from :func:`differences`. If it is empty, the measured scores are in the column of their model.
     """
     rows = _published()["sets"].get(name)
     if rows is None:
         return None
     models: list[str] = _published()["models"]
-    at = column_of(architecture) if not unlike else None
+    at = published_column(architecture) if not unlike else None
     header = ["", "score", *models, *([] if at is not None else ["this model"]), "source"]
     body = []
     for score in dict.fromkeys(row["score"] for row in rows):

@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder sees and makes of it: masked | reconstruction | original."""
+"""Draws reconstructions of a masked autoencoder: masked image | reconstruction | original."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from scale_mae.data.transforms import denormalize, normalize
 from scale_mae.model.mae import MAE
 from scale_mae.model.targets import patchify, prediction_to_pixels, unpatchify
 
-GREY = 0.5  # of a hidden patch
+GRAY = 0.5  # color of a hidden patch
 
 
 @torch.inference_mode()
 def reconstruct(model: MAE, images_B3HW: Tensor, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Fill in the hidden patches.
+    """Replace hidden patches by the model's prediction.
 
     Args:
-        model: with decoder.
-        images_B3HW: normalised.
-        noise_BL: decides the mask.
-        mask_ratio: share hidden.
+        model: A model with its decoder.
+        images_B3HW: Normalized images.
+        noise_BL: The noise that determines the mask.
+        mask_ratio: The share of hidden patches.
 
     Returns:
-        The images with hidden patches replaced by the prediction, normalised, ``[B, 3, H, W]``, and the mask in pixels,
-        ``[B, 1, H, W]``, 1 = hidden.
+        The normalized images with predicted patches, ``[B, 3, H, W]``, and the mask in pixels, ``[B, 1, H, W]``; 1 is hidden.
     """
     output = model(images_B3HW, noise_BL, mask_ratio)
     predicted = prediction_to_pixels(output.pred, images_B3HW, model.patch_size, model.target)
@@ -43,22 +42,24 @@ def reconstruct(model: MAE, images_B3HW: Tensor, noise_BL: Tensor, mask_ratio: f
     return unpatchify(patches, model.patch_size, model.grid), mask
 
 
-def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask_ratios: Sequence[float], step: int) -> Path:
-    """Write a picture with one row an image and mask ratio: masked | reconstruction | original.
+def draw_reconstructions(
+    model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask_ratios: Sequence[float], step: int
+) -> Path:
+    """Write a picture with one row per image and mask ratio: masked image | reconstruction | original.
 
     Args:
-        model: with decoder and trained weights.
-        config: of its run; mean, deviation and seed are used.
-        paths: image files.
-        out: the picture.
-        mask_ratios: shares of patches hidden.
-        step: named in the title.
+        model: A trained model with its decoder.
+        config: The run's configuration: its mean, standard deviation and seed are used.
+        paths: Image files.
+        out: The picture to write.
+        mask_ratios: Shares of hidden patches.
+        step: The training step, for the title.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: an image that cannot be read, a ratio that hides all or nothing, or ``out`` not writable.
+        UserError: An image cannot be read, a ratio hides all patches or none, or ``out`` cannot be written.
     """
     mean, std = config.data.mean, config.data.std
     raw = torch.stack([_load(path, model.image_size) for path in paths])
@@ -72,14 +73,14 @@ def draw(model: MAE, config: Config, paths: Sequence[str], out: str | Path, mask
         except ValueError as error:
             raise UserError(f"--mask-ratio: {error}") from None
         original = denormalize(images, mean, std)
-        by_ratio.append((original * (1 - mask) + GREY * mask, denormalize(filled, mean, std), original))
+        by_ratio.append((original * (1 - mask) + GRAY * mask, denormalize(filled, mean, std), original))
     for i, path in enumerate(paths):
         for ratio, pictures in zip(mask_ratios, by_ratio, strict=True):
             rows.append((f"{Path(path).name}\n{ratio:.0%} hidden", [p[i] for p in pictures]))
     how = (
-        "predicted patches are normalised; shown with the mean and deviation of the true patch"
+        "predicted patches are normalized; the picture uses the mean and standard deviation of the true patch"
         if model.target == "norm_pixel"
-        else "predicted pixels as they are"
+        else "predicted pixels"
     )
     _plot(rows, f"step {step}: {how}", Path(out))
     return Path(out)

@@ -1,4 +1,4 @@
-"""Result files: what was measured, how, of which weights, on which images, with which versions; and tables of many of them."""
+"""Result files (protocol, weights, data, scores and versions of a measurement), and tables of many results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from scale_mae.config import UserError
-from scale_mae.evaluation.classifier import Subject
+from scale_mae.evaluation.models import EvaluatedModel
 from scale_mae.evaluation.tables import Table
 
 FORMAT = "scale_mae.result.1"
@@ -28,12 +28,12 @@ class Result:
     """One measurement.
 
     Attributes:
-        protocol: its name under ``name``, its set under ``set``, and every setting that may change the scores.
-        model: path, kind, architecture, SHA-256 and seed of the weights, and what they were trained as, whatever the seed.
-        data: sources or root, number of images, and a digest of their bytes and labels.
-        scores: shares in [0, 1], or losses in nats, by name.
-        parts: the same of each part, where a set has several.
-        made: versions, processes, seconds and time; they are not part of what was measured.
+        protocol: ``name`` and ``set`` name the measurement and the data set; the rest are all settings that can change scores.
+        model: Path, kind, architecture, SHA-256 and seed of the weights, and a digest of their training settings.
+        data: The sources or the root, the number of images, and a digest of their bytes and labels.
+        scores: Shares in [0, 1] or losses in nats, by name.
+        parts: The scores of each part, if a data set has several.
+        environment: Versions, processes, duration in seconds and time of the measurement.
     """
 
     protocol: dict[str, Any]
@@ -41,13 +41,13 @@ class Result:
     data: dict[str, Any]
     scores: dict[str, float]
     parts: dict[str, dict[str, float]]
-    made: dict[str, Any]
+    environment: dict[str, Any]
 
     def write(self, path: str | Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The file cannot be written.
         """
         path = Path(path)
         staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -63,12 +63,14 @@ class Result:
         """Read a file.
 
         Raises:
-            UserError: missing, or not a result file.
+            UserError: The file is missing, or not a result file.
         """
         try:
             content = json.loads(Path(path).read_text("utf-8"))
             if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise UserError(f"{path}: not a result file of scale-mae")
+                raise UserError(
+                    f"{path}: not a result file of scale-mae; scale-mae evaluate, knn and logistic write such files with --out"
+                )
             return cls(**content)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -76,21 +78,21 @@ class Result:
             raise UserError(f"{path}: damaged result file ({error})") from None
 
 
-def model_facts(subject: Subject, seed: int | None) -> dict[str, Any]:
-    """What a result file says of the weights; ``seed`` is that of their training, if they do not say it themselves."""
+def model_metadata(evaluated: EvaluatedModel, seed: int | None) -> dict[str, Any]:
+    """Return the description of the weights in a result file. ``seed`` replaces the seed that the weights record."""
     return {
-        "path": subject.path,
-        "kind": subject.kind,
-        "architecture": subject.architecture,
-        "classes": subject.classes,
-        "sha256": subject.digest,
-        "seed": seed if seed is not None else subject.seed,
-        "training": subject.training,
+        "path": evaluated.path,
+        "kind": evaluated.kind,
+        "architecture": evaluated.architecture,
+        "classes": evaluated.classes,
+        "sha256": evaluated.digest,
+        "seed": seed if seed is not None else evaluated.seed,
+        "training": evaluated.training,
     }
 
 
-def made_by(processes: int, device: str, seconds: float) -> dict[str, Any]:
-    """Versions and circumstances of a measurement that took ``seconds``."""
+def measurement_metadata(processes: int, device: str, seconds: float) -> dict[str, Any]:
+    """Return versions, processes, device and duration of a measurement."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -102,33 +104,35 @@ def made_by(processes: int, device: str, seconds: float) -> dict[str, Any]:
 
 
 def content_digest(contents: Sequence[int]) -> str:
-    """Hexadecimal digest of the images of several parts, from :attr:`scale_mae.evaluation.accuracy.Score.content` of each."""
+    """Return a hexadecimal digest of several parts from their :attr:`scale_mae.evaluation.accuracy.Score.content`."""
     return hashlib.sha256(",".join(map(str, contents)).encode()).hexdigest()[:32]
 
 
 def find_results(places: Sequence[str]) -> list[Result]:
-    """The results in files and folders; a folder's are its ``*.json``.
+    """Read result files, and all ``*.json`` files of folders.
 
     Raises:
-        UserError: none there, or a file that is none.
+        UserError: A folder has no result files, or a file is not a result file.
     """
     files = []
     for place in places:
         found = sorted(glob.glob(os.path.join(glob.escape(place), "*.json"))) if os.path.isdir(place) else [place]
         if not found:
-            raise UserError(f"{place}: holds no result files (*.json); evaluate, knn and logistic write them with --out")
+            raise UserError(
+                f"{place}: contains no result files (*.json); scale-mae evaluate, knn and logistic write them with --out"
+            )
         files += found
     return [Result.read(file) for file in files]
 
 
 def tabulate(results: Sequence[Result]) -> Table:
-    """One row for each protocol, set of images, architecture, kind and training of the weights.
+    """Build a table with one row for each protocol, data, architecture, kind and training of the weights.
 
-    Several seeds of one training give mean ± standard deviation (of a sample, n - 1); weights whose seeds are not known, or are
-    the same, stay apart. Of the same weights measured twice the later counts.
+    Several seeds of one training become mean ± sample standard deviation (n - 1). Weights with unknown or equal seeds stay in
+    separate rows. If the same weights were measured twice, the later result counts.
     """
     alike: dict[str, dict[str, Result]] = {}
-    for result in sorted(results, key=lambda r: str(r.made.get("time"))):
+    for result in sorted(results, key=lambda r: str(r.environment.get("time"))):
         model = result.model
         what = [result.protocol, result.data.get("digest"), *(model.get(key) for key in ("architecture", "kind", "training"))]
         weights = model.get("sha256") or model.get("path")
@@ -147,13 +151,13 @@ def tabulate(results: Sequence[Result]) -> Table:
 
 
 def _of_seeds(results: list[Result]) -> list[list[Result]]:
-    """All together where each has a seed of its own, else each alone."""
+    """Return one group if all seeds are known and distinct, else one group per result."""
     seeds = {result.model.get("seed") for result in results}
     return [results] if len(seeds) == len(results) and None not in seeds else [[result] for result in results]
 
 
 def score_text(name: str, value: float) -> str:
-    """A share in per cent, without its sign; a loss in nats."""
+    """Format a share in percent without the sign, or a loss in nats."""
     return f"{value:.4f}" if "loss" in name else f"{100 * value:.2f}"
 
 

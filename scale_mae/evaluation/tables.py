@@ -1,4 +1,4 @@
-"""Tables of texts for terminals, Markdown and LaTeX."""
+"""Text tables for terminals, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; ``note`` is a line below them, or empty."""
+    """A header, rows, and an optional line ``note`` below them."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
 
     def render(self, form: Format = "terminal") -> str:
-        """The table as text, without a line break at its end."""
+        """Return the table as text, without a final newline."""
         if form == "latex":
             return self._latex()
         lines = [self.header, *self.rows]

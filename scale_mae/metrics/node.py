@@ -42,9 +42,9 @@ class Node:
 
 def detect_node(world: World, nvml: Nvml) -> Node:
     """Return the node of this process. All processes must call this function."""
-    gathered = world.all_gather((get_node_rank(), nvml.gpu_index(world.device)))
-    node_ranks = sorted({node_rank for node_rank, _ in gathered})
-    placements = [(node_ranks.index(node_rank), gpu) for node_rank, gpu in gathered]
+    gather_features = world.all_gather((get_node_rank(), nvml.gpu_index(world.device)))
+    node_ranks = sorted({node_rank for node_rank, _ in gather_features})
+    placements = [(node_ranks.index(node_rank), gpu) for node_rank, gpu in gather_features]
     return Node(placements[world.rank][0], len(node_ranks), placements)
 
 

@@ -178,14 +178,14 @@ def _images_of_index(run: Path, config: Config, scratch: Path) -> list[str]:
 def _draw(checkpoint: Path, percents: Sequence[int], paths: Sequence[str], folder: Path, scratch: Path) -> None:
     from scale_mae.checkpoint.manifest import read_config
     from scale_mae.checkpoint.verification import verify
-    from scale_mae.evaluation.reconstruct import draw
+    from scale_mae.evaluation.reconstruct import draw_reconstructions
     from scale_mae.weights.model_loader import load_mae
 
     step = verify(checkpoint, checksums=False).step
     model, config = load_mae(checkpoint), read_config(checkpoint)
     for percent in percents:
         name = f"step-{step:08d}-{percent}.png"
-        drawing = draw(model, config, paths, scratch / name, [percent / 100], step)
+        drawing = draw_reconstructions(model, config, paths, scratch / name, [percent / 100], step)
         staging = folder / f".{name}.{os.getpid()}"  # renamed when complete, so that a reader never sees a partial file
         staging.write_bytes(drawing.read_bytes())
         staging.rename(folder / name)

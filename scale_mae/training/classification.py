@@ -23,10 +23,10 @@ from scale_mae.data.mixup import BatchAugmentation
 from scale_mae.data.transforms import normalize
 from scale_mae.distributed.process_group import World
 from scale_mae.engine.deepspeed import Engine
-from scale_mae.evaluation.accuracy import Score, scores
-from scale_mae.evaluation.datasets import Part, parts_of
-from scale_mae.evaluation.image_loader import central_view
-from scale_mae.evaluation.results import Result, content_digest, made_by
+from scale_mae.evaluation.accuracy import Score, score_classifiers
+from scale_mae.evaluation.datasets import DatasetPart, list_parts
+from scale_mae.evaluation.image_loader import center_crop_transform
+from scale_mae.evaluation.results import Result, content_digest, measurement_metadata
 from scale_mae.metrics.calculator import Metrics
 from scale_mae.weights.classifier_initialization import build_initial_classifier
 from scale_mae.weights.metadata import training_settings
@@ -144,8 +144,11 @@ class ClassificationTask:
                 outputs: Tensor = engine.model(images).logits
                 return outputs if outputs.dim() == 3 else outputs[None]
 
-            view, batch = central_view(side, config.classify.crop_pct or reference_crop_pct(side)), config.train.micro_batch
-            return scores(logits, val, view, self._world, batch, lambda done, total: report_progress())
+            view, batch = (
+                center_crop_transform(side, config.classify.crop_pct or reference_crop_pct(side)),
+                config.train.micro_batch,
+            )
+            return score_classifiers(logits, val, view, self._world, batch, lambda done, total: report_progress())
 
     def _write_result(self, probe_scores: list[Score], best_scores: dict[str, Score], step: int, seconds: float) -> list[str]:
         """Write the result file of an evaluation. Return an error message if it cannot be written; training continues."""
@@ -183,7 +186,7 @@ class ClassificationTask:
                 f"lr x {multiplier:g}": _score_values(score)
                 for multiplier, score in zip(classify.lr_multipliers, probe_scores, strict=True)
             },
-            made=made_by(self._world.size, self._world.device.type, seconds),
+            environment=measurement_metadata(self._world.size, self._world.device.type, seconds),
         )
         return self._world.run_on_main(lambda: _try_to_write(result, self._result_path))
 
@@ -215,7 +218,7 @@ def _class_names(source: str, index: Index) -> list[str]:
     return classes
 
 
-def _open_validation_images(config: Config, classes: list[str]) -> Part | None:
+def _open_validation_images(config: Config, classes: list[str]) -> DatasetPart | None:
     """Open the validation images and check their classes, so that an error appears before training."""
     source, size = config.classify.val_source, config.model.image_size
     if source is None:
@@ -225,7 +228,7 @@ def _open_validation_images(config: Config, classes: list[str]) -> Part | None:
             f"model.image_size={list(size)}: the evaluation needs square images. Set classify.val_source=null or a square size."
         )
     try:
-        (part,) = parts_of("folder", source, classes, len(classes))
+        (part,) = list_parts("folder", source, classes, len(classes))
     except UserError as error:
         raise UserError(f"classify.val_source={error}") from None
     if unknown := [name for name in part.index.classes if name not in classes and not all(map(str.isdigit, classes))]:

@@ -1,4 +1,4 @@
-"""ImageNet-C: one number from the errors under corruptions, by the name of each (Hendrycks & Dietterich 2019, section 4.3)."""
+"""The mean corruption error (mCE) of ImageNet-C (Hendrycks & Dietterich 2019, section 4.3)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 
 SEVERITIES = (1, 2, 3, 4, 5)
-# Top-1 error of AlexNet, the mean over the five severities: github.com/hendrycks/robustness, pull request 20 and issue 10
-# (which has each severity). They are looked up by name; lists of them in other orders are about.
+# Top-1 error of AlexNet, mean over the five severities. Source: github.com/hendrycks/robustness, pull request 20 and issue 10
+# (each severity). The keys are names, because published lists use different orders.
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -26,29 +26,34 @@ ALEXNET_ERROR = {
     "jpeg_compression": 0.606500,
 }
 CORRUPTIONS = tuple(ALEXNET_ERROR)
-EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # meant for validation, no part of mCE
+EXTRA_CORRUPTIONS = (
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+)  # ImageNet-C provides them for validation; mCE does not include them
 
 
 def error_of(corruption: str, top1: Mapping[str, float]) -> float:
-    """Mean top-1 error over the severities; ``top1`` maps ``corruption/severity`` to accuracies in [0, 1]."""
+    """Return the mean top-1 error over the severities. ``top1`` maps ``corruption/severity`` to accuracies in [0, 1]."""
     return fmean(1 - top1[f"{corruption}/{severity}"] for severity in SEVERITIES)
 
 
 def corruption_errors(top1: Mapping[str, float]) -> dict[str, float]:
-    """Error under each corruption as a share of AlexNet's (1 is as bad as AlexNet); ``top1`` as for :func:`error_of`."""
+    """Return the error of each corruption divided by AlexNet's (1: as bad as AlexNet). ``top1`` is as for :func:`error_of`."""
     return {name: error_of(name, top1) / alexnet for name, alexnet in ALEXNET_ERROR.items()}
 
 
 def mean_corruption_error(top1: Mapping[str, float]) -> float:
-    """mCE: the mean of :func:`corruption_errors` over the 15 corruptions."""
+    """Return the mCE: the mean of :func:`corruption_errors` over the 15 corruptions."""
     return fmean(corruption_errors(top1).values())
 
 
-def unnormalised_error(top1: Mapping[str, float]) -> float | None:
-    """Mean error over 19 distortions, extra ones included, not divided by AlexNet's: what ImageNet-C's own ``test.py`` prints.
+def unnormalized_error(top1: Mapping[str, float]) -> float | None:
+    """Return the mean error over all 19 corruptions, not divided by AlexNet's. ImageNet-C's own ``test.py`` prints this value.
 
-    This is another quantity than mCE: ViT-B/16 of the MAE paper has 37.8 to 38.0 % here and an mCE of 51.7 %
-    (github.com/facebookresearch/mae, issue 104). None where an extra distortion is missing.
+    It is not the mCE: ViT-B/16 of the MAE paper has 37.8 to 38.0 % here and an mCE of 51.7 % (github.com/facebookresearch/mae,
+    issue 104). Return ``None`` if an extra corruption is missing.
     """
     distortions = (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
     if any(f"{name}/1" not in top1 for name in distortions):

@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_and_the_file_is_the_same_to_the_bit(model, d
     done = sorted((tmp_path / "f.npy.pieces").glob("*.npy"))
     assert [path.name for path in done] == ["000000000000.npy", "000000000008.npy"]
     stamps = [path.stat().st_mtime_ns for path in done]
-    with pytest.raises(UserError, match="unfinished work with another pool"):
+    with pytest.raises(UserError, match="unfinished work with a different pool"):
         write(model, data, out, pool="token")
     assert [path.stat().st_mtime_ns for path in done] == stamps
     assert "30 images, 16 of them from an earlier run" in write(model, data, out)
@@ -132,7 +132,7 @@ def test_parquet_or_what_to_install(model, data, tmp_path):
     try:
         import pyarrow.parquet
     except ImportError:
-        with pytest.raises(UserError, match=r"Parquet needs pyarrow; pip install 'scale-mae\[parquet\]'"):
+        with pytest.raises(UserError, match=r"Parquet needs pyarrow; run pip install 'scale-mae\[parquet\]'"):
             write(model, data, out)
         return
     write(model, data, out)

@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(comma
 
 def test_sources_that_do_not_fit_are_refused(encoder, tmp_path):
     one, two = make_folders(tmp_path / "one", classes=2), make_folders(tmp_path / "two", classes=3)
-    with pytest.raises(DataError, match="fewer than k=20"):
+    with pytest.raises(DataError, match="fewer than --k 20"):
         measured(knn_accuracy, encoder[0], one, one, 20)
     with pytest.raises(DataError, match="--k 0"):
         measured(knn_accuracy, encoder[0], one, one, 0)
@@ -207,7 +207,7 @@ def test_picture_has_a_row_an_image_and_ratio(tmp_path, target, monkeypatch):
     draw_reconstructions(build_mae_from_config(config), config, paths, out, [0.75, 0.5, 0.9], step=7)
     picture = Image.open(out)
     assert picture.height > picture.width  # six rows of three
-    assert ("mean and deviation of the true patch" in titles[0]) == (target == "norm_pixel")
+    assert ("mean and standard deviation of the true patch" in titles[0]) == (target == "norm_pixel")
     assert "step 7" in titles[0]
 
 

@@ -96,7 +96,7 @@ def test_what_is_no_result_is_refused(tmp_path, content):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="holds no result files"):
+    with pytest.raises(UserError, match="contains no result files"):
         find_results([str(tmp_path)])
     with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
         find_results([str(tmp_path / "absent.json")])
@@ -120,7 +120,7 @@ def test_and_why_another_may_not():
     assert table.header[-2] == "this model"
     assert table.rows[0][-2] == "50.00"
     assert table.rows[0][2:6] == ["", "", "", ""]
-    assert table.note.startswith("not comparable: ViT-nano/8, 32 px is none of the published models; 40 images")
+    assert table.note.startswith("not comparable: no published model is a ViT-nano/8, 32 px; 40 images")
     assert comparison_table("folder", "ViT-nano/8, 32 px", {"top1": 0.5}, unlike) is None
 
 

@@ -73,14 +73,14 @@ def _train(task: str, recipe: str | Path | Config, overrides: dict[str, Any]) ->
     check_packages(config.log.trackers)
     run_dir = Path(config.run.dir)
     with StopRequest() as stop, process_group() as world, ExitStack() as stack:
-        notes: list[str] = []
-        lock = exclusive_lock(run_dir / "run.lock", f"run.dir={run_dir} is in use", notes.append)
+        messages: list[str] = []
+        lock = exclusive_lock(run_dir / "run.lock", f"run.dir={run_dir} is in use", messages.append)
         world.run_on_main(lambda: stack.enter_context(lock))
         exit_status = ExitStatus(run_dir)
         if world.is_main:
             stack.enter_context(exit_status.recording_errors())
         watchdog = stack.enter_context(Watchdog(config.run.watchdog_minutes, world.rank))
-        result = Trainer(config, world, stop, watchdog, notes).train()
+        result = Trainer(config, world, stop, watchdog, messages).train()
         if world.is_main:
             exit_status.write("finished" if result.finished else result.stopped)
         return result

@@ -1,4 +1,4 @@
-"""A short run in every layout that DeepSpeed writes for us, with the live weights, for whatever reads checkpoints."""
+"""A short run in every checkpoint layout of this project (ZeRO stage and precision), with the live weights."""
 
 import shutil
 from dataclasses import replace
@@ -14,8 +14,8 @@ from scale_mae.checkpoint.paths import MANIFEST_FILE, checkpoint_name
 LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
 
 
-def train_and_tell(configs):
-    """Several short runs in one set of ranks; the live fp32 weights of each, as DeepSpeed itself gathers them."""
+def train_all(configs):
+    """Train several short runs on the same ranks. Return the live fp32 weights of each, as DeepSpeed gathers them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from scale_mae.distributed.process_group import process_group
@@ -25,33 +25,35 @@ def train_and_tell(configs):
     from scale_mae.training.watchdog import Watchdog
 
     torch.set_num_threads(1)
-    told = []
-    with process_group() as ranks, StopRequest() as stop:
+    weights_of_runs = []
+    with process_group() as world, StopRequest() as stop:
         for config in configs:
-            run = Trainer(config, ranks, stop, Watchdog(0, 0))
-            run.train()
-            assert isinstance(run.engine, Engine)
-            sharded = run.engine.zero_stage > 0
-            masters = getattr(run.engine._optimizer, "fp32_groups_flat", None)
+            trainer = Trainer(config, world, stop, Watchdog(0, 0))
+            trainer.train()
+            assert isinstance(trainer.engine, Engine)
+            sharded = trainer.engine.zero_stage > 0
+            masters = getattr(trainer.engine._optimizer, "fp32_groups_flat", None)
             assert masters is None or sharded or config.train.precision != "fp32"
-            live = {}
-            for name, p in run.engine.model.named_parameters():
+            weights = {}
+            for name, p in trainer.engine.model.named_parameters():
                 value = safe_get_full_fp32_param(p) if sharded else p.detach()
-                live[name] = value.float().numpy().copy()
-            told.append(live)
-    return told
+                weights[name] = value.float().numpy().copy()
+            weights_of_runs.append(weights)
+    return weights_of_runs
 
 
 def make_runs(folder):
-    """A two-step run of two ranks in every layout: (stage, precision) -> (run directory, live weights)."""
-    setting = {"train.duration": "3 steps", "optim.warmup": "1 steps", "optim.base_lr": 0.1}
-    configs = [make_config(folder / f"{s}-{p}", **setting, **{"engine.deepspeed": s, "train.precision": p}) for s, p in LAYOUTS]
-    live = run_ranks(2, train_and_tell, configs)[0]
-    return {layout: (Path(c.run.dir), weights) for layout, c, weights in zip(LAYOUTS, configs, live, strict=True)}
+    """Train three steps on two ranks in every layout. Return a dict: (stage, precision) -> (run directory, live weights)."""
+    overrides = {"train.duration": "3 steps", "optim.warmup": "1 steps", "optim.base_lr": 0.1}
+    configs = [
+        make_config(folder / f"{s}-{p}", **overrides, **{"engine.deepspeed": s, "train.precision": p}) for s, p in LAYOUTS
+    ]
+    live_weights = run_ranks(2, train_all, configs)[0]
+    return {layout: (Path(c.run.dir), weights) for layout, c, weights in zip(LAYOUTS, configs, live_weights, strict=True)}
 
 
 def copy_as(checkpoint, step):
-    """A copy beside a checkpoint that passes for one of another step."""
+    """Copy a checkpoint to the name and the manifest of another step."""
     copy = Path(shutil.copytree(checkpoint, checkpoint.with_name(checkpoint_name(step))))
     (copy / MANIFEST_FILE).write_text(replace(read_manifest(checkpoint), step=step).to_json())
     return copy

@@ -1,4 +1,4 @@
-"""Real processes for tests: ``run_ranks(2, function, ...)`` runs a function on two gloo ranks and returns their results."""
+"""Ranks for tests: ``run_ranks(2, function, ...)`` runs a function in two processes and returns their results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# the server imports the heavy packages once; every rank is then a quick fork of it (the last is what DeepSpeed imports when it
-# makes its first ZeRO optimizer, torch's compiler with it)
+# The server imports the large packages once; every rank is a fork of it, which starts fast. DeepSpeed imports the last
+# module, and with it torch's compiler, when it builds its first ZeRO optimizer.
 _context.set_forkserver_preload(
     ["scale_mae.training.trainer", "scale_mae.evaluation.evaluate", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 
 class RankError(AssertionError):
-    """A rank raised; ``kinds`` are the types of the errors, by rank."""
+    """At least one rank raised an error. ``kinds`` contains the type of each rank's error, or None."""
 
     def __init__(self, text: str, kinds: list[str | None]) -> None:
         super().__init__(text)
@@ -33,27 +33,27 @@ def free_port() -> int:
 
 
 def start_ranks(size: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], list[Any]]:
-    """Start ``function(*args)`` on ``size`` ranks; (processes, pipes with their outcomes)."""
+    """Start ``function(*args)`` on ``size`` ranks. Return the processes, and the pipes for their results."""
     port = free_port()
     processes, pipes = [], []
     for rank in range(size):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(rank, size, port, theirs, function, args))
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank, args=(rank, size, port, sender, function, args))
         process.start()
-        theirs.close()
+        sender.close()
         processes.append(process)
-        pipes.append(ours)
+        pipes.append(receiver)
     return processes, pipes
 
 
 def collect(processes: list[Any], pipes: list[Any], timeout: float = 300) -> list[Any]:
-    """Results of :func:`start_ranks`, in rank order."""
+    """Wait for the ranks of :func:`start_ranks`, and return their results in rank order."""
     outcomes: list[tuple[Any, str | None, str | None]] = []
     deadline = time.monotonic() + timeout
     try:
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(max(0, deadline - time.monotonic())):
-                raise TimeoutError(f"rank {rank} gave no result in {timeout} s")
+                raise TimeoutError(f"rank {rank} returned no result within {timeout} s")
             try:
                 outcomes.append(pipe.recv())
             except EOFError:
@@ -69,6 +69,7 @@ def collect(processes: list[Any], pipes: list[Any], timeout: float = 300) -> lis
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Run ``function(*args)`` on ``size`` ranks, and return the results in rank order."""
     return collect(*start_ranks(size, function, *args), timeout=timeout)
 
 

@@ -1,9 +1,9 @@
-"""Recomputation changes memory and time, never gradients."""
+"""Activation checkpointing changes memory and time, but not gradients."""
 
 import pytest
 import torch
 from test_engine import batch, small_mae
-from trainable_models import SmallClassifier, labelled
+from trainable_models import SmallClassifier, labeled_batch
 
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 
@@ -23,20 +23,20 @@ def gradients(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_are_those_without_recomputation(policy):
+def test_gradients_equal_those_without_activation_checkpointing(policy):
     expected, _ = gradients("none")
     got, _ = gradients(policy)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-7, rtol=1e-5, msg=name)
 
 
-def test_policies_recompute_what_they_say():
+def test_each_policy_recomputes_the_expected_number_of_blocks():
     executions = {policy: gradients(policy)[1] for policy in POLICIES}
     assert executions == {"none": 6, "full": 12, "every_k": 9, "selective": 12, "offload": 12}
 
 
 def drop_path_gradients(policy, seed=3, uses_rng=True, compiled=False):
-    """Of two micro-batches of a model that leaves out branches of its blocks at random."""
+    """Return the gradients of two micro-batches of a model with stochastic depth."""
     model = SmallClassifier(drop_path=0.5)
     apply_activation_checkpointing(model.transformer_blocks, policy, every=2, uses_rng=uses_rng)
     if compiled:
@@ -45,57 +45,57 @@ def drop_path_gradients(policy, seed=3, uses_rng=True, compiled=False):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(2):
-            model(*labelled(step)).loss.backward()
+            model(*labeled_batch(step)).loss.backward()
         return {name: p.grad for name, p in model.named_parameters()} | {"next": torch.rand(1)}
 
 
-def differing(one, other):
+def different_names(one, other):
     return [name for name in one if not torch.allclose(one[name], other[name], atol=1e-7, rtol=1e-5)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_is_dropped_at_random_is_dropped_again(policy):
+def test_recomputation_drops_the_same_paths(policy):
     expected = drop_path_gradients("none")
-    assert not differing(expected, drop_path_gradients(policy))
-    assert differing(expected, drop_path_gradients(policy, seed=4))
+    assert not different_names(expected, drop_path_gradients(policy))
+    assert different_names(expected, drop_path_gradients(policy, seed=4))
 
 
 @pytest.mark.parametrize("policy", ["full", "every_k", "selective"])
-def test_generator_states_are_kept_only_where_they_are_needed(policy):
-    assert differing(drop_path_gradients("none"), drop_path_gradients(policy, uses_rng=False))
+def test_the_generator_state_is_not_saved_without_uses_rng(policy):
+    assert different_names(drop_path_gradients("none"), drop_path_gradients(policy, uses_rng=False))
 
 
-def test_what_is_dropped_at_random_is_dropped_again_when_compiled():
+def test_recomputation_of_compiled_blocks_drops_the_same_paths():
     torch._dynamo.reset()
-    assert not differing(drop_path_gradients("none"), drop_path_gradients("full", compiled=True))
+    assert not different_names(drop_path_gradients("none"), drop_path_gradients("full", compiled=True))
 
 
 def saved_bytes(policy):
-    """Bytes that autograd keeps outside the blocks' own recomputation."""
+    """Return the bytes that autograd saves for the backward pass."""
     model = small_mae()
     apply_activation_checkpointing([*model.blocks, *model.decoder_blocks], policy, every=2)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(*batch(0))
-    return sum(kept.values())
+    return sum(saved.values())
 
 
-def test_recomputing_keeps_less():
-    kept = {policy: saved_bytes(policy) for policy in ("none", "full", "every_k")}
-    assert kept["full"] < kept["every_k"] < kept["none"]
-    assert kept["full"] < 0.4 * kept["none"]
+def test_recomputation_saves_memory():
+    saved = {policy: saved_bytes(policy) for policy in ("none", "full", "every_k")}
+    assert saved["full"] < saved["every_k"] < saved["none"]
+    assert saved["full"] < 0.4 * saved["none"]
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "every_k", "selective"])
-def test_recomputed_blocks_can_be_compiled(policy):
+def test_checkpointed_blocks_can_be_compiled(policy):
     from torch._dynamo.utils import counters
 
     expected, _ = gradients("none")
@@ -113,6 +113,6 @@ def test_recomputed_blocks_can_be_compiled(policy):
         torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_unknown_policy_is_refused():
+def test_an_unknown_policy_is_an_error():
     with pytest.raises(ValueError, match="unknown"):
         apply_activation_checkpointing([], "sometimes")

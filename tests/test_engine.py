@@ -1,4 +1,4 @@
-"""DeepSpeed at every stage against plain PyTorch; precisions; offload; what waits for the device."""
+"""The engine: DeepSpeed at every ZeRO stage equals plain PyTorch; precisions, offload, and waits for the device."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def make_config(stage="zero2", precision="fp32", micro_batch=BATCH, clip=None, a
 
 
 def plain_trace(clip=None):
-    """Losses and gradient norms of ordinary PyTorch AdamW."""
+    """Return the losses and gradient norms of PyTorch's AdamW without DeepSpeed."""
     model = small_mae()
     optimizer = build_optimizer(model, OptimConfig(), fused=False)
     losses, norms = [], []
@@ -59,56 +59,56 @@ def plain_trace(clip=None):
     return losses, norms
 
 
-def engine_trace(engine, ranks, config, steps=STEPS):
-    """The same through the engine, on this rank's part of each batch."""
-    accumulation = config.accumulation(ranks.size)
+def engine_trace(engine, world, config, steps=STEPS):
+    """Return the same values of the engine, which gets this rank's part of each batch."""
+    accumulation = config.accumulation(world.size)
     losses, norms = [], []
     for step in range(steps):
         images, noise = batch(step)
         total = torch.zeros(())
         for micro_step in range(accumulation):
-            first = (micro_step * ranks.size + ranks.rank) * config.train.micro_batch
+            first = (micro_step * world.size + world.rank) * config.train.micro_batch
             part = slice(first, first + config.train.micro_batch)
             total += engine.forward_backward(images[part], noise[part]) / accumulation
             norm = engine.step(SCHEDULE.lr(step), return_norm=micro_step + 1 == accumulation)
-        (loss,) = ranks.all_reduce_sum(total[None] / ranks.size)
+        (loss,) = world.all_reduce_sum(total[None] / world.size)
         losses.append(loss)
         norms.append(norm)
     return losses, norms
 
 
 def traces(settings):
-    """A rank of the tests below: one engine after another."""
+    """Run one engine per setting, one after another, on a rank."""
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with process_group() as ranks:
+    with process_group() as world:
         configs = [make_config(**s) for s in settings]
-        return [engine_trace(Engine(small_mae(), config, ranks), ranks, config) for config in configs]
+        return [engine_trace(Engine(small_mae(), config, world), world, config) for config in configs]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_every_stage_accumulation_and_rank_count_gives_plain_pytorchs_losses(ranks, clip):
+def test_losses_equal_plain_pytorch_for_every_stage_accumulation_and_world_size(ranks, clip):
     settings = [
         {"stage": f"zero{stage}", "micro_batch": BATCH // (ranks * accumulation), "clip": clip}
         for stage, accumulation in itertools.product(range(4), (1, 4))
     ]
     losses, norms = plain_trace(clip)
-    assert max(norms) > 0.5  # so that clipping does something
+    assert max(norms) > 0.5  # otherwise clipping would change nothing
     for setting, got in zip(settings, run_ranks(ranks, traces, settings)[0], strict=True):
         np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=str(setting))
         np.testing.assert_allclose(got[1], norms, rtol=1e-3, err_msg=str(setting))
 
 
-def test_offload_to_host_memory_gives_the_same_losses():
+def test_losses_with_offload_equal_plain_pytorch():
     settings = [{"stage": s, "micro_batch": 2} for s in ("zero2_offload", "zero3_offload")]
     losses, _ = plain_trace()
     for setting, got in zip(settings, run_ranks(2, traces, settings)[0], strict=True):
         np.testing.assert_allclose(got[0], losses, rtol=1e-5, err_msg=str(setting))
 
 
-def test_bf16_follows_fp32_within_half_a_percent():
+def test_losses_in_bf16_are_within_half_a_percent_of_fp32():
     settings = [{"stage": f"zero{s}", "precision": "bf16", "micro_batch": 2} for s in range(4)]
     losses, _ = plain_trace()
     for setting, got in zip(settings, run_ranks(2, traces, settings)[0], strict=True):
@@ -116,60 +116,60 @@ def test_bf16_follows_fp32_within_half_a_percent():
 
 
 def fp16_run(stage):
-    """fp16 on a CPU: slow and refused by DeepSpeed, but PyTorch computes it, which is enough to see the loss scale work."""
+    """Train in fp16 on a CPU, to test the loss scale. DeepSpeed rejects this, but PyTorch can compute it."""
     from deepspeed.accelerator import get_accelerator
 
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
     get_accelerator().is_fp16_supported = lambda: True
-    with process_group() as ranks:
+    with process_group() as world:
         config = make_config(stage, "fp16", micro_batch=2)
-        engine = Engine(small_mae(), config, ranks)
+        engine = Engine(small_mae(), config, world)
         before = engine.loss_scale
-        losses, _ = engine_trace(engine, ranks, config)
-        skipped_by_then = engine.skipped_steps
-        # a loss beyond fp16's range makes the gradients overflow: the step is skipped and the scale lowered
+        losses, _ = engine_trace(engine, world, config)
+        skipped_before = engine.skipped_steps
+        # a loss beyond the range of fp16 makes the gradients overflow: the step is skipped and the scale is lowered
         images, noise = batch(0)
         for _ in range(3):
             engine.forward_backward(images[:2] * 1e18, noise[:2])
             engine.step(1e-3)
             engine.forward_backward(images[:2], noise[:2])
             norm = engine.step(1e-3, return_norm=True)
-        return losses, skipped_by_then, before, engine.loss_scale, engine.skipped_steps, norm, engine.weights_are_finite()
+        return losses, skipped_before, before, engine.loss_scale, engine.skipped_steps, norm, engine.weights_are_finite()
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_fp16_scales_its_loss_dynamically(stage):
-    losses, skipped_by_then, before, after, skipped, norm, finite = run_ranks(2, fp16_run, stage)[0]
+def test_fp16_uses_a_dynamic_loss_scale(stage):
+    losses, skipped_before, before, after, skipped, norm, finite = run_ranks(2, fp16_run, stage)[0]
     np.testing.assert_allclose(losses, plain_trace()[0], rtol=5e-3)
-    assert skipped_by_then == 0
+    assert skipped_before == 0
     assert before == 2**16
     assert after < before
-    assert skipped > skipped_by_then
+    assert skipped > skipped_before
     assert norm is None
     assert finite
 
 
-def refused_fp16():
+def build_fp16_engine():
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: False  # whatever this processor can do
+    get_accelerator().is_fp16_supported = lambda: False  # independent of this processor
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with process_group() as ranks:
-        Engine(small_mae(), make_config(precision="fp16"), ranks)
+    with process_group() as world:
+        Engine(small_mae(), make_config(precision="fp16"), world)
 
 
-def test_a_precision_the_device_lacks_is_one_clear_error():
+def test_a_precision_that_the_device_does_not_support_is_an_error():
     with pytest.raises(RankError, match=r"train\.precision=fp16: this cpu does not support it") as caught:
-        run_ranks(1, refused_fp16)
+        run_ranks(1, build_fp16_engine)
     assert caught.value.kinds == ["ConfigError"]
 
 
-class Waits(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host, each of which would wait for a GPU."""
+class WaitCounter(TorchDispatchMode):
+    """Counts reads of tensor values by the host. Each of them would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -181,16 +181,16 @@ class Waits(TorchDispatchMode):
 
 
 def count_waits(setting):
-    """Reads by the host in a step that is not logged, and in one that is."""
+    """Return the number of reads in a step that is not logged, and in a step that is logged."""
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with process_group() as ranks:
+    with process_group() as world:
         config = make_config(**setting)
-        engine = Engine(small_mae(), config, ranks)
+        engine = Engine(small_mae(), config, world)
         counts = []
         for step, logged in enumerate((False, False, False, True)):
-            with Waits() as waits:
+            with WaitCounter() as waits:
                 images, noise = batch(step)
                 engine.forward_backward(images, noise)
                 engine.step(1e-3, return_norm=logged)
@@ -200,18 +200,18 @@ def count_waits(setting):
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
 def test_the_host_never_waits_between_log_steps_in_bf16(stage):
-    quiet, logged = run_ranks(1, count_waits, {"stage": stage, "precision": "bf16"})[0]
-    assert quiet == 0
+    not_logged, logged = run_ranks(1, count_waits, {"stage": stage, "precision": "bf16"})[0]
+    assert not_logged == 0
     assert logged > 0
 
 
-def test_weight_decay_groups_follow_the_reference():
+def test_weight_decay_groups_equal_those_of_the_reference():
     model = small_mae()
     groups = parameter_groups(model, OptimConfig())
     assert [(group.weight_decay, group.lr_scale) for group in groups] == [(0.0, 1.0), (0.05, 1.0)]
     without, with_decay = (group.names for group in groups)
     names = [name for name, _ in model.named_parameters()]
-    assert [n for n in names if n in without] == without  # in this order in the checkpoints of all versions
+    assert [n for n in names if n in without] == without  # checkpoints rely on this order
     assert [n for n in names if n in with_decay] == with_decay
     assert sorted(without + with_decay) == sorted(names)
     assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(with_decay)
@@ -223,24 +223,24 @@ def test_weight_decay_groups_follow_the_reference():
     assert "head.bias" in without
 
 
-def test_deepspeed_keys_that_config_owns_are_refused(tmp_path):
+def test_a_deepspeed_file_must_not_set_keys_of_the_config(tmp_path):
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
     with pytest.raises(ConfigError, match=r"sets gradient_clipping, which optim\.clip_grad_norm decides"):
         load_config("debug", [f"engine.deepspeed={path}"]).deepspeed_json()
 
 
-def bad_json(path):
+def build_engine_from(path):
     from scale_mae.distributed.process_group import process_group
     from scale_mae.engine.deepspeed import Engine
 
-    with process_group() as ranks:
-        Engine(small_mae(), make_config(stage=path), ranks)
+    with process_group() as world:
+        Engine(small_mae(), make_config(stage=path), world)
 
 
-def test_a_deepspeed_file_that_deepspeed_refuses_is_one_clear_error(tmp_path):
+def test_an_invalid_deepspeed_file_is_an_error(tmp_path):
     path = tmp_path / "own.json"
     path.write_text('{"zero_optimization": {"stage": 7}}')
     with pytest.raises(RankError, match=r"own\.json: DeepSpeed rejects it") as caught:
-        run_ranks(1, bad_json, str(path))
+        run_ranks(1, build_engine_from, str(path))
     assert caught.value.kinds == ["ConfigError"]

@@ -1,4 +1,4 @@
-"""Fine-tuning and linear probes: the published recipes, the reference's classifiers, exact resuming, exact evaluation."""
+"""Fine-tuning and linear probing: published recipes, outputs of the reference, exact resume, and exact evaluation."""
 
 import json
 import os
@@ -41,7 +41,7 @@ TINY = EncoderSize(width=32, depth=3, heads=4, patch_size=8)
     ("size", "base_lr", "decay", "drop_path", "epochs"),
     [("base", 5e-4, 0.65, 0.1, 100), ("large", 1e-3, 0.75, 0.2, 50), ("huge", 1e-3, 0.75, 0.3, 50)],
 )
-def test_fine_tuning_recipes_are_the_published_ones(size, base_lr, decay, drop_path, epochs):
+def test_fine_tuning_recipes_equal_the_published_ones(size, base_lr, decay, drop_path, epochs):
     for name in (f"finetune_{size}", *(["finetune_huge_448"] if size == "huge" else [])):
         config = load_config(name)
         o, c, d, t = config.optim, config.classify, config.data, config.train
@@ -57,7 +57,7 @@ def test_fine_tuning_recipes_are_the_published_ones(size, base_lr, decay, drop_p
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_linear_probe_recipes_are_the_published_ones(size):
+def test_linear_probe_recipes_equal_the_published_ones(size):
     config = load_config(f"linprobe_{size}")
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.run.task, config.model.size, t.duration, t.global_batch) == ("linprobe", size, "90 epochs", 16384)
@@ -70,7 +70,7 @@ def test_linear_probe_recipes_are_the_published_ones(size):
 
 
 @pytest.mark.parametrize(("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)])
-def test_supervised_recipes_are_the_papers(size, epochs, drop_path):
+def test_supervised_recipes_equal_those_of_the_paper(size, epochs, drop_path):
     config = load_config(f"supervised_{size}")
     o, c, d, t = config.optim, config.classify, config.data, config.train
     assert (config.model.size, config.model.init_from, t.duration, t.global_batch) == (size, None, f"{epochs} epochs", 4096)
@@ -93,11 +93,11 @@ def test_the_partial_recipe_trains_four_blocks_of_a_large_encoder():
         ("finetune_base", "model.mask_ratio=0.5", "model.mask_ratio has no effect with run.task=finetune"),
         ("finetune_base", "classify.lr_multipliers=[1, 2]", "classify.lr_multipliers has no effect with run.task=finetune"),
         ("linprobe_base", "classify.drop_path=0.1", "classify.drop_path has no effect with run.task=linprobe"),
-        ("linprobe_base", "engine.deepspeed=zero2", "use zero0"),
+        ("linprobe_base", "engine.deepspeed=zero2", "Set engine.deepspeed=zero0"),
         ("finetune_base", "classify.trainable_blocks=1.3", "not a multiple of 0.5. Set a whole or half number."),
     ],
 )
-def test_what_does_not_go_together_is_one_line(recipe, override, message):
+def test_settings_that_contradict_each_other_are_an_error_of_one_line(recipe, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(recipe, [override])
     assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_what_does_not_go_together_is_one_line(recipe, override, message):
 
 
 @pytest.mark.parametrize(("name", "pool"), [("vit_tiny_gap", "mean"), ("vit_tiny_cls", "token")])
-def test_outputs_are_those_of_the_reference(golden, name, pool):
+def test_logits_equal_those_of_the_reference(golden, name, pool):
     tensors, _ = golden(f"{name}.safetensors")
     classes = tensors["logits"].shape[1]
     model = Classifier(TINY, image_size=(32, 32), patch_size=(8, 8), classes=classes, pool=pool).eval()
@@ -133,7 +133,7 @@ def make_model(**kwargs):
         (3, ["blocks", "fc_norm", "head"]),
     ],
 )
-def test_last_blocks_are_trained_and_nothing_else(blocks, trained):
+def test_freeze_leaves_only_the_last_blocks_trainable(blocks, trained):
     whole, model = make_model(), make_model()
     model.freeze(blocks)
     names = {name for name, _ in model.named_parameters()}
@@ -146,13 +146,13 @@ def test_last_blocks_are_trained_and_nothing_else(blocks, trained):
         torch.testing.assert_close(parameter.grad, whole.get_parameter(name).grad)
 
 
-def test_an_encoder_has_no_more_blocks_than_it_has():
+def test_more_trainable_blocks_than_the_encoder_has_are_an_error():
     with pytest.raises(ValueError, match=r"classify.trainable_blocks=4, but the encoder has 3 blocks"):
         make_model().freeze(4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_frozen_weights_stay_as_they_are_whatever_the_engine_casts(dtype):
+def test_frozen_weights_stay_fp32_if_the_engine_casts_the_model(dtype):
     model = make_model()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.freeze(0.5)
@@ -164,14 +164,14 @@ def test_frozen_weights_stay_as_they_are_whatever_the_engine_casts(dtype):
         assert buffer.dtype == torch.float32
         assert torch.equal(buffer, before[name])
     images = torch.randn(4, 3, 32, 32)
-    most = make_model()
-    most.freeze(3)  # the embedding alone
-    assert most.to(dtype)(images, torch.eye(7)[:4]).logits.dtype == dtype
+    frozen_embedding = make_model()
+    frozen_embedding.freeze(3)
+    assert frozen_embedding.to(dtype)(images, torch.eye(7)[:4]).logits.dtype == dtype
     exact = make_model()
     torch.testing.assert_close(model(images).logits.float(), exact(images).logits, atol=0.05, rtol=0.05)
 
 
-def test_probes_side_by_side_learn_as_each_would_alone():
+def test_each_of_several_probes_has_the_gradients_of_a_single_probe():
     images, targets = torch.randn(6, 3, 32, 32), torch.eye(7)[:6]
     model = make_model(pool="token")
     model.add_probes([1.0, 0.5])
@@ -190,7 +190,7 @@ def test_probes_side_by_side_learn_as_each_would_alone():
         torch.testing.assert_close(alone.weight.grad, probe.weight.grad)
 
 
-def test_operations_are_counted_for_what_is_trained():
+def test_flops_count_the_backward_pass_of_trained_parts_only():
     whole, probe = make_model(), make_model()
     probe.add_probes([1.0])
     tokens, width = 17, 32
@@ -210,7 +210,7 @@ COUNTS = {"train": 80, "val": 50}
 
 @pytest.fixture(scope="session", autouse=True)
 def images():
-    """A few of the shipped images in folders of their classes."""
+    """Write some of the shipped images to class folders."""
     for split, count in COUNTS.items():
         source = open_index(f"demo:{split}")
         for row in range(count):
@@ -223,14 +223,14 @@ def images():
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    """A pre-training run of few steps."""
+    """Run directory of a short pre-training run."""
     run = tmp_path_factory.mktemp("encoder") / "run"
     run_ranks(1, train, "pretrain", "demo", settings(run, "4 steps", **{"classify.val_source": None}))
     return run
 
 
 def settings(run, duration, **more):
-    given: dict = {
+    overrides: dict = {
         "data.source": str(FOLDER / "train"),
         "classify.val_source": str(FOLDER / "val"),
         "run.dir": str(run),
@@ -242,7 +242,7 @@ def settings(run, duration, **more):
         "log.metrics_port": None,
         "data.threads": 1,
     }
-    return given | more
+    return overrides | more
 
 
 def train(task, recipe, overrides, stop_after=None):
@@ -250,15 +250,15 @@ def train(task, recipe, overrides, stop_after=None):
 
     torch.set_num_threads(1)
     if stop_after:
-        step = Trainer.train_step
+        train_step = Trainer.train_step
 
-        def stopping(self, feed):
-            vote = step(self, feed)
+        def train_step_and_stop(self, batches):
+            vote = train_step(self, batches)
             if self.step == stop_after:
                 self.stop.request("a test")
             return vote
 
-        Trainer.train_step = stopping
+        Trainer.train_step = train_step_and_stop
     result = getattr(scale_mae, task)(load_config(recipe, overrides))
     return result.step, result.finished
 
@@ -285,12 +285,12 @@ EVERYTHING = {
 }
 
 
-def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
-    own = EVERYTHING | {"model.init_from": str(encoder), "train.micro_batch": 4}
+def test_a_resumed_fine_tuning_run_equals_an_uninterrupted_one(tmp_path, encoder):
+    overrides = EVERYTHING | {"model.init_from": str(encoder), "train.micro_batch": 4}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_ranks(2, train, "finetune", "finetune_demo", settings(whole, "6 steps", **own))[0] == (6, True)
-    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **own), 2)[0][1] is False
-    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **own))[0] == (6, True)
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(whole, "6 steps", **overrides))[0] == (6, True)
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **overrides), 2)[0][1] is False
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(parts, "6 steps", **overrides))[0] == (6, True)
     assert losses(parts) == losses(whole)
     one, two = weights(whole), weights(parts)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -299,7 +299,7 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     assert scores[0] == scores[1]
     assert results[0]["protocol"] == results[1]["protocol"]
     training = read_weights(list_checkpoints(encoder)[-1]).provenance.training_digest
-    # also after resuming, which reads no weights
+    # also after a resume, which does not read the initial weights
     assert results[0]["protocol"]["initialized_from"] == f"scale-mae checkpoint, step 4, training {training}"
     assert {"top1", "top5", "loss", "ema_top1"} <= scores[0].keys()
     for run, result in ((whole, results[0]), (parts, results[1])):
@@ -311,57 +311,57 @@ def test_fine_tuning_resumed_equals_fine_tuning_not_stopped(tmp_path, encoder):
     assert line["val_step"] == 6
 
 
-def test_evaluating_a_run_says_what_its_training_said(tmp_path, encoder):
+def test_evaluate_gives_the_scores_that_training_gave(tmp_path, encoder):
     run, out = tmp_path / "run", tmp_path / "out.json"
-    own = {"model.init_from": str(encoder), "classify.crop_pct": 0.7, "optim.base_lr": 0.1}
-    run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))
+    overrides = {"model.init_from": str(encoder), "classify.crop_pct": 0.7, "optim.base_lr": 0.1}
+    run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **overrides))
     assert main(["evaluate", str(run), "--on", "folder", "--root", str(FOLDER / "val"), "--out", str(out)]) == 0
     trained, evaluated = (json.loads(path.read_text()) for path in (run / "results" / "finetune.json", out))
     assert evaluated["scores"] == pytest.approx({name: trained["scores"][name] for name in evaluated["scores"]}, abs=1e-6)
     assert evaluated["protocol"]["crop_pct"] == trained["protocol"]["crop_pct"] == 0.7
     for metadata in (("model", "sha256"), ("data", "digest"), ("data", "images")):
         assert evaluated[metadata[0]][metadata[1]] == trained[metadata[0]][metadata[1]]
-    assert load_classifier(run, size=48).crop_pct is None  # the reference's for that size
+    assert load_classifier(run, size=48).crop_pct is None  # the default of the reference for that size
 
 
-def train_slow_to_judge(recipe, overrides):
+def train_with_slow_evaluation(recipe, overrides):
     original = classification.normalize
 
     def slow(*args):
-        time.sleep(0.4)  # a batch of evaluation
+        time.sleep(0.4)  # per batch of the evaluation
         return original(*args)
 
     classification.normalize = slow
     return train("finetune", recipe, overrides)
 
 
-def test_the_time_of_an_evaluation_is_no_time_of_a_step(tmp_path, encoder):
+def test_the_step_time_does_not_include_evaluations(tmp_path, encoder):
     run = tmp_path / "run"
-    own = {"model.init_from": str(encoder), "classify.eval_interval": "3 steps", "train.micro_batch": 16}
-    run_ranks(1, train_slow_to_judge, "finetune_demo", settings(run, "6 steps", **own))
+    overrides = {"model.init_from": str(encoder), "classify.eval_interval": "3 steps", "train.micro_batch": 16}
+    run_ranks(1, train_with_slow_evaluation, "finetune_demo", settings(run, "6 steps", **overrides))
     lines = {line["step"]: line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
     assert lines[4]["evaluation_s"] > 1.5  # four batches
     assert all(line["step_time_s"] < 1 and line["forward_backward_s"] < 1 for step, line in lines.items() if step > 1)
     counters = json.loads((run / "counters.json").read_text())
     counts, total = Counters(counters).histogram("step_seconds/evaluation")
-    assert counts[-1] == ("+Inf", 2)  # the last one too, which no step follows
+    assert counts[-1] == ("+Inf", 2)  # also the last one, which no step follows
     assert total > 3
     page = str(configuration(read_run_record(run)))
     assert "drop path 0.1" in page
     assert "mask ratio" not in page
 
 
-def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
+def test_a_damaged_validation_image_does_not_end_the_run(tmp_path, encoder):
     val, run = shutil.copytree(FOLDER / "val", tmp_path / "val"), tmp_path / "run"
     damaged = sorted(val.glob("*/*.jpg"))[7]
     damaged.write_bytes(damaged.read_bytes()[:300])
-    own = {
+    overrides = {
         "model.init_from": str(encoder),
         "classify.val_source": str(val),
         "engine.deepspeed": "zero3",
         "classify.eval_interval": "2 steps",
     }
-    assert run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **own))[0] == (4, True)
+    assert run_ranks(2, train, "finetune", "finetune_demo", settings(run, "4 steps", **overrides))[0] == (4, True)
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [event["step"] for event in history if event["event"] == "evaluation_failed"] == [2, 4]
     assert f"The evaluation at step 4 failed; training continues: {damaged}" in (run / "log.txt").read_text()
@@ -369,19 +369,19 @@ def test_a_damaged_image_to_evaluate_on_ends_no_run(tmp_path, encoder):
     assert str(damaged) in evaluations(read_run_record(run))
 
 
-def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path, encoder):
-    own = {"model.init_from": str(encoder)}
+def test_resumed_and_exported_weights_have_the_same_digest_and_training(tmp_path, encoder):
+    overrides = {"model.init_from": str(encoder)}
     one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other"
-    run_ranks(2, train, "finetune", "finetune_demo", settings(one, "4 steps", **own))
-    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **own), 2)
-    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **own))
-    run_ranks(2, train, "finetune", "finetune_demo", settings(other, "4 steps", **own, **{"run.seed": 1}))
+    run_ranks(2, train, "finetune", "finetune_demo", settings(one, "4 steps", **overrides))
+    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **overrides), 2)
+    run_ranks(2, train, "finetune", "finetune_demo", settings(two, "4 steps", **overrides))
+    run_ranks(2, train, "finetune", "finetune_demo", settings(other, "4 steps", **overrides, **{"run.seed": 1}))
     subjects = [load_classifier(run) for run in (one, two, other)]
     assert subjects[0].digest == subjects[1].digest != subjects[2].digest
     assert len({subject.training for subject in subjects}) == 1
     exported = load_classifier(convert(one, "timm", tmp_path / "timm"))
     assert exported.training == subjects[0].training
-    longer = settings(tmp_path / "longer", "5 steps", **own)
+    longer = settings(tmp_path / "longer", "5 steps", **overrides)
     run_ranks(1, train, "finetune", "finetune_demo", longer)
     assert load_classifier(tmp_path / "longer").training != subjects[0].training
 
@@ -396,17 +396,17 @@ def test_weights_have_the_same_digest_and_training_whatever_wrote_them(tmp_path,
         ({"model.init_from": None}, False),
     ],
 )
-def test_a_training_is_what_makes_the_weights_but_for_the_seed(override, same):
-    def training(own):
-        return provenance_from_metadata(build_metadata(load_config("finetune_base", own), 5), "").training_digest
+def test_the_training_digest_depends_on_the_settings_that_change_the_weights_except_the_seed(override, same):
+    def training(overrides):
+        return provenance_from_metadata(build_metadata(load_config("finetune_base", overrides), 5), "").training_digest
 
     assert (training({"model.init_from": "x"}) == training({"model.init_from": "x"} | override)) == same
 
 
-def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encoder):
+def test_a_linear_probe_does_not_change_the_backbone(tmp_path, encoder):
     run = tmp_path / "probe"
-    own = {"model.init_from": str(encoder), "train.precision": "bf16", "classify.lr_multipliers": [0.5, 2.0]}
-    run_ranks(2, train, "linprobe", "linprobe_demo", settings(run, "4 steps", **own))
+    overrides = {"model.init_from": str(encoder), "train.precision": "bf16", "classify.lr_multipliers": [0.5, 2.0]}
+    run_ranks(2, train, "linprobe", "linprobe_demo", settings(run, "4 steps", **overrides))
     before, after = weights(encoder), weights(run)
     backbone = {name for name in after if not name.startswith("head.")}
     assert backbone == {name for name in before if not name.startswith(("decoder_", "mask_token"))}
@@ -421,23 +421,23 @@ def test_a_linear_probe_leaves_the_backbone_as_it_was_to_the_bit(tmp_path, encod
     assert result["scores"]["top1"] == max(part["top1"] for part in result["parts"].values())
 
 
-def test_what_a_probe_is_scaled_by_is_the_mean_over_all_processes(tmp_path, encoder):
-    own = {"model.init_from": str(encoder), "data.augmentation": "none"}
+def test_batch_norm_statistics_are_averaged_over_all_ranks(tmp_path, encoder):
+    overrides = {"model.init_from": str(encoder), "data.augmentation": "none"}
     found = []
     for ranks in (1, 2):
         run, batch = tmp_path / f"probe{ranks}", {"train.global_batch": 8, "train.micro_batch": 8 // ranks}
-        run_ranks(ranks, train, "linprobe", "linprobe_demo", settings(run, "3 steps", **own) | batch)
+        run_ranks(ranks, train, "linprobe", "linprobe_demo", settings(run, "3 steps", **overrides) | batch)
         found.append(weights(run)["head.norm.running_mean"])
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [1.5, None])
-def test_only_what_is_to_be_trained_changes_and_stage_3_does_the_same(tmp_path, encoder, blocks):
+def test_only_trainable_blocks_change_also_with_zero_3(tmp_path, encoder, blocks):
     found = {}
     for stage, ranks in (("zero2", 1), ("zero3", 2)):
         run = tmp_path / stage
-        own = {"model.init_from": str(encoder), "classify.trainable_blocks": blocks, "engine.deepspeed": stage}
-        run_ranks(ranks, train, "finetune", "finetune_demo", settings(run, "3 steps", **own))
+        overrides = {"model.init_from": str(encoder), "classify.trainable_blocks": blocks, "engine.deepspeed": stage}
+        run_ranks(ranks, train, "finetune", "finetune_demo", settings(run, "3 steps", **overrides))
         found[stage] = weights(run), losses(run), json.loads((run / "results" / "finetune.json").read_text())
     before, (after, one, result), (_, other, again) = weights(encoder), found["zero2"], found["zero3"]
     frozen = [n for n in after if n in before and torch.equal(before[n], after[n])]
@@ -450,21 +450,21 @@ def test_only_what_is_to_be_trained_changes_and_stage_3_does_the_same(tmp_path, 
     assert again["data"] == result["data"]
 
 
-def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder):
+def test_position_embeddings_are_interpolated_to_another_image_size(tmp_path, encoder):
     run = tmp_path / "large"
-    own = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val_source": None}
-    run_ranks(1, train, "finetune", "finetune_demo", settings(run, "1 steps", **own))
+    overrides = {"model.init_from": str(encoder), "model.image_size": [48, 48], "classify.val_source": None}
+    run_ranks(1, train, "finetune", "finetune_demo", settings(run, "1 steps", **overrides))
     assert "Interpolated pos_embed from 8 x 8 to 12 x 12 patches." in (run / "log.txt").read_text()
     assert weights(run)["pos_embed"].shape == (1, 145, 96)
     assert not (run / "results").exists()
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    ("overrides", "message"),
     [
         (
             {"model.init_from": "ENCODER", "model.size": "tiny"},
-            "the encoder's width is 96, the model's is 192. Change model.size.",
+            "width is 96, the model's is 192. Change model.size",
         ),
         ({"model.init_from": "ENCODER", "model.patch_size": 8}, r"Set model.patch_size=\[4, 4\]"),
         (
@@ -472,39 +472,39 @@ def test_from_another_size_of_image_positions_are_interpolated(tmp_path, encoder
             "classify.trainable_blocks=7, but the encoder has 6 blocks",
         ),
         ({"classify.val_source": "nowhere", "model.init_from": None}, "classify.val_source=nowhere"),
-        ({"classify.val_source": "STRANGE", "model.init_from": None}, "other0 is not a class of data.source"),
-        ({"data.source": "ONE", "model.init_from": None}, "all images belong to one class"),
+        ({"classify.val_source": "OTHER_CLASSES", "model.init_from": None}, "other0 is not a class of data.source"),
+        ({"data.source": "ONE_CLASS", "model.init_from": None}, "all images belong to one class"),
         ({"classify.eval_interval": "0 epochs", "model.init_from": None}, "classify.eval_interval=0 epochs is 0 steps"),
-        ({"data.source": "UNLABELLED", "model.init_from": None}, "16 of 16 images have no label"),
+        ({"data.source": "UNLABELED", "model.init_from": None}, "16 of 16 images have no label"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(tmp_path, encoder, own, message):
+def test_weights_and_images_that_do_not_match_are_an_error(tmp_path, encoder, overrides, message):
     folder = tmp_path / "images"
     folder.mkdir()
     source = open_index("demo:val")
     for row in range(16):
         (folder / f"{row}.jpg").write_bytes(source.read(row))
     for number in range(10):
-        (tmp_path / "strange" / f"other{number}").mkdir(parents=True)
-        shutil.copy(folder / "0.jpg", tmp_path / "strange" / f"other{number}")
+        (tmp_path / "other" / f"other{number}").mkdir(parents=True)
+        shutil.copy(folder / "0.jpg", tmp_path / "other" / f"other{number}")
     (tmp_path / "one" / "class0").mkdir(parents=True)
     shutil.copy(folder / "0.jpg", tmp_path / "one" / "class0")
     listed = tmp_path / "images.txt"
     listed.write_text("".join(f"images/{row}.jpg\n" for row in range(16)))
-    places = {"ENCODER": str(encoder), "UNLABELLED": str(listed)}
-    places |= {"STRANGE": str(tmp_path / "strange"), "ONE": str(tmp_path / "one")}
-    own = {key: places.get(value, value) if isinstance(value, str) else value for key, value in own.items()}
+    places = {"ENCODER": str(encoder), "UNLABELED": str(listed)}
+    places |= {"OTHER_CLASSES": str(tmp_path / "other"), "ONE_CLASS": str(tmp_path / "one")}
+    overrides = {key: places.get(value, value) if isinstance(value, str) else value for key, value in overrides.items()}
     with pytest.raises(RankError, match=message):
-        run_ranks(1, train, "finetune", "finetune_demo", settings(tmp_path / "run", "1 steps", **own))
+        run_ranks(1, train, "finetune", "finetune_demo", settings(tmp_path / "run", "1 steps", **overrides))
 
 
-def test_a_recipe_belongs_to_its_command(tmp_path):
+def test_a_recipe_of_another_task_is_an_error(tmp_path):
     with pytest.raises(UserError, match="run.task=finetune: not a configuration for pretrain"):
         scale_mae.pretrain("finetune_demo", run={"dir": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
 
 
-def test_scores_count_every_image_once_also_where_a_process_has_none(tmp_path):
+def test_scores_count_every_image_once_also_if_a_rank_has_none(tmp_path):
     for ranks in (1, 3):
         found = run_ranks(ranks, score_some)
         assert all(each == found[0] for each in found)
@@ -531,7 +531,7 @@ def part_of(count):
 
 
 def score_some():
-    """Two classifiers on seven images of two classes: always 0, and always 1."""
+    """Score two classifiers on seven images of two classes. One always predicts class 0, the other class 1."""
     from scale_mae.distributed.process_group import process_group
     from scale_mae.evaluation.accuracy import score_classifiers
     from scale_mae.evaluation.image_loader import center_crop_transform
@@ -540,8 +540,8 @@ def score_some():
         one = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         return one[:, None].expand(2, len(images), 2)
 
-    with process_group() as ranks:
-        found = score_classifiers(logits, part_of(7), center_crop_transform(28, None), ranks, 2)
+    with process_group() as world:
+        found = score_classifiers(logits, part_of(7), center_crop_transform(28, None), world, 2)
     return [(each.images, each.top1, each.top5) for each in found]
 
 
@@ -556,6 +556,6 @@ def count_calls():
         calls.append(len(images))
         return torch.zeros(1, len(images), 2)
 
-    with process_group() as ranks:
-        score_classifiers(logits, part_of(2), center_crop_transform(28, None), ranks, 1)
+    with process_group() as world:
+        score_classifiers(logits, part_of(2), center_crop_transform(28, None), world, 1)
     return "called", len(calls)

@@ -1,4 +1,4 @@
-"""Runs and their data: the index they are bound to, the decoder, images that cannot be had."""
+"""Runs and their data: the index of a run, the choice of the decoder, and unreadable images."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from scale_mae.distributed.signals import StopRequest
 from scale_mae.runs.run_index import find_or_build_index
 
 
-def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
+def test_a_run_without_an_index_builds_one_and_logs_it(tmp_path):
     data = make_folders(tmp_path / "data", per_class=8)
     (data / "class1" / "3.jpg").write_bytes(b"")
     config = make_config(tmp_path / "run", **{"data.source": str(data)})
@@ -32,7 +32,7 @@ def test_a_run_without_an_index_builds_one_and_says_so(tmp_path):
     assert "class1/3.jpg\tempty file" in (tmp_path / "run" / "data.index.quarantined.txt").read_text()
 
 
-def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):
+def test_folders_and_their_index_give_the_same_losses_and_packed_data_can_be_trained_on(tmp_path):
     data = make_folders(tmp_path / "data", per_class=8)
     build_index(str(data), tmp_path / "x.index")
     pack(str(data), tmp_path / "packed", short_side=24)
@@ -45,7 +45,7 @@ def test_an_index_a_packing_and_the_source_itself_can_be_trained_on(tmp_path):
     assert losses["folders"] == losses["index"] != losses["packed"]
 
 
-def test_a_run_does_not_go_on_with_other_images(tmp_path):
+def test_a_run_does_not_resume_with_another_index(tmp_path):
     data = make_folders(tmp_path / "data", per_class=8)
     build_index(str(data), tmp_path / "x.index")
     config = make_config(tmp_path / "run", **{"data.source": str(tmp_path / "x.index")})
@@ -61,12 +61,12 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "dali_cpu"])
-def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder):
+def test_bad_images_do_not_end_a_run_and_are_logged_and_counted(tmp_path, decoder):
     data = make_folders(tmp_path / "data", per_class=20)
     setting = {"data.source": str(data), "train.micro_batch": 2, "train.global_batch": 8, "train.duration": "30 steps"}
     setting |= {"checkpoint.interval": "100 steps", "data.decoder": decoder}
     configs = [make_config(tmp_path / name, **setting) for name in ("a", "b")]
-    for config in configs:  # the images go bad after they were indexed
+    for config in configs:  # the images are damaged after they were indexed
         build_index(str(data), tmp_path / config.run.dir / "data.index", verify=False)
     (data / "class0" / "3.jpg").unlink()
     cut = data / "class1" / "7.jpg"
@@ -81,14 +81,14 @@ def test_bad_images_never_end_a_run_and_are_named_and_counted(tmp_path, decoder)
     assert f"data.decoder={decoder} (as configured)" in text
     last = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
     for cause, image in (("unreadable", "class0/3.jpg"), ("damaged", "class1/7.jpg")):
-        assert last[f"decode_failures_{cause}"] == text.count(f"{image}: {cause} (") >= 4  # once an epoch, and as substitutes
+        assert last[f"decode_failures_{cause}"] == text.count(f"{image}: {cause} (") >= 4  # once per epoch, and as substitutes
     assert last["decode_failures"] == last["decode_failures_unreadable"] + last["decode_failures_damaged"]
     assert last["decoder_fallbacks"] == 0
     resumed = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
     assert {k: v for k, v in resumed.items() if "decode_" in k} == {k: v for k, v in last.items() if "decode_" in k}
 
 
-def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_path):
+def test_too_many_bad_images_stop_all_ranks_with_one_error_after_a_save(tmp_path):
     data = make_folders(tmp_path / "data", per_class=20)
     config = make_config(
         tmp_path / "run", **{"data.source": str(data), "data.max_failure_ratio": 0.00002, "train.duration": "60 steps"}
@@ -109,8 +109,8 @@ def test_too_many_bad_images_stop_all_ranks_with_one_error_and_lose_nothing(tmp_
     assert run_ranks(2, train, config)[0].finished
 
 
-def stop_at(config, step):
-    """A signal between two log lines."""
+def train_until_signal(config, step):
+    """Train. At ``step``, between two log lines, the process signals itself."""
     from scale_mae.engine.deepspeed import Engine
 
     original = Engine.step
@@ -124,20 +124,20 @@ def stop_at(config, step):
     return train(config)
 
 
-def test_failures_between_log_lines_are_named_before_a_run_stops(tmp_path):
+def test_decode_failures_between_log_lines_are_logged_before_a_run_stops(tmp_path):
     data = make_folders(tmp_path / "data", per_class=5)
     setting = {"data.source": str(data), "log.interval": 1000, "train.duration": "500 steps"}
     config = make_config(tmp_path / "run", **setting)
     build_index(str(data), tmp_path / "run" / "data.index", verify=False)
     (data / "class0" / "3.jpg").unlink()
-    result = run_ranks(1, stop_at, config, 20)[0]
+    result = run_ranks(1, train_until_signal, config, 20)[0]
     assert not result.finished
     text = (tmp_path / "run" / "log.txt").read_text()
     assert text.count("class0/3.jpg: unreadable") >= result.step * 16 // 15 - 1
     assert text.index("class0/3.jpg: unreadable") < text.index("stopped by SIGTERM")
 
 
-def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, monkeypatch):
+def test_a_signal_stops_an_index_build_that_resumes_later(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "CHUNK", 2)
     data = make_folders(tmp_path / "data")
     stop = StopRequest()
@@ -153,7 +153,7 @@ def test_a_signal_stops_the_building_of_an_index_which_then_goes_on(tmp_path, mo
     assert "does not contain images that were added to data.source later" in notes[-1]
 
 
-def test_auto_falls_back_together_when_dali_does_not_start(tmp_path):
+def test_all_ranks_fall_back_to_pillow_if_dali_fails_on_one(tmp_path):
     config = make_config(tmp_path, **{"data.decoder": "auto"})
     assert run_ranks(2, train_with_broken_dali, config)[0].finished
     assert "data.decoder=pillow (data.decoder=dali_cpu: does not start (driver too old)" in (tmp_path / "log.txt").read_text()
@@ -170,7 +170,7 @@ def train_with_broken_dali(config):
     return train(config)
 
 
-def slow_main(seconds):
+def wait_for_a_slow_action(seconds):
     from datetime import timedelta
 
     process_group.TIMEOUT, process_group.HEARTBEAT = timedelta(seconds=3), 0.5
@@ -179,9 +179,9 @@ def slow_main(seconds):
         time.sleep(seconds)
         return 7
 
-    with process_group.process_group() as ranks:
-        return ranks.run_on_main(action)
+    with process_group.process_group() as world:
+        return world.run_on_main(action)
 
 
-def test_what_rank_0_does_for_all_may_take_longer_than_the_others_wait():
-    assert run_ranks(2, slow_main, 6) == [7, 7]
+def test_an_action_of_run_on_main_may_take_longer_than_the_timeout():
+    assert run_ranks(2, wait_for_a_slow_action, 6) == [7, 7]

@@ -1,4 +1,4 @@
-"""Training a classifier: layer decay, a moving average, LARS and evaluation, at every stage, resumed on others."""
+"""The engine with a classifier: layer decay, EMA, LARS and evaluation at every ZeRO stage, and resuming at another one."""
 
 import copy
 import functools
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from test_engine import Waits
-from trainable_models import SmallClassifier, labelled
+from test_engine import WaitCounter
+from trainable_models import SmallClassifier, labeled_batch
 
 from scale_mae.checkpoint.paths import DEEPSPEED_TAG
 from scale_mae.checkpoint.zero_reader import ZeroReader
@@ -20,16 +20,16 @@ from scale_mae.config import Config
 from scale_mae.engine import lars as optimizers
 
 BATCH, SAVED, STEPS, DECAY = 8, 3, 5, 0.7
-RATES = (5e-4, 1e-3, 2e-3, 1.5e-3, 1e-3, 5e-4)  # none is 0, so that the average moves in the first step
-SCALES = {"head.weight": 2.0}
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 1.5e-3, 1e-3, 5e-4)  # none is 0, so that the EMA changes in the first step
+LR_SCALES = {"head.weight": 2.0}
 ADAMW, LARS = {"name": "adamw", "layer_decay": 0.65}, {"name": "lars", "weight_decay": 1e-4, "trust_coefficient": 0.1}
-PIECES = {"stage": 3, "sub_group_size": 1000, "stage3_param_persistence_threshold": 0}
-WHOLE = {"stage": 3, "stage3_param_persistence_threshold": 10**6}
-OPTIMIZER = {True: ("fp32", "momentum_buffer", "ema"), False: ("fp32", "exp_avg", "exp_avg_sq", "ema")}
+SMALL_SUB_GROUPS = {"stage": 3, "sub_group_size": 1000, "stage3_param_persistence_threshold": 0}
+ONLY_PERSISTENT = {"stage": 3, "stage3_param_persistence_threshold": 10**6}
+STATE_KEYS = {True: ("fp32", "momentum_buffer", "ema"), False: ("fp32", "exp_avg", "exp_avg_sq", "ema")}
 
 
 def make_config(folder, layout, precision="fp32", micro_batch=4, ema=DECAY, lars=False):
-    for name, zero in (("pieces", PIECES), ("whole", WHOLE)):
+    for name, zero in (("sub_groups", SMALL_SUB_GROUPS), ("persistent", ONLY_PERSISTENT)):
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
     own = folder / f"{layout}.json"
     return Config.model_validate(
@@ -42,108 +42,109 @@ def make_config(folder, layout, precision="fp32", micro_batch=4, ema=DECAY, lars
     )
 
 
-def build(config, ranks):
+def build_engine(config, world):
     from deepspeed.accelerator import get_accelerator
 
     from scale_mae.engine.deepspeed import Engine
 
     get_accelerator().is_fp16_supported = lambda: True
-    return Engine(SmallClassifier(scales=SCALES), config, ranks)
+    return Engine(SmallClassifier(lr_scales=LR_SCALES), config, world)
 
 
-def copies(engine, ranks, key=None):
-    """This process's masters, or one of the optimizer's states."""
+def copies(engine, world, key=None):
+    """Copy the master weights of this process, or one of the optimizer's states."""
     from scale_mae.checkpoint.partitions import local_partitions
 
     states = engine._engine.basic_optimizer.state
-    return [(states[p][key] if key else p).detach().clone() for p, _ in local_partitions(engine._engine, ranks.rank)]
+    return [(states[p][key] if key else p).detach().clone() for p, _ in local_partitions(engine._engine, world.rank)]
 
 
 def weights(engine):
-    """What the model computes with."""
+    """Return the full weights of the model in its precision."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    found = []
+    full_weights = []
     for p in engine.model.parameters():
         with GatheredParameters([p], enabled=engine.zero_stage == 3):
-            found.append(p.detach().clone())
-    return found
+            full_weights.append(p.detach().clone())
+    return full_weights
 
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def train(engine, ranks, config, steps, bad=None):
-    """Losses; those of a bad step have no finite gradients. The average follows the recursion, from wherever it stands."""
-    accumulation, micro = config.accumulation(ranks.size), config.train.micro_batch
+def train(engine, world, config, steps, bad=None):
+    """Train, and return the losses. The step ``bad`` has NaN gradients. Check the EMA after every step."""
+    accumulation, micro = config.accumulation(world.size), config.train.micro_batch
     losses = []
     for step in steps:
-        images, labels = labelled(step)
+        images, labels = labeled_batch(step)
         total = torch.zeros(())
-        average = copies(engine, ranks, "ema" if engine._engine.basic_optimizer.state else None)
+        ema = copies(engine, world, "ema" if engine._engine.basic_optimizer.state else None)
         for number in range(accumulation):
-            part = slice(*((number * ranks.size + ranks.rank + i) * micro for i in (0, 1)))
-            spoilt = images[part] * (float("nan") if step == bad else 1)
-            total += engine.forward_backward(spoilt, labels[part]) / accumulation
-            engine.step(RATES[step])
-        losses += ranks.all_reduce_sum(total[None] / ranks.size)
-        for was, master in zip(average, copies(engine, ranks), strict=True):
-            was.copy_(was if engine.last_step_skipped else DECAY * was + (1 - DECAY) * master)
+            part = slice(*((number * world.size + world.rank + i) * micro for i in (0, 1)))
+            inputs = images[part] * (float("nan") if step == bad else 1)
+            total += engine.forward_backward(inputs, labels[part]) / accumulation
+            engine.step(LEARNING_RATES[step])
+        losses += world.all_reduce_sum(total[None] / world.size)
+        for average, master in zip(ema, copies(engine, world), strict=True):
+            average.copy_(average if engine.last_step_skipped else DECAY * average + (1 - DECAY) * master)
         if config.optim.ema_decay and engine._engine.basic_optimizer.state:
-            for now, expected in zip(copies(engine, ranks, "ema"), average, strict=True):
-                torch.testing.assert_close(now, expected, atol=1e-7, rtol=1e-6)
-                assert not engine.last_step_skipped or torch.equal(now, expected)
+            for average, expected in zip(copies(engine, world, "ema"), ema, strict=True):
+                torch.testing.assert_close(average, expected, atol=1e-7, rtol=1e-6)
+                assert not engine.last_step_skipped or torch.equal(average, expected)
     return losses
 
 
-def evaluate(engine, ranks):
-    """Logits with the weights and with their average; both come back bit for bit, from an error too."""
-    images, _ = labelled(99)
+def evaluate(engine, world):
+    """Return the logits with the weights and with their EMA. Check that both are restored bit for bit, also after an error."""
+    images, _ = labeled_batch(99)
     states = (None, "ema") if engine._engine.basic_optimizer.state else (None,)
 
     def everything():
-        return [*itertools.chain(*(copies(engine, ranks, key) for key in states)), *weights(engine)]
+        return [*itertools.chain(*(copies(engine, world, key) for key in states)), *weights(engine)]
 
-    before, found = everything(), []
+    before, all_logits = everything(), []
     for ema, fails in itertools.product((False, True), (False, True)):
         with suppress(ZeroDivisionError), engine.evaluation_mode(ema=ema):
             assert not any(module.training for module in engine.model.modules())
             logits = engine.model(images).numpy()
-            found += [] if fails else [logits]
+            all_logits += [] if fails else [logits]
             _ = 1 / (not fails)
         assert all(module.training for module in engine.model.modules())
         assert torch.is_grad_enabled()
         assert same(before, everything())
-    return found
+    return all_logits
 
 
 def write(folder, jobs):
-    """Each: evaluate, train, evaluate, save, train on with a step left out; losses and logits."""
+    """For each job: evaluate, train, evaluate, save, continue, and skip a bad step. Return losses and logits by job."""
     from scale_mae.distributed.process_group import process_group
 
     gc.freeze()
-    told = {}
-    with process_group() as ranks:
+    results = {}
+    with process_group() as world:
         for job in jobs:
             layout, precision, lars = job
             config = make_config(folder, layout, precision, lars=lars)
-            engine = build(config, ranks)
-            logits = evaluate(engine, ranks)
-            losses = train(engine, ranks, config, range(SAVED))
-            logits += evaluate(engine, ranks)
-            engine.save(folder / "-".join(map(str, (*job, ranks.size))), {})
-            losses += train(engine, ranks, config, range(SAVED, STEPS))
-            after, skipped = copies(engine, ranks), engine.skipped_steps
+            engine = build_engine(config, world)
+            logits = evaluate(engine, world)
+            losses = train(engine, world, config, range(SAVED))
+            logits += evaluate(engine, world)
+            engine.save(folder / "-".join(map(str, (*job, world.size))), {})
+            losses += train(engine, world, config, range(SAVED, STEPS))
+            after, skipped = copies(engine, world), engine.skipped_steps
             assert precision == "fp16" or not skipped
-            train(engine, ranks, config, [STEPS], bad=STEPS)
-            assert same(after, copies(engine, ranks))
+            train(engine, world, config, [STEPS], bad=STEPS)
+            assert same(after, copies(engine, world))
             assert engine.skipped_steps == skipped + 1
-            told[job] = losses, logits
-    return told
+            results[job] = losses, logits
+    return results
 
 
 def expected_groups(lars):
+    """Return (weight decay, learning-rate multiplier) of each parameter group."""
     if lars:
         return [(0.0, 1.0), (1e-4, 1.0), (1e-4, 2.0)]
     scales = [0.65**above for above in range(5, 0, -1)]
@@ -151,34 +152,40 @@ def expected_groups(lars):
 
 
 def read(folder, jobs):
-    """Load each source as another layout, save at once, evaluate, train on; losses and logits."""
+    """For each job: load with another layout, save, evaluate, and continue. Return losses and logits."""
     from scale_mae.distributed.process_group import process_group
 
     gc.freeze()
-    told = []
-    with process_group() as ranks:
+    results = []
+    with process_group() as world:
         for source, target, layout, precision, lars in jobs:
-            config = make_config(folder, layout, precision, micro_batch=BATCH // ranks.size, lars=lars)
-            engine = build(config, ranks)
+            config = make_config(folder, layout, precision, micro_batch=BATCH // world.size, lars=lars)
+            engine = build_engine(config, world)
             engine.load(folder / source)
             engine.save(folder / target, {})
-            logits = evaluate(engine, ranks)
+            logits = evaluate(engine, world)
             scales = sorted((group["weight_decay"], group["lr_scale"]) for group in engine._optimizer.param_groups)
             assert scales == expected_groups(lars)
-            told.append((train(engine, ranks, config, range(SAVED, STEPS)), logits))
-    return told
+            results.append((train(engine, world, config, range(SAVED, STEPS)), logits))
+    return results
 
 
 WRITTEN = [
-    *((layout, "fp32", False) for layout in ("zero0", "zero1", "zero2", "zero3", "pieces", "whole", "zero3_offload")),
+    *((layout, "fp32", False) for layout in ("zero0", "zero1", "zero2", "zero3", "sub_groups", "persistent", "zero3_offload")),
     *((layout, "bf16", False) for layout in ("zero0", "zero2", "zero3")),
     ("zero0", "fp16", False),
     ("zero2", "fp16", False),
     *(("zero0", precision, True) for precision in ("fp32", "bf16", "fp16")),
 ]
 ON_ONE = [(f"zero{stage}", "fp32", False) for stage in range(4)]
-HOPS = {  # (written as, by so many ranks, read as)
-    2: [("zero0", 1, "zero3"), ("zero3", 1, "zero2"), ("zero2", 1, "zero0"), ("pieces", 2, "zero1"), ("zero1", 2, "pieces")],
+RESHARDINGS = {  # world size that loads: [(layout, world size that saved, layout that loads)]
+    2: [
+        ("zero0", 1, "zero3"),
+        ("zero3", 1, "zero2"),
+        ("zero2", 1, "zero0"),
+        ("sub_groups", 2, "zero1"),
+        ("zero1", 2, "sub_groups"),
+    ],
     1: [("zero3", 2, "zero0"), ("zero1", 2, "zero3"), ("zero3_offload", 2, "zero2"), ("zero0", 2, "zero1")],
 }
 IN_16_BIT = [("zero0", "zero3", "bf16"), ("zero3", "zero2", "bf16"), ("zero2", "zero0", "fp16"), ("zero0", "zero2", "fp16")]
@@ -186,25 +193,25 @@ IN_16_BIT = [("zero0", "zero3", "bf16"), ("zero3", "zero2", "bf16"), ("zero2", "
 
 @functools.cache
 def plain(lars):
-    """Losses of PyTorch alone, and its weights and their average at the time of saving."""
-    model = SmallClassifier(scales=SCALES)
+    """Train with plain PyTorch. Return the losses, and the EMA at the step of the checkpoint."""
+    model = SmallClassifier(lr_scales=LR_SCALES)
     groups = []
     for name, p in model.named_parameters():
         layer = {"blocks": 1, "fc_norm": 5, "head": 5}.get(name.split(".")[0], 0)
         layer += int(name.split(".")[1]) if layer == 1 else 0
         decays = p.ndim > 1 and name not in ("cls_token", "pos_embed")
-        scale = SCALES.get(name, 1.0) * (1.0 if lars else 0.65 ** (5 - layer))
+        scale = LR_SCALES.get(name, 1.0) * (1.0 if lars else 0.65 ** (5 - layer))
         groups.append({"params": [p], "weight_decay": (1e-4 if lars else 0.05) * decays, "scale": scale})
-    of_lars = {"momentum": 0.9, "trust_coefficient": 0.1}
-    optimizer = optimizers.LARS(groups, **of_lars) if lars else torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.95))
+    lars_options = {"momentum": 0.9, "trust_coefficient": 0.1}
+    optimizer = optimizers.LARS(groups, **lars_options) if lars else torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.95))
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(STEPS):
-        loss = model(*labelled(step)).loss
+        loss = model(*labeled_batch(step)).loss
         optimizer.zero_grad()
         loss.backward()
         for group in groups:
-            group["lr"] = RATES[step] * group["scale"]
+            group["lr"] = LEARNING_RATES[step] * group["scale"]
         optimizer.step()
         losses.append(loss.item())
         if step < SAVED:
@@ -219,30 +226,30 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def moved(written):
+def resharded(written):
     folder, _ = written
-    told = {}
-    for size, hops in HOPS.items():
+    results = {}
+    for size, hops in RESHARDINGS.items():
         jobs = [(f"{one}-fp32-False-{by}", f"{one}-{other}@{size}", other, "fp32", False) for one, by, other in hops]
         if size == 2:
             jobs += [(f"{one}-{p}-False-2", f"{one}-{other}@2{p}", other, p, False) for one, other, p in IN_16_BIT]
             jobs += [(f"zero0-{p}-True-2", f"lars@2{p}", "zero0", p, True) for p in ("fp32", "bf16", "fp16")]
-        told |= dict(zip([(*job[:2], *job[3:]) for job in jobs], run_ranks(size, read, folder, jobs)[0], strict=True))
-    return told
+        results |= dict(zip([(*job[:2], *job[3:]) for job in jobs], run_ranks(size, read, folder, jobs)[0], strict=True))
+    return results
 
 
-def test_every_stage_gives_the_losses_of_plain_pytorch_with_rates_by_layer(written):
-    for told in written[1].values():
-        for (layout, precision, lars), (losses, _) in told.items():
-            rtol = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1.0}[precision]  # fp16 leaves steps out as it finds its scale
+def test_losses_with_layer_decay_equal_plain_pytorch_at_every_stage(written):
+    for results in written[1].values():
+        for (layout, precision, lars), (losses, _) in results.items():
+            rtol = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1.0}[precision]  # fp16 skips steps until its loss scale fits
             np.testing.assert_allclose(losses, plain(lars)[0], rtol=rtol, err_msg=f"{layout} {precision} {lars}")
 
 
-def test_the_average_is_that_of_plain_pytorch_and_what_is_evaluated(written):
+def test_the_ema_equals_that_of_plain_pytorch_and_is_evaluated(written):
     folder, by_size = written
     fresh = SmallClassifier().eval()
-    for size, told in by_size.items():
-        for (layout, precision, lars), (_, (first, first_ema, last, last_ema)) in told.items():
+    for size, results in by_size.items():
+        for (layout, precision, lars), (_, (first, first_ema, last, last_ema)) in results.items():
             reader = ZeroReader(folder / f"{layout}-{precision}-{lars}-{size}" / DEEPSPEED_TAG)
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
             assert np.array_equal(first, first_ema)
@@ -251,7 +258,7 @@ def test_the_average_is_that_of_plain_pytorch_and_what_is_evaluated(written):
                 model = copy.deepcopy(fresh)
                 for name, p in model.named_parameters():
                     p.data = reader.flat(name, key).reshape(p.shape).clone()
-                expected = model.to(dtype)(labelled(99)[0]).detach().numpy()
+                expected = model.to(dtype)(labeled_batch(99)[0]).detach().numpy()
                 np.testing.assert_allclose(
                     logits, expected, atol=1e-5 if precision == "fp32" else 1e-2, err_msg=f"{layout} {precision} {key}"
                 )
@@ -260,39 +267,39 @@ def test_the_average_is_that_of_plain_pytorch_and_what_is_evaluated(written):
                     torch.testing.assert_close(reader.flat(name, "ema").reshape(average.shape), average, atol=2e-5, rtol=1e-4)
 
 
-def test_other_stages_and_ranks_resume_with_average_and_rates(written, moved):
+def test_a_run_resumes_at_another_stage_with_its_ema_and_learning_rates(written, resharded):
     folder, by_size = written
-    for (source, target, precision, lars), (losses, logits) in moved.items():
+    for (source, target, precision, lars), (losses, logits) in resharded.items():
         one, other = ZeroReader(folder / source / DEEPSPEED_TAG), ZeroReader(folder / target / DEEPSPEED_TAG)
-        for name, key in itertools.product(one.parameters, OPTIMIZER[lars]):
+        for name, key in itertools.product(one.parameters, STATE_KEYS[lars]):
             assert torch.equal(one.flat(name, key), other.flat(name, key)), (target, name, key)
         assert sorted(g["lr_scale"] for g in other.groups)[-1] == 2.0
         layout, size = source.split("-")[0], int(source[-1])
         straight, (_, _, *expected) = by_size[size][layout, precision, lars]
-        # scalers of fp16 differ from stage to stage in when they leave steps out
+        # the loss scalers of the stages skip different steps in fp16
         rtol = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1.0}[precision]
         np.testing.assert_allclose(losses, straight[SAVED:], rtol=rtol, err_msg=target)
         np.testing.assert_allclose(logits, expected, atol=1e-5 if precision == "fp32" else 5e-2)
-        if lars:  # the same ranks and stage
+        if lars:  # with the same world size and stage
             assert losses == straight[SAVED:]
 
 
-def missing(folder, source):
+def load_into_adamw(folder, source):
     from scale_mae.distributed.process_group import process_group
 
-    with process_group() as ranks:
+    with process_group() as world:
         config = make_config(folder, "zero1")
-        engine = build(config, ranks)
-        before = copies(engine, ranks)
+        engine = build_engine(config, world)
+        before = copies(engine, world)
         try:
             engine.load(folder / source)
         finally:
-            assert same(before, copies(engine, ranks))
+            assert same(before, copies(engine, world))
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes(written):
+def test_a_checkpoint_of_another_optimizer_is_an_error_and_changes_nothing(written):
     with pytest.raises(RankError, match=r"its optimizer has no state exp_avg for ") as caught:
-        run_ranks(1, missing, written[0], "zero0-fp32-True-2")
+        run_ranks(1, load_into_adamw, written[0], "zero0-fp32-True-2")
     assert caught.value.kinds == ["CheckpointError"]
 
 
@@ -300,21 +307,21 @@ def count_waits(folder):
     from scale_mae.distributed.process_group import process_group
 
     counts = []
-    with process_group() as ranks:
+    with process_group() as world:
         for layout in ("zero1", "zero2"):
-            engine = build(make_config(folder, layout, "bf16", micro_batch=BATCH), ranks)
+            engine = build_engine(make_config(folder, layout, "bf16", micro_batch=BATCH), world)
             for step in range(3):
-                with Waits() as waits:
-                    engine.forward_backward(*labelled(step))
+                with WaitCounter() as waits:
+                    engine.forward_backward(*labeled_batch(step))
                     engine.step(1e-3)
             counts.append(waits.count)
         with (
             pytest.raises(ValueError, match=r"optim\.ema"),
-            build(make_config(folder, "zero2", ema=None), ranks).evaluation_mode(True),
+            build_engine(make_config(folder, "zero2", ema=None), world).evaluation_mode(True),
         ):
             pass
     return counts
 
 
-def test_the_average_lets_the_host_go_on(tmp_path):
+def test_the_host_does_not_wait_for_the_ema(tmp_path):
     assert run_ranks(1, count_waits, tmp_path)[0] == [0, 0]

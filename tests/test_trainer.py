@@ -1,4 +1,4 @@
-"""Whole runs on real ranks: resume, signals, bad numbers, bad input."""
+"""Complete runs on several ranks: resume, signals, non-finite values, failed saves, and wrong settings."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def train(config):
 
 
 def train_until(config, step):
-    """Stop this rank alone, from inside, once ``step`` has been logged."""
+    """Train. This rank signals itself when ``step`` is logged."""
     original = Log.write_metrics
 
     def metrics(self, values):
@@ -40,19 +40,19 @@ def train_until(config, step):
         if values["step"] >= step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Log.write_metrics = metrics  # each rank is a process of its own
+    Log.write_metrics = metrics  # each rank is a separate process
     return train(config)
 
 
 def log(run_dir, *keys):
-    """Values of ``log.jsonl`` by step; the last line of a step counts."""
+    """Return values of ``log.jsonl`` by step. The last line of a step counts."""
     lines = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
     return {line["step"]: tuple(line[key] for key in keys) for line in lines}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Losses, learning rates and norms of a run of two ranks that nothing interrupts."""
+    """Folder of an uninterrupted run on two ranks; its losses, learning rates and gradient norms by step."""
     folder = tmp_path_factory.mktemp("undisturbed")
     result = run_ranks(2, train, make_config(folder))[0]
     assert result.finished
@@ -61,11 +61,11 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [2])
-def test_interrupted_twice_in_one_epoch_equals_undisturbed_bit_for_bit(undisturbed, tmp_path, ranks):
+def test_a_run_that_resumes_twice_in_one_epoch_equals_an_uninterrupted_run_bit_for_bit(undisturbed, tmp_path, ranks):
     folder, expected = undisturbed
     config = make_config(tmp_path)
     for step in (3, 6):
-        # only rank 0 logs, so only rank 0 gets the signal; all ranks must stop
+        # only rank 0 logs, so only rank 0 signals itself, but all ranks must stop
         results = run_ranks(ranks, train_until, config, step)
         assert [r.finished for r in results] == [False] * ranks
         assert len({r.step for r in results}) == 1
@@ -95,7 +95,7 @@ def test_resume_is_exact_at_other_stages_and_precisions(tmp_path, stage, precisi
     assert log(tmp_path / "b", "loss", "lr") == log(tmp_path / "a", "loss", "lr")
 
 
-def test_ranks_and_accumulation_do_not_change_the_run(undisturbed, tmp_path):
+def test_world_size_and_accumulation_do_not_change_the_losses(undisturbed, tmp_path):
     _, expected = undisturbed
     run_ranks(1, train, make_config(tmp_path, **{"train.micro_batch": 16}))
     for step, (loss, lr, _) in log(tmp_path, "loss", "lr", "grad_norm").items():
@@ -103,7 +103,7 @@ def test_ranks_and_accumulation_do_not_change_the_run(undisturbed, tmp_path):
         assert lr == expected[step][1]
 
 
-def test_a_log_line_has_what_the_documents_promise(undisturbed):
+def test_log_lines_contain_the_documented_values(undisturbed):
     folder, _ = undisturbed
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for line in lines:
@@ -118,7 +118,7 @@ def test_a_log_line_has_what_the_documents_promise(undisturbed):
     assert "Saved checkpoint" in (folder / "log.txt").read_text()
 
 
-def test_a_finished_run_started_again_does_nothing(undisturbed):
+def test_a_finished_run_that_starts_again_saves_nothing(undisturbed):
     folder, _ = undisturbed
     before = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert run_ranks(2, train, make_config(folder))[0].finished
@@ -127,7 +127,7 @@ def test_a_finished_run_started_again_does_nothing(undisturbed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("target", [0, 1])
-def test_a_signal_on_any_rank_stops_all_after_one_save(tmp_path, number, target):
+def test_a_signal_to_any_rank_stops_all_ranks_after_one_save(tmp_path, number, target):
     config = make_config(tmp_path, **{"train.duration": "100000 steps", "checkpoint.interval": "100000 steps"})
     processes, pipes = start_ranks(2, train, config)
     deadline = time.monotonic() + 120
@@ -143,7 +143,7 @@ def test_a_signal_on_any_rank_stops_all_after_one_save(tmp_path, number, target)
 
 
 def train_with_nan(config, step):
-    """The second rank's loss, and with it the gradients, become NaN in one step."""
+    """Train. The loss of the second rank is NaN in one step."""
     from scale_mae.engine.deepspeed import Engine
 
     original, calls = Engine.forward_backward, []
@@ -157,7 +157,7 @@ def train_with_nan(config, step):
 
 
 @pytest.mark.parametrize("log_every", [1, 20])
-def test_a_step_whose_loss_is_not_finite_on_one_rank_is_left_out_and_the_run_goes_on(tmp_path, log_every):
+def test_a_step_with_a_non_finite_loss_on_one_rank_is_skipped_and_the_run_continues(tmp_path, log_every):
     config = make_config(tmp_path, **{"log.interval": log_every, "train.micro_batch": 8})
     assert run_ranks(2, train_with_nan, config, 6)[0].finished
     lines = log(tmp_path, "loss", "grad_norm", "skipped_steps", "rollbacks")
@@ -170,7 +170,7 @@ def test_a_step_whose_loss_is_not_finite_on_one_rank_is_left_out_and_the_run_goe
 
 
 def train_with_bad_weights(config, bad=4):
-    """A weight becomes infinite in the last step before a save, which no loss has seen yet."""
+    """Train. A weight of the second rank becomes infinite after the step ``bad``."""
     from scale_mae.engine.deepspeed import Engine
 
     original, steps = Engine.step, []
@@ -193,8 +193,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-def lose_the_second_save(rank):
-    """It fails on one rank."""
+def make_the_second_save_fail(rank):
+    """Make the second save of each file fail on one rank."""
     real, saves = torch.save, Counter()
 
     def full(state, path, *args, **kwargs):
@@ -207,13 +207,13 @@ def lose_the_second_save(rank):
 
 
 def train_on_a_full_disk(config, rank):
-    lose_the_second_save(rank)
+    make_the_second_save_fail(rank)
     return train(config)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("local", [False, True])
-def test_a_save_that_fails_on_one_rank_loses_that_checkpoint_only(undisturbed, tmp_path, rank, local):
+def test_a_save_that_fails_on_one_rank_does_not_end_the_run(undisturbed, tmp_path, rank, local):
     setting = {"checkpoint.local_dir": str(tmp_path / "local")} if local else {}
     config = make_config(tmp_path / "run", **setting)
     assert run_ranks(2, train_on_a_full_disk, config, rank, timeout=60)[0].finished
@@ -226,11 +226,11 @@ def test_a_save_that_fails_on_one_rank_loses_that_checkpoint_only(undisturbed, t
 
 
 def train_on_a_full_disk_with_bad_weights(config):
-    lose_the_second_save(1)
+    make_the_second_save_fail(1)
     return train_with_bad_weights(config, 8)
 
 
-def test_the_last_checkpoint_that_is_named_is_one_that_exists(tmp_path):
+def test_the_error_about_weights_names_the_last_checkpoint_that_was_saved(tmp_path):
     setting = {"train.micro_batch": 8, "checkpoint.interval": "2 steps"}
     with pytest.raises(RankError, match=r"weights are not finite after step 8; .*last checkpoint: .*step-00000006\)"):
         run_ranks(2, train_on_a_full_disk_with_bad_weights, make_config(tmp_path, **setting))
@@ -238,7 +238,7 @@ def test_the_last_checkpoint_that_is_named_is_one_that_exists(tmp_path):
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_a_last_save_that_fails_is_an_error_and_keeps_the_one_before(tmp_path, local):
+def test_a_final_save_that_fails_is_an_error_and_keeps_the_previous_checkpoint(tmp_path, local):
     setting = {"checkpoint.local_dir": str(tmp_path / "local")} if local else {}
     config = make_config(tmp_path / "run", **{"train.duration": "8 steps"}, **setting)
     with pytest.raises(RankError, match=r"not written \(.*No space left") as caught:
@@ -276,7 +276,7 @@ def test_processes_of_one_torchrun_can_train_twice(tmp_path):
     assert log(tmp_path / "1", "loss") == log(tmp_path / "2", "loss")
 
 
-def test_a_run_that_never_began_does_not_bind_its_directory(tmp_path):
+def test_a_run_that_did_not_start_does_not_bind_its_directory_to_its_config(tmp_path):
     with pytest.raises(RankError, match="no such folder"):
         run_ranks(1, train, make_config(tmp_path, **{"data.source": str(tmp_path / "typo")}))
     data = make_folders(tmp_path / "data", per_class=5)
@@ -291,16 +291,16 @@ def test_class_folders_train_with_accumulation(tmp_path):
     assert result.finished
 
 
-def test_the_newest_good_checkpoint_is_used_when_a_newer_one_is_damaged(undisturbed, tmp_path):
+def test_a_run_resumes_from_the_newest_valid_checkpoint(undisturbed, tmp_path):
     import shutil
 
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)
     newest = folder / "checkpoints" / "step-00000010" / "deepspeed"
-    victim = next(newest.glob("*optim_states.pt"))
-    content = bytearray(victim.read_bytes())
+    damaged = next(newest.glob("*optim_states.pt"))
+    content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
+    damaged.write_bytes(content)
     (folder / "log.jsonl").unlink()
     assert run_ranks(2, train, make_config(folder))[0].finished
     assert log(folder, "loss", "lr", "grad_norm") == {s: v for s, v in undisturbed[1].items() if s > 8}
@@ -310,30 +310,30 @@ def test_the_newest_good_checkpoint_is_used_when_a_newer_one_is_damaged(undistur
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("changed", "message"),
     [
         ({"train.global_batch": 32}, r"contains a run with another configuration \(train\.global_batch: 16 -> 32\)"),
         ({"model.mask_ratio": 0.5, "run.seed": 3}, "another configuration .* and 1 more"),
     ],
 )
-def test_a_run_directory_of_another_config_is_refused_by_all_ranks(undisturbed, spoil, message):
+def test_a_run_directory_of_another_config_is_an_error_on_all_ranks(undisturbed, changed, message):
     with pytest.raises(RankError, match=message) as caught:
-        run_ranks(2, train, make_config(undisturbed[0], **spoil))
+        run_ranks(2, train, make_config(undisturbed[0], **changed))
     assert caught.value.kinds == ["UserError"] * 2
 
 
-def test_what_does_not_change_the_computation_may_change(undisturbed):
-    free = {
+def test_settings_that_do_not_change_the_computation_may_change_on_resume(undisturbed):
+    changed = {
         "log.interval": 7,
         "checkpoint.keep_latest": 9,
         "checkpoint.interval": "3 steps",
         "data.threads": 1,
         "data.prefetch": 2,
     }
-    assert run_ranks(2, train, make_config(undisturbed[0], **free))[0].finished
+    assert run_ranks(2, train, make_config(undisturbed[0], **changed))[0].finished
 
 
-def test_other_processes_stage_micro_batch_and_recomputation_go_on_where_the_run_stood(undisturbed, tmp_path):
+def test_a_run_resumes_with_other_world_size_stage_micro_batch_and_activation_checkpointing(undisturbed, tmp_path):
     _, expected = undisturbed
     assert not run_ranks(2, train_until, make_config(tmp_path), 3)[0].finished
     changed = {
@@ -352,39 +352,39 @@ def test_other_processes_stage_micro_batch_and_recomputation_go_on_where_the_run
         assert norm == pytest.approx(expected[step][2], rel=1e-3)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+def test_a_global_batch_that_is_not_divisible_is_an_error(tmp_path):
     with pytest.raises(RankError, match=r"global_batch=16 is not divisible by train\.micro_batch=4 x 3 processes = 12"):
         run_ranks(3, train, make_config(tmp_path))
 
 
-def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path):
+def test_a_run_directory_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RankError, match=r"cannot be written .*Choose another folder") as caught:
         run_ranks(2, train, make_config(tmp_path / "file" / "run"))
     assert caught.value.kinds == ["UserError"] * 2
 
 
-def test_compiled_blocks_compute_the_same(undisturbed, tmp_path):
+def test_losses_with_compiled_blocks_are_the_same(undisturbed, tmp_path):
     run_ranks(2, train, make_config(tmp_path, **{"engine.compile": True}), timeout=600)
     for step, (loss,) in log(tmp_path, "loss").items():
         assert loss == pytest.approx(undisturbed[1][step][0], rel=1e-4)
 
 
 def count_waits_of_a_run(config):
-    """Reads of a tensor's value by the host during a run, by our own loop and by what it calls."""
-    from test_engine import Waits
+    """Return how often the host reads a tensor value during a run."""
+    from test_engine import WaitCounter
 
-    with Waits() as waits:
+    with WaitCounter() as waits:
         train(config)
     return waits.count
 
 
-def test_the_loop_reads_no_tensor_between_log_steps(tmp_path):
+def test_the_host_reads_no_device_tensor_between_log_steps(tmp_path):
     def run(steps):
         setting = {"train.precision": "bf16", "log.interval": 1000, "train.duration": f"{steps} steps", "train.micro_batch": 16}
         return run_ranks(
             1, count_waits_of_a_run, make_config(tmp_path / str(steps), **setting, **{"checkpoint.interval": "1000 steps"})
         )[0]
 
-    ballot = 1  # the vote, a byte in host memory, is read once a micro-batch
-    assert run(30) - run(10) == 20 * ballot
+    reads_per_step = 1  # the vote, a byte in host memory
+    assert run(30) - run(10) == 20 * reads_per_step

@@ -44,19 +44,19 @@ def test_classifiers_of_the_reference_yield_its_logits(golden, tmp_path, name, w
 
 
 def test_heads_and_seed_come_from_the_options_of_a_reference_checkpoint(tmp_path):
-    theirs = vit(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    original = vit(patch_size=16, embed_dim=192, depth=12, num_heads=3)
     options = argparse.Namespace(model="vit_tiny_patch16", seed=3, input_size=32)
-    torch.save({"model": theirs.state_dict(), "args": options}, tmp_path / "checkpoint-99.pth")
+    torch.save({"model": original.state_dict(), "args": options}, tmp_path / "checkpoint-99.pth")
     subject = load_classifier(tmp_path / "checkpoint-99.pth")
     assert (subject.seed, subject.architecture, len(subject.digest)) == (3, "ViT-tiny/16, 32 px", 64)
-    torch.testing.assert_close(logits(subject), theirs(IMAGES).detach())
+    torch.testing.assert_close(logits(subject), original(IMAGES).detach())
 
 
 @pytest.mark.parametrize(("pool", "more"), [("avg", {}), ("token", {}), ("avg", {"fc_norm": False})])
 def test_timm_folders_yield_the_logits_of_timm(tmp_path, pool, more):
-    theirs = vit(pool, **more)
-    subject = load_classifier(write_timm(tmp_path, theirs, pool))
-    torch.testing.assert_close(logits(subject), theirs(IMAGES).detach())
+    original = vit(pool, **more)
+    subject = load_classifier(write_timm(tmp_path, original, pool))
+    torch.testing.assert_close(logits(subject), original(IMAGES).detach())
     assert subject.mean == (0.286,) * 3
 
 
@@ -65,12 +65,12 @@ def test_a_transformers_folder_yields_the_logits_of_transformers(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
     config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=6)
-    theirs = transformers.ViTForImageClassification(config).eval()
-    torch.nn.init.normal_(theirs.classifier.bias)
-    theirs.save_pretrained(tmp_path)
+    original = transformers.ViTForImageClassification(config).eval()
+    torch.nn.init.normal_(original.classifier.bias)
+    original.save_pretrained(tmp_path)
     subject = load_classifier(tmp_path)
     with torch.inference_mode():
-        torch.testing.assert_close(logits(subject), theirs(pixel_values=IMAGES).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(subject), original(pixel_values=IMAGES).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_another_image_size_interpolates_the_position_embedding(golden, tmp_path):
@@ -78,10 +78,10 @@ def test_another_image_size_interpolates_the_position_embedding(golden, tmp_path
     values, _ = golden("recipe.safetensors")
     after = resize_pos_embed(values["interp.before"], (7, 7), (10, 10))
     torch.testing.assert_close(after, values["interp.after"], atol=1e-6, rtol=0)
-    theirs = vit()
-    write_timm(tmp_path, theirs)
+    original = vit()
+    write_timm(tmp_path, original)
     bigger = vit(img_size=48)
-    state = theirs.state_dict() | {"pos_embed": resize_pos_embed(theirs.pos_embed.detach(), (4, 4), (6, 6))}
+    state = original.state_dict() | {"pos_embed": resize_pos_embed(original.pos_embed.detach(), (4, 4), (6, 6))}
     bigger.load_state_dict(state)
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(logits(load_classifier(tmp_path, size=48), images), bigger(images).detach())
@@ -114,15 +114,15 @@ def test_weights_without_a_linear_head_raise_one_line_errors(tmp_path):
 
 
 def test_the_encoder_of_a_classifier_yields_its_features(tmp_path):
-    theirs = vit()
-    folder = write_timm(tmp_path / "theirs", theirs)
+    original = vit()
+    folder = write_timm(tmp_path / "theirs", original)
     subject = load_frozen_encoder(folder)
     assert subject.classes == 0
     with torch.inference_mode():
         tokens = subject.model.forward_features(IMAGES)
-        wanted = theirs.forward_head(theirs.forward_features(IMAGES), pre_logits=True)
-        torch.testing.assert_close(subject.model.fc_norm(tokens[:, 1:].mean(1)), wanted)
-    assert load_encoder(folder).fc_norm.weight.equal(theirs.fc_norm.weight)
+        expected = original.forward_head(original.forward_features(IMAGES), pre_logits=True)
+        torch.testing.assert_close(subject.model.fc_norm(tokens[:, 1:].mean(1)), expected)
+    assert load_encoder(folder).fc_norm.weight.equal(original.fc_norm.weight)
 
 
 def test_an_exported_file_is_an_encoder_but_not_a_classifier(tmp_path):

@@ -65,24 +65,24 @@ def without_huffman_table(data):
 
 
 def random_crop(data, rng):
-    _, _, *shape, _ = whole(data)
+    _, _, *shape, _ = full_crop(data)
     height, width = (int(np.ceil(side ** rng.uniform(0, 1))) for side in shape)
     top, left = int(rng.integers(shape[0] - height + 1)), int(rng.integers(shape[1] - width + 1))
     return Crop(top, left, height, width, flip=bool(rng.random() < 0.5))
 
 
-def whole(data):
+def full_crop(data):
     width, height, _ = pillow.read_image_header(data, verify=False)
     return Crop(0, 0, height, width, flip=False)
 
 
-def check_parity(decoder, batch, mean=0.1, most=3):
-    wanted = np.stack([pillow.decode(data, crop, SIZE) for data, crop in batch])
+def check_parity(decoder, batch, mean=0.1, maximum=3):
+    expected = np.stack([pillow.decode(data, crop, SIZE) for data, crop in batch])
     images, errors = decoder.decode_batch([decoder.prepare_image(data, crop) for data, crop in batch])
-    assert (images.dtype, images.shape, errors) == (torch.uint8, wanted.shape, {})
-    difference = np.abs(images.cpu().numpy().astype(int) - wanted)
+    assert (images.dtype, images.shape, errors) == (torch.uint8, expected.shape, {})
+    difference = np.abs(images.cpu().numpy().astype(int) - expected)
     assert difference.mean(axis=(1, 2, 3)).max() <= mean
-    assert difference.max() <= most
+    assert difference.max() <= maximum
 
 
 def mixed_batch(content, rng, **options):
@@ -148,16 +148,16 @@ def test_pillow_decodes_everything_but_plain_jpeg(decoder, kind, monkeypatch):
     monkeypatch.setattr(decoder, "_pipeline", None)
     monkeypatch.setattr(decoder, "_build", Mock(side_effect=AssertionError("DALI was asked")))
     before = decoder.fallbacks
-    check_parity(decoder, [(others()[kind], whole(others()[kind]))] * 3, mean=0, most=0)
+    check_parity(decoder, [(others()[kind], full_crop(others()[kind]))] * 3, mean=0, maximum=0)
     assert decoder.fallbacks == before
 
 
 def test_pillow_decodes_huge_and_strongly_shrunken_images(decoder, monkeypatch):
     data = jpeg(np.zeros((SIZE[0] * dali.MAX_SHRINK + 8, 8, 3), np.uint8))
-    assert not isinstance(decoder.prepare_image(data, whole(data)), Jpeg)
-    assert isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
+    assert not isinstance(decoder.prepare_image(data, full_crop(data)), Jpeg)
+    assert isinstance(decoder.prepare_image(data, full_crop(data)._replace(height=500)), Jpeg)
     monkeypatch.setattr(dali, "MAX_PIXELS", 4000)
-    assert not isinstance(decoder.prepare_image(data, whole(data)._replace(height=500)), Jpeg)
+    assert not isinstance(decoder.prepare_image(data, full_crop(data)._replace(height=500)), Jpeg)
 
 
 def test_errors_equal_those_of_pillow(decoder):
@@ -169,22 +169,22 @@ def test_errors_equal_those_of_pillow(decoder):
         (b"<" + data, ImageStatus.NOT_AN_IMAGE),
     ]
     for wrong, cause in cases:
-        with pytest.raises(ImageError) as found:
+        with pytest.raises(ImageError) as caught:
             decoder.prepare_image(wrong, Crop(0, 0, 40, 60, False))
-        assert found.value.cause == cause
+        assert caught.value.cause == cause
 
 
 def test_damage_inside_a_jpeg_is_filled_in_as_pillow_does(decoder):
     data = jpeg(photo(200, 300, np.random.default_rng(1)))
     head, tail = data[: len(data) // 2], data[len(data) // 2 :]
     for damaged in (head + tail[999:], head + b"\x55" * 99 + tail[99:], head + b"\xff\xd9"):
-        check_parity(decoder, [(damaged, whole(damaged)), (damaged, Crop(120, 40, 70, 200, True))])
+        check_parity(decoder, [(damaged, full_crop(damaged)), (damaged, Crop(120, 40, 70, 200, True))])
 
 
 def test_a_damaged_image_does_not_affect_the_rest_of_its_batch(decoder):
     before, rng = decoder.fallbacks, np.random.default_rng(2)
-    batch = [(data, whole(data)) for data in (jpeg(photo(70, 90, rng)) for _ in range(4))]
-    batch[1] = (encoded(Image.fromarray(photo(70, 90, rng)), "PNG"), whole(batch[1][0]))
+    batch = [(data, full_crop(data)) for data in (jpeg(photo(70, 90, rng)) for _ in range(4))]
+    batch[1] = (encoded(Image.fromarray(photo(70, 90, rng)), "PNG"), full_crop(batch[1][0]))
     items = [decoder.prepare_image(*pair) for pair in batch]
     items[2] = items[2]._replace(data=without_huffman_table(items[2].data))
     images, errors = decoder.decode_batch(items)
@@ -199,12 +199,12 @@ def test_a_damaged_image_does_not_affect_the_rest_of_its_batch(decoder):
 
 
 def test_pillow_decodes_when_dali_always_fails(decoder, monkeypatch):
-    dead = Mock(side_effect=RuntimeError("no DALI today"))
+    failing = Mock(side_effect=RuntimeError("no DALI today"))
     before, rng = decoder.fallbacks, np.random.default_rng(3)
     monkeypatch.setattr(decoder, "_pipeline", None)
-    monkeypatch.setattr(decoder, "_build", dead)
+    monkeypatch.setattr(decoder, "_build", failing)
     for _ in range(2):
-        check_parity(decoder, mixed_batch(photo, rng, orientation=3), mean=0, most=0)
+        check_parity(decoder, mixed_batch(photo, rng, orientation=3), mean=0, maximum=0)
     assert decoder.fallbacks > before + BATCH
     assert decoder.failure == "no DALI today"
 
@@ -225,7 +225,7 @@ def test_no_memory_or_files_leak(decoder):
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))
 
     rng = np.random.default_rng(5)
-    items = [decoder.prepare_image(data, whole(data)) for data in (jpeg(photo(160, 200, rng)) for _ in range(4))]
+    items = [decoder.prepare_image(data, full_crop(data)) for data in (jpeg(photo(160, 200, rng)) for _ in range(4))]
     bad = items[0]._replace(data=without_huffman_table(items[0].data))
     for turn in range(700):
         decoder.decode_batch([*items[: turn % 4], bad] if turn % 25 == 0 else items[: turn % 5])
@@ -250,12 +250,12 @@ def test_gpu_images_equal_pillow_images(options):
     decoder, rng = DaliDecoder(SIZE, BATCH, threads=2, device_id=0), np.random.default_rng(6)
     for orientation in range(1, 9):
         for content in (photo, noise):
-            check_parity(decoder, mixed_batch(content, rng, orientation=orientation, **options), mean=0.5, most=8)
+            check_parity(decoder, mixed_batch(content, rng, orientation=orientation, **options), mean=0.5, maximum=8)
     assert decoder.fallbacks == 0
     items = [decoder.prepare_image(*pair) for pair in mixed_batch(photo, rng)]
     items[0] = items[0]._replace(data=without_huffman_table(items[0].data))
     images, errors = decoder.decode_batch(items)
     assert images.is_cuda
     assert list(errors) == [0]
-    check_parity(decoder, mixed_batch(photo, rng), mean=0.5, most=8)  # DALI works again
+    check_parity(decoder, mixed_batch(photo, rng), mean=0.5, maximum=8)  # DALI works again
     decoder.close()

@@ -179,8 +179,8 @@ def test_unreadable_images_are_quarantined_with_their_cause(tmp_path):
     }
     assert len(index) == 9
     assert max(index.entries["status"]) == ImageStatus.DECODED
-    named = dict(line.split("\t") for line in (tmp_path / "x.index.quarantined.txt").read_text().splitlines())
-    assert {Path(path).name: cause for path, cause in named.items()} == {
+    quarantined = dict(line.split("\t") for line in (tmp_path / "x.index.quarantined.txt").read_text().splitlines())
+    assert {Path(path).name: cause for path, cause in quarantined.items()} == {
         "0.jpg": "empty file",
         "1.jpg": "not an image",
         "2.jpg": "damaged",
@@ -216,11 +216,11 @@ def test_an_interrupted_build_continues(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_index(root, tmp_path / "x.index", workers=1, progress=interrupt)
     assert not (tmp_path / "x.index").exists()
-    seen = []
+    progress = []
     with pytest.raises(DataError, match="unfinished index"):
         build_index(root, tmp_path / "x.index", verify=False)
-    index = build_index(root, tmp_path / "x.index", progress=lambda done, total: seen.append(done))
-    assert seen[0] >= 6
+    index = build_index(root, tmp_path / "x.index", progress=lambda done, total: progress.append(done))
+    assert progress[0] >= 6
     assert index.digest == expected.digest
     assert not list(tmp_path.glob("x.index.partial*"))
 
@@ -243,9 +243,9 @@ def test_a_killed_build_leaves_no_process_and_continues(tmp_path):
     _, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert not alive
-    seen = []
-    index = build_index(str(root), tmp_path / "x.index", progress=lambda done, total: seen.append(done))
-    assert 0 < seen[0] < 61
+    progress = []
+    index = build_index(str(root), tmp_path / "x.index", progress=lambda done, total: progress.append(done))
+    assert 0 < progress[0] < 61
     assert len(index) == 61
 
 
@@ -418,8 +418,7 @@ def test_killed_packing_continues_and_loses_no_image(tmp_path):
     packed = pack(source, out, short_side=16, shard_mb=0.01)
     assert before < len(packed.index.shards)
     assert len(packed.index) + len(packed.skipped) == 60
-    named = [line for line in packed.skipped if "class1" in line]
-    assert len(named) == 10
+    assert sum("class1" in line for line in packed.skipped) == 10
     assert not list(out.glob("*.tmp"))
 
 

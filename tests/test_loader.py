@@ -38,11 +38,11 @@ def test_decode_equals_torchvision():
     data = jpeg(90, 60)
     image = Image.open(io.BytesIO(data))
     crop = Crop(5, 7, 40, 50, flip=True)
-    ours, bicubic = decode(data, crop, (32, 48)), tvf.InterpolationMode.BICUBIC
-    theirs = np.asarray(tvf.hflip(tvf.resized_crop(image, *crop[:4], [32, 48], bicubic)), np.int16)
-    assert np.abs(ours - theirs).mean() < 0.5  # the order of the two resizing passes depends on the version of Pillow
+    actual, bicubic = decode(data, crop, (32, 48)), tvf.InterpolationMode.BICUBIC
+    reference = np.asarray(tvf.hflip(tvf.resized_crop(image, *crop[:4], [32, 48], bicubic)), np.int16)
+    assert np.abs(actual - reference).mean() < 0.5  # the order of the two resizing passes depends on the version of Pillow
     rows_first = tvf.resize(tvf.resized_crop(image, *crop[:4], [40, 48], bicubic), [32, 48], bicubic)
-    assert np.array_equal(ours, np.asarray(tvf.hflip(rows_first)))
+    assert np.array_equal(actual, np.asarray(tvf.hflip(rows_first)))
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
@@ -129,11 +129,11 @@ def test_color_jitter_equals_torchvision():
     jitter = torch.from_numpy(SamplePlan(0, 10, 8).color_jitter(np.arange(12), (0.4, 0.4, 0.4)))
     changed = color_jitter(images, jitter)
     changes = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
-    for image, drawn, ours in zip(images, jitter, changed, strict=True):
-        theirs = image
+    for image, drawn, actual in zip(images, jitter, changed, strict=True):
+        reference = image
         for which in drawn[3:].argsort().tolist():
-            theirs = changes[which](theirs, drawn[which].item())
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+            reference = changes[which](reference, drawn[which].item())
+        torch.testing.assert_close(actual, reference, atol=1e-5, rtol=0)
     assert (changed - images).abs().max() > 0.2
 
 
@@ -142,9 +142,18 @@ def test_color_jitter_equals_torchvision():
 
 def make_loader(index, rank=0, ranks=1, accumulation=1, micro_batch=4, warn=print, decoder=None, **data):
     plan = SamplePlan(0, len(index), ranks * accumulation * micro_batch)
-    share = BatchShard(rank, ranks, micro_batch, accumulation)
+    batch_shard = BatchShard(rank, ranks, micro_batch, accumulation)
     decoder = decoder or PillowDecoder((16, 16))
-    return Loader(index, plan, share, DataConfig(**data), decoder, (16, 16), 4, warn=warn)
+    return Loader(
+        index=index,
+        plan=plan,
+        batch_shard=batch_shard,
+        config=DataConfig(**data),
+        decoder=decoder,
+        image_size=(16, 16),
+        num_patches=4,
+        warn=warn,
+    )
 
 
 def test_batches_do_not_depend_on_threads_and_prefetch(tmp_path):
@@ -179,13 +188,13 @@ def test_a_run_that_is_killed_and_resumed_with_other_world_sizes_loads_the_same_
     generator, step, images, threads = random.Random(0), 0, [], threading.active_count()
     for ranks in (2, 4, 1, 3):
         last = min(20, step + generator.randint(2, 6)) if ranks != 3 else 20
-        lives = [
+        streams = [
             make_loader(index, rank=r, ranks=ranks, micro_batch=12 // ranks, threads=2).batches(step, 99) for r in range(ranks)
         ]
         for _ in range(step, last):
-            images.append(torch.cat([next(life).images for life in lives]))
-        for life in lives:
-            life.close()
+            images.append(torch.cat([next(stream).images for stream in streams]))
+        for stream in streams:
+            stream.close()
         step = last
     time.sleep(0.2)
     assert threading.active_count() <= threads + 1  # the thread pools have ended
@@ -261,26 +270,26 @@ def damage_images(root):
 def test_unreadable_images_get_the_same_substitutes_and_are_reported(tmp_path):
     index = open_index(str(make_folders(tmp_path)))
     damage_images(tmp_path)
-    lives = [list(make_loader(index, threads=threads).batches(0, 6)) for threads in (1, 4)]
-    for one, other in zip(*lives, strict=True):
+    streams = [list(make_loader(index, threads=threads).batches(0, 6)) for threads in (1, 4)]
+    for one, other in zip(*streams, strict=True):
         assert torch.equal(one.images, other.images)
         assert one.failures == other.failures
         assert len(one.images) == 4
-    failures = [failure for batch in lives[0] for failure in batch.failures]
+    failures = [failure for batch in streams[0] for failure in batch.failures]
     assert {(Path(f.location).parent.name, f.cause) for f in failures} == {
         ("class0", ImageStatus.UNREADABLE),
         ("class1", ImageStatus.NOT_AN_IMAGE),
         ("class2", ImageStatus.DAMAGED),
     }
     plan = SamplePlan(0, 12, 4)
-    used = {int(s) for batch in lives[0] for s in batch.samples}
+    used = {int(s) for batch in streams[0] for s in batch.samples}
     assert used == set(range(12)) - {0, 5, 11}
     for failure in failures:
         assert failure.substitute in [index.location(s) for s in plan.substitutes(failure.position)]
         assert str(failure).startswith(f"{failure.location}: ")
     ranks = [list(make_loader(index, rank=r, ranks=2, micro_batch=2).batches(0, 6)) for r in range(2)]
     for step in range(6):
-        assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), lives[0][step].images)
+        assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), streams[0][step].images)
 
 
 def test_without_a_readable_substitute_a_one_line_error_is_raised(tmp_path):
@@ -312,8 +321,8 @@ def test_images_that_fail_in_the_second_decoder_stage_are_replaced(tmp_path):
 def test_reads_that_hang_are_retried_reported_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "READ_TIMEOUTS", (0.3, 0.3, 0.3))
     index = open_index(str(make_folders(tmp_path)))
-    slow, dead = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
-    answers, original = {str(slow): threading.Event(), str(dead): threading.Event()}, storage._OpenFile
+    slow, hung = tmp_path / "class0" / "1.jpg", tmp_path / "class1" / "2.jpg"
+    answers, original = {str(slow): threading.Event(), str(hung): threading.Event()}, storage._OpenFile
 
     def hang(path):
         if path in answers:
@@ -324,12 +333,12 @@ def test_reads_that_hang_are_retried_reported_and_replaced(tmp_path, monkeypatch
     threading.Timer(0.5, answers[str(slow)].set).start()
     warnings = []
     batches = list(make_loader(index, threads=2, warn=warnings.append).batches(0, 3))
-    answers[str(dead)].set()
+    answers[str(hung)].set()
     failures = [failure for batch in batches for failure in batch.failures]
-    assert {(f.location, f.cause) for f in failures} == {(str(dead), ImageStatus.UNREADABLE)}
+    assert {(f.location, f.cause) for f in failures} == {(str(hung), ImageStatus.UNREADABLE)}
     assert "no answer for 0.9 s" in failures[0].reason
     assert any(str(slow) in line for line in warnings)
-    assert sum(str(dead) in line for line in warnings) == 3
+    assert sum(str(hung) in line for line in warnings) == 3
 
 
 def test_a_process_exits_while_a_read_hangs(tmp_path):
@@ -346,35 +355,35 @@ def test_a_process_exits_while_a_read_hangs(tmp_path):
     assert re.search(r"DataError: .*unreadable \(no answer for 0.2 s\)\. None of \d+ substitutes", done.stderr)
 
 
-def count(tally, images, failures):
-    tally.add(images, failures)
-    tally.check(images, failures)
+def count(counter, images, failures):
+    counter.add(images, failures)
+    counter.check(images, failures)
 
 
 def test_the_failure_limit_applies_to_the_last_100000_images():
     bad = [DecodeFailure(0, "a.jpg", ImageStatus.DAMAGED, "cut", "b.jpg")]
-    tally = FailureCounter(0.001)
+    counter = FailureCounter(0.001)
     for images in range(1000, 10**6, 1000):
-        count(tally, images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
-    assert tally.counts == {ImageStatus.DAMAGED: 499}
+        count(counter, images, bad if images % 2000 == 0 else [])  # 50 in a window of 100,000
+    assert counter.counts == {ImageStatus.DAMAGED: 499}
     start = 10**6 + WINDOW + 1000
     for images in range(start, start + 50_000, 1000):
-        count(tally, images, bad)
-    tally = FailureCounter(
+        count(counter, images, bad)
+    counter = FailureCounter(
         0.001,
         json.loads(
-            json.dumps(tally.state_dict()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
+            json.dumps(counter.state_dict()), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
         ),
     )
     for images in range(start + 50_000, start + WINDOW, 1000):  # the same rate after a resume
-        count(tally, images, bad)
-    count(tally, start + WINDOW - 600, [])
+        count(counter, images, bad)
+    count(counter, start + WINDOW - 600, [])
     with pytest.raises(
         DataError, match=r"101 of the last 100000 images .*600 damaged since the start.*0.001.*a.jpg: damaged"
     ) as caught:
-        count(tally, start + WINDOW - 500, bad)
+        count(counter, start + WINDOW - 500, bad)
     assert "\n" not in str(caught.value)
-    count(tally, start + WINDOW, [])  # no new failures: a run with repaired data continues
+    count(counter, start + WINDOW, [])  # no new failures: a run with repaired data continues
     count(FailureCounter(0.001), 64, bad * 100)
     with pytest.raises(DataError, match="101 of the last 128 images"):
         count(FailureCounter(0.001), 128, bad * 101)
@@ -412,10 +421,10 @@ def test_dali_is_imported_only_when_it_is_used():
 @pytest.mark.parametrize("name", ["pillow", "dali_cpu"])
 def test_no_files_threads_or_memory_leak_over_many_steps(tmp_path, name):
     index = open_index(str(make_folders(tmp_path)))
-    cpu, own = torch.device("cpu"), psutil.Process()
+    cpu, process = torch.device("cpu"), psutil.Process()
 
     def state():
-        return own.num_fds(), threading.active_count(), len(os.listdir("/dev/shm")), own.memory_info().rss
+        return process.num_fds(), threading.active_count(), len(os.listdir("/dev/shm")), process.memory_info().rss
 
     decoder = decoders.build_decoder(name, (16, 16), 4, 2, cpu)
     batches = make_loader(index, decoder=decoder, threads=2).batches(0, 1500)

@@ -44,11 +44,11 @@ def augment_with_timm(images, labels, config, seed):
 @pytest.mark.parametrize("erasing", [0.0, 0.25, 1.0])
 def test_batch_augmentation_equals_timm_with_the_same_seeds(mix, erasing):
     config = ClassifyConfig(**mix, random_erasing=erasing, label_smoothing=0.1)
-    mixing = BatchAugmentation(config, CLASSES)
+    augmentation = BatchAugmentation(config, CLASSES)
     for seed in range(60):
         images, labels = batch()
         expected, expected_targets = augment_with_timm(images, labels, config, seed)
-        changed, targets = mixing(images.clone(), labels, seed)
+        changed, targets = augmentation(images.clone(), labels, seed)
         assert torch.equal(changed, expected)
         torch.testing.assert_close(targets, expected_targets, atol=1e-7, rtol=1e-6)
         assert targets.shape == (6, CLASSES)
@@ -62,28 +62,28 @@ def test_without_mixup_the_targets_are_smoothed_labels(smoothing):
     changed, targets = BatchAugmentation(ClassifyConfig(label_smoothing=smoothing), CLASSES)(images.clone(), labels, 0)
     assert torch.equal(changed, images)
     logits = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
-    theirs = LabelSmoothingCrossEntropy(smoothing)(logits, labels)
-    torch.testing.assert_close(SoftTargetCrossEntropy()(logits, targets), theirs)
-    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), theirs)
+    reference = LabelSmoothingCrossEntropy(smoothing)(logits, labels)
+    torch.testing.assert_close(SoftTargetCrossEntropy()(logits, targets), reference)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), reference)
     assert targets.argmax(1).tolist() == labels.tolist()
 
 
 def test_the_result_depends_on_the_seed_only_and_global_generators_are_restored():
-    mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
-    found = []
+    augmentation = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
+    results = []
     for seed in (*range(40), *reversed(range(40))):
         images, labels = batch()
-        random.seed(len(found))
-        np.random.seed(len(found))
-        torch.manual_seed(len(found))
+        random.seed(len(results))
+        np.random.seed(len(results))
+        torch.manual_seed(len(results))
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        found.append(mixing(images, labels, seed))
+        results.append(augmentation(images, labels, seed))
         assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    for one, again in zip(found[:40], found[:39:-1], strict=True):
+    for one, again in zip(results[:40], results[:39:-1], strict=True):
         assert torch.equal(one[0], again[0])
         assert torch.equal(one[1], again[1])
-    assert len({images.numpy().tobytes() for images, _ in found}) == 40
-    mixing(*batch(), 2**64 - 1)
+    assert len({images.numpy().tobytes() for images, _ in results}) == 40
+    augmentation(*batch(), 2**64 - 1)
 
 
 def test_consecutive_seeds_draw_from_the_whole_distribution():
@@ -112,13 +112,13 @@ def test_mixup_and_cutmix_require_an_even_micro_batch(tmp_path, key):
 
 @pytest.mark.gpu
 def test_batch_augmentation_does_not_wait_for_the_gpu():
-    mixing = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
+    augmentation = BatchAugmentation(ClassifyConfig(mixup=0.8, cutmix=1.0, random_erasing=0.5, label_smoothing=0.1), CLASSES)
     images, labels = (t.cuda() for t in batch())
-    mixing(images.clone(), labels, 0)
+    augmentation(images.clone(), labels, 0)
     state = torch.cuda.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first, again = (mixing(images.clone(), labels, 7) for _ in range(2))
+        first, again = (augmentation(images.clone(), labels, 7) for _ in range(2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first[0], again[0])

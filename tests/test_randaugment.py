@@ -67,14 +67,14 @@ def test_randaugment_equals_timm_with_the_same_seeds(policy, monkeypatch):
     posterize = {name: posterize_with_mask for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
     monkeypatch.setattr(auto_augment, "NAME_TO_OP", auto_augment.NAME_TO_OP | posterize)
     assert load_config("debug", {"data.randaugment": policy}).data.randaugment == policy
-    ours, theirs, changed = RandAugment(policy, MEAN), timm_transform(policy, (48, 64)), 0
+    actual, reference, changed = RandAugment(policy, MEAN), timm_transform(policy, (48, 64)), 0
     images = pictures()
     for number, (first, second) in enumerate(plans_seeds(400)):
         image = images[number % len(images)]
         random.seed(first)
         np.random.seed(second)
-        expected = np.asarray(theirs(Image.fromarray(image)))
-        assert np.array_equal(ours(image, (first, second)), expected)
+        expected = np.asarray(reference(Image.fromarray(image)))
+        assert np.array_equal(actual(image, (first, second)), expected)
         changed += not np.array_equal(image, expected)
     assert changed > 200
 
@@ -94,26 +94,32 @@ def record_operations(transform, call, n):
 def test_the_seeds_of_the_plan_yield_the_distribution_of_timm():
     from scipy import stats  # imported here, so that the GPU test runs without scipy
 
-    n, image, ours, theirs = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timm_transform(POLICY, 224)
+    n, image, actual, reference = 6000, np.zeros((8, 8, 3), np.uint8), RandAugment(POLICY, MEAN), timm_transform(POLICY, 224)
     seeds = plans_seeds(n)
-    mine = record_operations(ours._transform, lambda number: ours(image, seeds[number]), n)
+    actual_calls = record_operations(actual._transform, lambda number: actual(image, seeds[number]), n)
     random.seed(0)
     np.random.seed(0)
     timm_image = Image.fromarray(image)
-    other = record_operations(theirs, lambda _: theirs(timm_image), n)
+    reference_calls = record_operations(reference, lambda _: reference(timm_image), n)
 
-    names = [op.name for op in theirs.ops]
-    table = [[sum(name == each for calls in found for name, _ in calls) for each in names] for found in (mine, other)]
+    names = [op.name for op in reference.ops]
+    table = [
+        [sum(name == other_name for calls in found for name, _ in calls) for other_name in names]
+        for found in (actual_calls, reference_calls)
+    ]
     assert stats.chi2_contingency(table).pvalue > 1e-3
     assert stats.chisquare(table[0]).pvalue > 1e-3  # all operations occur equally often
-    number = np.bincount([len(calls) for calls in mine], minlength=3)
+    number = np.bincount([len(calls) for calls in actual_calls], minlength=3)
     assert stats.chisquare(number, np.array([0.25, 0.5, 0.25]) * n).pvalue > 1e-3
-    pairs = [(names.index(calls[0][0]), names.index(calls[1][0])) for calls in mine if len(calls) == 2]
+    pairs = [(names.index(calls[0][0]), names.index(calls[1][0])) for calls in actual_calls if len(calls) == 2]
     assert stats.chi2_contingency(np.histogram2d(*zip(*pairs, strict=True), bins=15)[0]).pvalue > 1e-3
     for name in ("Rotate", "ShearX", "TranslateXRel", "ColorIncreasing", "SolarizeAdd"):
-        a, b = ([args[0] for calls in found for each, args in calls if each == name] for found in (mine, other))
+        a, b = (
+            [args[0] for calls in found for other_name, args in calls if other_name == name]
+            for found in (actual_calls, reference_calls)
+        )
         assert stats.ks_2samp(a, b).pvalue > 1e-3
-    degrees = np.abs([args[0] for calls in mine for name, args in calls if name == "Rotate"])
+    degrees = np.abs([args[0] for calls in actual_calls for name, args in calls if name == "Rotate"])
     assert degrees.mean() == pytest.approx(27, abs=0.3)
     assert degrees.max() <= 30
 
@@ -193,16 +199,16 @@ def test_a_run_resumed_with_other_world_sizes_and_micro_batches_sees_the_same_im
     threads, images = threading.active_count(), []
     for first, last, ranks, accumulation in ((0, 3, 2, 1), (3, 6, 1, 3), (6, 10, 3, 2)):
         micro_batch = 12 // ranks // accumulation
-        lives = [
+        streams = [
             make_loader(index, rank, ranks, accumulation, micro_batch, threads=3, prefetch=5, randaugment=POLICY).batches(
                 first, 99
             )
             for rank in range(ranks)
         ]
         for _ in range(first, last):
-            images.append(torch.cat([next(life).images for _ in range(accumulation) for life in lives]))
-        for life in lives:
-            life.close()
+            images.append(torch.cat([next(stream).images for _ in range(accumulation) for stream in streams]))
+        for stream in streams:
+            stream.close()
     assert torch.equal(torch.stack(images), torch.stack(undisturbed))
     for _ in range(50):
         if threading.active_count() > threads:

@@ -152,14 +152,14 @@ def test_random_crops_have_the_distribution_of_torchvision(width, height):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     scale, ratio = list(config.crop_scale), list(config.crop_ratio)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
+    reference = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
     plan = SamplePlan(0, n, 8)
     crops = plan.crops(np.arange(n), np.full(n, width), np.full(n, height), config, SIZE)
-    ours = np.array([crop[:4] for crop in crops])
+    actual = np.array([crop[:4] for crop in crops])
     for column in range(4):
-        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
-    assert (ours[:, 0] + ours[:, 2] <= height).all()
-    assert (ours[:, 1] + ours[:, 3] <= width).all()
+        assert stats.ks_2samp(actual[:, column], reference[:, column]).pvalue > 1e-3
+    assert (actual[:, 0] + actual[:, 2] <= height).all()
+    assert (actual[:, 1] + actual[:, 3] <= width).all()
     assert np.mean([crop.flip for crop in crops]) == pytest.approx(0.5, abs=0.03)
 
 
@@ -175,20 +175,20 @@ def draw_clipped_crop(generator, width, height, scale, ratio):
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (500, 375), (33, 70), (400, 40)])
 def test_random_crop_once_clips_its_only_attempt_to_the_image(width, height):
     n, config, generator = 4000, DataConfig(augmentation="random_crop_once", crop_scale=(0.08, 1)), random.Random(0)
-    theirs = np.array([draw_clipped_crop(generator, width, height, config.crop_scale, config.crop_ratio) for _ in range(n)])
+    reference = np.array([draw_clipped_crop(generator, width, height, config.crop_scale, config.crop_ratio) for _ in range(n)])
     sizes, plan = (np.full(n, width), np.full(n, height)), SamplePlan(0, n, 8)
     crops = plan.crops(np.arange(n), *sizes, config, SIZE)
-    ours = np.array([crop[:4] for crop in crops])
+    actual = np.array([crop[:4] for crop in crops])
     for column in range(4):
-        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
-    assert stats.ks_2samp(ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3]).pvalue > 1e-3
-    cut = np.mean((ours[:, 2] == height) | (ours[:, 3] == width))
-    assert cut == pytest.approx(np.mean((theirs[:, 2] == height) | (theirs[:, 3] == width)), abs=0.03)
+        assert stats.ks_2samp(actual[:, column], reference[:, column]).pvalue > 1e-3
+    assert stats.ks_2samp(actual[:, 2] / actual[:, 3], reference[:, 2] / reference[:, 3]).pvalue > 1e-3
+    cut = np.mean((actual[:, 2] == height) | (actual[:, 3] == width))
+    assert cut == pytest.approx(np.mean((reference[:, 2] == height) | (reference[:, 3] == width)), abs=0.03)
     assert np.mean([crop.flip for crop in crops]) == pytest.approx(0.5, abs=0.03)
     again = DataConfig(augmentation="random_crop", crop_scale=config.crop_scale)
     redrawn = np.array([crop[:4] for crop in plan.crops(np.arange(n), *sizes, again, SIZE)])
-    kept = (redrawn == ours).all(axis=1)
-    assert (ours[~kept, 2:] == [height, width]).any(axis=1).all()  # only boxes that do not fit differ
+    kept = (redrawn == actual).all(axis=1)
+    assert (actual[~kept, 2:] == [height, width]).any(axis=1).all()  # only boxes that do not fit differ
 
 
 def test_seeds_of_images_and_batches_are_independent():
@@ -240,15 +240,15 @@ def test_fixed_crops_take_224_of_256_and_no_augmentation_takes_the_center():
 
 def test_color_jitter_has_the_distribution_of_torchvision():
     n, strength = 4000, (0.4, 0.3, 0.0)
-    ours = SamplePlan(0, 10, 8).color_jitter(np.arange(n), strength)
+    actual = SamplePlan(0, 10, 8).color_jitter(np.arange(n), strength)
     torch.manual_seed(0)
     transform = ColorJitter(0.4, 0.3)
     draws = [transform.get_params(transform.brightness, transform.contrast, (1.0, 1.0), None) for _ in range(n)]
     for column in (0, 1):
-        theirs = [draw[column + 1] for draw in draws]
-        assert stats.ks_2samp(ours[:, column], theirs).pvalue > 1e-3
-    assert set(ours[:, 2]) == {1.0}
-    _, counts = np.unique(ours[:, 3:].argsort(axis=1), axis=0, return_counts=True)
+        reference = [draw[column + 1] for draw in draws]
+        assert stats.ks_2samp(actual[:, column], reference).pvalue > 1e-3
+    assert set(actual[:, 2]) == {1.0}
+    _, counts = np.unique(actual[:, 3:].argsort(axis=1), axis=0, return_counts=True)
     assert stats.chisquare(counts).pvalue > 1e-3
     assert len(counts) == 6
 

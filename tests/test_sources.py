@@ -121,9 +121,9 @@ def test_class_numbers_follow_numbers_names_or_the_classes_file(tmp_path):
     assert labels(tmp_path) == ([1, NO_LABEL, 2, 0], ["12", "dog", "Äsche"])
     write(tmp_path, "classes.txt", content="Äsche\ndog\n")
     assert labels(tmp_path) == ([1, NO_LABEL, 0, NO_LABEL], ["Äsche", "dog"])
-    told = "\n".join(list_images(str(tmp_path)).problems)
-    assert "labels without a class: 1 of 3, such as 12" in told
-    assert "labels that are not numbers: 2 of 3, such as dog" in told
+    problems = "\n".join(list_images(str(tmp_path)).problems)
+    assert "labels without a class: 1 of 3, such as 12" in problems
+    assert "labels that are not numbers: 2 of 3, such as dog" in problems
     write(tmp_path, "n/classes.txt", content="cat\ndog\n")
     write(tmp_path, "n/n.tar", content=tar_bytes(("1.jpg", b"1"), ("1.cls", b"1"), ("2.jpg", b"2"), ("2.cls", b"2")))
     assert labels(tmp_path / "n") == ([1, NO_LABEL], ["cat", "dog"])
@@ -132,11 +132,11 @@ def test_class_numbers_follow_numbers_names_or_the_classes_file(tmp_path):
 def test_a_truncated_tar_yields_its_complete_images(tmp_path):
     samples = [(f"{n}.jpg", bytes([65 + n]) * size) for n, size in enumerate((3, 512, 900, 1, 1500))]
     samples.insert(2, ("long/" * 40 + "name.jpg", b"far"))
-    whole = tar_bytes(*samples, format=tarfile.GNU_FORMAT)
-    ends = [whole.index(content) + len(content) for _, content in samples]
+    intact = tar_bytes(*samples, format=tarfile.GNU_FORMAT)
+    ends = [intact.index(content) + len(content) for _, content in samples]
     path = tmp_path / "s.tar"
-    for cut in [*range(0, len(whole), 97), *(end + d for end in ends for d in (-1, 0, 1))]:
-        path.write_bytes(whole[:cut])
+    for cut in [*range(0, len(intact), 97), *(end + d for end in ends for d in (-1, 0, 1))]:
+        path.write_bytes(intact[:cut])
         expected = [content for (_, content), end in zip(samples, ends, strict=True) if end <= cut]
         if not expected:
             check_error(path, "no images found", "damaged after byte 0")
@@ -151,26 +151,26 @@ def test_a_truncated_tar_yields_its_complete_images(tmp_path):
 
 
 def test_a_randomly_damaged_tar_is_listed_or_raises_an_error(tmp_path):
-    chance = random.Random(0)
+    rng = random.Random(0)
     pieces = [("a.jpg", b"A" * 700), ("x" * 120 + ".jpg", b"B"), ("ä.png", b"C"), ("n01.tar", tar_bytes(("1.jpg", b"one")))]
     for _ in range(700):
-        data = bytearray(tar_bytes(*pieces, format=chance.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))))
-        for _ in range(chance.choice((1, 1, 3, 40))):
-            start = chance.randrange(0, len(data) // 2, 512)
-            data[start + chance.choice((124, 156, chance.randrange(512)))] = chance.choice((0, 55, 76, 120, 128, 255))
-            if chance.random() < 0.7:  # make the checksum valid, so that tarfile accepts the header
+        data = bytearray(tar_bytes(*pieces, format=rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))))
+        for _ in range(rng.choice((1, 1, 3, 40))):
+            start = rng.randrange(0, len(data) // 2, 512)
+            data[start + rng.choice((124, 156, rng.randrange(512)))] = rng.choice((0, 55, 76, 120, 128, 255))
+            if rng.random() < 0.7:  # make the checksum valid, so that tarfile accepts the header
                 header = data[start : start + 148] + b" " * 8 + data[start + 156 : start + 512]
                 data[start + 148 : start + 156] = b"%06o\0 " % sum(header)
-        write(tmp_path, "s.tar", content=bytes(data[: chance.choice((len(data), chance.randrange(len(data))))]))
+        write(tmp_path, "s.tar", content=bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
         with contextlib.suppress(DataError):
             assert all(content in data for content in contents(list_images(str(tmp_path / "s.tar"))))
 
 
 def test_intact_shards_are_used_next_to_damaged_ones(tmp_path):
-    whole = tar_bytes(("1.jpg", b"one"), ("2.jpg", b""), ("3.jpg", b"two"), ("3.cls", b"\xff\xfe"))
+    intact = tar_bytes(("1.jpg", b"one"), ("2.jpg", b""), ("3.jpg", b"two"), ("3.cls", b"\xff\xfe"))
     huge = tarfile.TarInfo("no file")
     huge.type, huge.size = b"V", 2**62  # larger than any file system supports
-    shards = {"a.tar": whole, "b.tar": b"", "c.tar": b"<html>" * 999, "d.tar.gz": gzip.compress(whole)[:-20]}
+    shards = {"a.tar": intact, "b.tar": b"", "c.tar": b"<html>" * 999, "d.tar.gz": gzip.compress(intact)[:-20]}
     shards["e.tar"] = tar_bytes(("n00000001.tar", tar_bytes(("1.jpg", b"one"))[:1024]), ("2.jpg", b"two"))
     shards["f.tar"] = tar_bytes(("1.jpg", b"one"))[:1024] + huge.tobuf(tarfile.GNU_FORMAT)
     assert all(write(tmp_path, name, content=data) for name, data in shards.items())

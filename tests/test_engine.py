@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_mae.config import Config, ConfigError, load_config
 from scale_mae.config.sections import OptimConfig
-from scale_mae.engine.optimizer import build_optimizer, parameter_groups
+from scale_mae.engine.optimizer import build_optimizer, build_parameter_groups
 from scale_mae.engine.schedule import LRSchedule
 from scale_mae.model.mae import build_mae
 
@@ -207,7 +207,7 @@ def test_the_host_never_waits_between_log_steps_in_bf16(stage):
 
 def test_weight_decay_groups_equal_those_of_the_reference():
     model = small_mae()
-    groups = parameter_groups(model, OptimConfig())
+    groups = build_parameter_groups(model, OptimConfig())
     assert [(group.weight_decay, group.lr_scale) for group in groups] == [(0.0, 1.0), (0.05, 1.0)]
     without, with_decay = (group.names for group in groups)
     names = [name for name, _ in model.named_parameters()]
@@ -218,7 +218,7 @@ def test_weight_decay_groups_equal_those_of_the_reference():
     assert {"norm.weight", "norm.bias", "blocks.0.attn.qkv.bias", "patch_embed.proj.bias"} <= set(without)
     model.head = torch.nn.Linear(2, 2)
     model.head.bias = torch.nn.Parameter(torch.zeros(2, 2))
-    without, with_decay = (group.names for group in parameter_groups(model, OptimConfig()))
+    without, with_decay = (group.names for group in build_parameter_groups(model, OptimConfig()))
     assert "head.weight" in with_decay
     assert "head.bias" in without
 

@@ -10,7 +10,7 @@ import torch
 from test_engine import batch, small_mae
 
 from scale_mae.config import UserError, load_config
-from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing, recomputed_flops
+from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing, count_recomputed_flops
 from scale_mae.metrics import counters, trackers
 from scale_mae.metrics.calculator import SMOOTHING_STEPS, MetricsCalculator, ProcessStats, local_seconds
 from scale_mae.metrics.counters import Counters, restore_counters
@@ -181,8 +181,8 @@ def test_recomputed_operations_equal_what_pytorch_executes(policy, every):
 
     plain, _, flops = executed("none")
     again, images, _ = executed(policy)
-    assert again - plain == images * recomputed_flops(flops, policy, every)
-    assert recomputed_flops(flops, "none", every) == 0
+    assert again - plain == images * count_recomputed_flops(flops, policy, every)
+    assert count_recomputed_flops(flops, "none", every) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from trainable_models import SmallClassifier
 
 from scale_mae.config.sections import OptimConfig
 from scale_mae.engine.lars import LARS
-from scale_mae.engine.optimizer import build_optimizer, parameter_groups, set_lr
+from scale_mae.engine.optimizer import build_optimizer, build_parameter_groups, set_lr
 from scale_mae.engine.schedule import LRSchedule
 
 
@@ -47,7 +47,7 @@ def test_layer_decay_equals_that_of_the_reference_for_every_parameter():
         expected = golden.get(name) or golden[name.replace("fc_norm", "norm")]
         assert scale == pytest.approx(expected["lr_scale"], rel=1e-12), name
         assert decay == expected["weight_decay"], name
-    groups = parameter_groups(model, OptimConfig(layer_decay=0.65))
+    groups = build_parameter_groups(model, OptimConfig(layer_decay=0.65))
     assert len(groups) == len({(group.weight_decay, group.lr_scale) for group in groups}) == 12
     assert [group.weight_decay for group in groups] == sorted(group.weight_decay for group in groups)
 

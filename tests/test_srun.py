@@ -16,7 +16,7 @@ from slurm_cluster import SlurmCluster
 from scale_mae.checkpoint.manifest import read_manifest
 from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import first_host, get_ranks, tasks_on_node
+from scale_mae.distributed.launcher import count_tasks_on_node, get_first_host, get_ranks
 
 TRAIN = [sys.executable, "-m", "scale_mae", "pretrain", "debug"]
 ON_TWO_NODES = ["srun", "--nodes=2", "--ntasks-per-node=1"]
@@ -131,7 +131,7 @@ def test_tasks_on_node_agrees_with_slurm(cluster):
     tasks = Counter(tuple(line.split()) for line in done.stdout.splitlines())
     assert sum(tasks.values()) == 3, done.stderr
     for (node, tasks_per_node), count in tasks.items():
-        assert tasks_on_node(tasks_per_node, int(node)) == count
+        assert count_tasks_on_node(tasks_per_node, int(node)) == count
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_tasks_on_node_agrees_with_slurm(cluster):
     [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,1", [2, 1]), ("1(x12)", [1] * 12), ("3,4(x2)", [3, 4, 4])],
 )
 def test_tasks_on_node(tasks_per_node, counts):
-    assert [tasks_on_node(tasks_per_node, node) for node in range(len(counts))] == counts
+    assert [count_tasks_on_node(tasks_per_node, node) for node in range(len(counts))] == counts
 
 
 @pytest.mark.parametrize("nodes", ["gpu03", "gpu03,gpu05", "gpu03,cpu1,gpu05"])
 def test_first_host_of_a_plain_list(nodes, monkeypatch):
     monkeypatch.setenv("PATH", "")  # a list without brackets needs no scontrol
-    assert first_host(nodes) == "gpu03"
+    assert get_first_host(nodes) == "gpu03"
 
 
 @service
@@ -153,13 +153,13 @@ def test_first_host_of_a_plain_list(nodes, monkeypatch):
     ("nodes", "first"), [("gpu[03-05,9],cpu1", "gpu03"), ("cpu1,gpu[03-05]", "cpu1"), ("rack[2-3]node[07-08]", "rack2node07")]
 )
 def test_first_host_of_a_list_with_brackets(nodes, first, on_cluster):
-    assert first_host(nodes) == first
+    assert get_first_host(nodes) == first
 
 
 def test_first_host_without_scontrol_is_an_error_with_advice(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\] .* set MASTER_ADDR"):
-        first_host("gpu[1-2]")
+        get_first_host("gpu[1-2]")
 
 
 def test_each_step_and_restart_of_a_job_has_its_own_rendezvous_port(monkeypatch):

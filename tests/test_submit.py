@@ -21,7 +21,7 @@ from scale_mae.checkpoint.manifest import read_manifest
 from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.cli import main
 from scale_mae.config import load_config
-from scale_mae.distributed.launcher import rendezvous_port
+from scale_mae.distributed.launcher import get_rendezvous_port
 from scale_mae.slurm.site_config import SiteConfig
 from scale_mae.slurm.submit import prepare_job, write_job_files
 
@@ -347,7 +347,7 @@ def test_restart_uses_another_port_if_the_first_is_taken(cluster, here, capsys):
     number = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap", "true").stdout) + 1
     cluster.run("scancel", str(number - 1))
     with socket.socket() as other_program:
-        other_program.bind(("0.0.0.0", rendezvous_port(str(number), "0", "0")))
+        other_program.bind(("0.0.0.0", get_rendezvous_port(str(number), "0", "0")))
         other_program.listen()
         assert submit(capsys, run, "train.duration=5 steps", "checkpoint.interval=5 steps") == [number]
         finish(cluster, run)

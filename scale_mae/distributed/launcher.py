@@ -32,29 +32,31 @@ def get_ranks() -> tuple[int, int, int]:
         if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_STEP_ID", "").isdigit():  # srun
             if int(env["SLURM_STEP_NUM_TASKS"]) == 1:
                 return 0, 1, 0  # independent runs may share one job step, for example in an interactive shell
-            env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            port = rendezvous_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
+            env.setdefault("MASTER_ADDR", get_first_host(env["SLURM_STEP_NODELIST"]))
+            port = get_rendezvous_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"], env.get("SLURM_RESTART_COUNT", "0"))
             env.setdefault("MASTER_PORT", str(port))
-            env.setdefault("LOCAL_WORLD_SIZE", str(tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))))
+            env.setdefault(
+                "LOCAL_WORLD_SIZE", str(count_tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])))
+            )
             return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the launcher's rank variables are incomplete or wrong: {error}; use torchrun or srun") from None
     return 0, 1, 0
 
 
-def rendezvous_port(job: str, step: str, restart: str) -> int:
+def get_rendezvous_port(job: str, step: str, restart: str) -> int:
     """Return the port of the rendezvous store of a Slurm job step.
 
     Every step and every restart gets another port, because another process may hold the previous one. The ports lie
     below the range from which the kernel assigns ports. A job has 31 of them, and a restart advances by 7.
 
-    >>> [rendezvous_port("1", step, restart) for restart in ("0", "1", "5") for step in ("0", "1")]
+    >>> [get_rendezvous_port("1", step, restart) for restart in ("0", "1", "5") for step in ("0", "1")]
     [20031, 20032, 20038, 20039, 20035, 20036]
     """
     return 20000 + int(job) * 31 % 12000 + (int(step) + 7 * int(restart)) % 31
 
 
-def first_host(nodes: str) -> str:
+def get_first_host(nodes: str) -> str:
     """Return the first host of a Slurm node list."""
     return expand_host_list(nodes)[0]
 
@@ -74,7 +76,7 @@ def expand_host_list(nodes: str) -> list[str]:
     return listed.stdout.split()
 
 
-def tasks_on_node(tasks_per_node: str, node: int) -> int:
+def count_tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Return the number of tasks of one node, from Slurm's run-length form such as ``4(x2),3``."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):

@@ -69,7 +69,7 @@ def apply_activation_checkpointing(
         raise ValueError(f"unknown activation checkpointing policy {policy!r}")
 
 
-def recomputed_flops(flops: Flops, policy: str, every: int) -> int:
+def count_recomputed_flops(flops: Flops, policy: str, every: int) -> int:
     """Return the operations of one image that a policy recomputes, counted in the same way as :class:`Flops`.
 
     PyTorch's checkpoint stops the recomputation once it has all that the backward pass needs, which is before a block's

@@ -24,7 +24,7 @@ from scale_mae.distributed.process_group import World
 from scale_mae.engine.activation_checkpointing import apply_activation_checkpointing
 from scale_mae.engine.deepspeed_config import build_deepspeed_config
 from scale_mae.engine.ema import EMA_KEY, WeightEMA
-from scale_mae.engine.optimizer import build_optimizer, optimizer_state_keys, parameter_groups, set_lr
+from scale_mae.engine.optimizer import build_optimizer, build_parameter_groups, get_optimizer_state_keys, set_lr
 from scale_mae.engine.step_skipper import StepSkipper
 from scale_mae.engine.trainable import TrainableModule
 
@@ -64,7 +64,7 @@ class Engine:
                 block.compile()
         self.model: TrainableModule = model.to(world.device)
         # taken before DeepSpeed splits the groups
-        self._group_names = [group.names for group in parameter_groups(self.model, config.optim)]
+        self._group_names = [group.names for group in build_parameter_groups(self.model, config.optim)]
         self._engine, self._optimizer = _initialize_deepspeed(self.model, config, world)
 
         # Without ZeRO, DeepSpeed wraps the optimizer for bf16 and fp16. The wrapper needs two corrections; tests compare
@@ -214,7 +214,7 @@ class Engine:
         Raises:
             CheckpointError: The checkpoint cannot be read, or belongs to another model. Raised on all processes.
         """
-        engine, rank, keys = self._engine, self.world.rank, optimizer_state_keys(self.config.optim)
+        engine, rank, keys = self._engine, self.world.rank, get_optimizer_state_keys(self.config.optim)
         reader = self.world.run_on_all(lambda: open_matching_checkpoint(engine, folder / DEEPSPEED_TAG, keys))
         self.world.run_on_all(lambda: load_local_partitions(engine, reader, rank, keys))
         copy_masters_to_model(engine, rank)

@@ -29,7 +29,7 @@ class ParameterGroup:
     lr_scale: float
 
 
-def parameter_groups(model: TrainableModule, config: OptimConfig) -> list[ParameterGroup]:
+def build_parameter_groups(model: TrainableModule, config: OptimConfig) -> list[ParameterGroup]:
     """Return the groups without weight decay, then those with it. Within each kind, groups follow the model's order.
 
     The learning-rate multiplier of a parameter is ``layer_decay`` to the power of the number of layers above it (Bao et
@@ -68,7 +68,7 @@ def _layer_number(name: str, depth: int) -> int:
 
 
 def build_optimizer(model: TrainableModule, config: OptimConfig, *, fused: bool = True) -> Optimizer:
-    """Build AdamW or LARS over :func:`parameter_groups`. Its learning rate is 0 until :func:`set_lr` is called.
+    """Build AdamW or LARS over :func:`build_parameter_groups`. Its learning rate is 0 until :func:`set_lr` is called.
 
     Args:
         model: The model on its device.
@@ -81,7 +81,7 @@ def build_optimizer(model: TrainableModule, config: OptimConfig, *, fused: bool 
             "weight_decay": group.weight_decay,
             "lr_scale": group.lr_scale,
         }
-        for group in parameter_groups(model, config)
+        for group in build_parameter_groups(model, config)
     ]
     if config.name == "lars":
         return LARS(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
@@ -94,7 +94,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def optimizer_state_keys(config: OptimConfig) -> tuple[str, ...]:
+def get_optimizer_state_keys(config: OptimConfig) -> tuple[str, ...]:
     """Return the keys of the optimizer's states that have the shape of the parameter."""
     moments = (MOMENTUM_KEY,) if config.name == "lars" else ("exp_avg", "exp_avg_sq")
     return (*moments, EMA_KEY) if config.ema_decay else moments

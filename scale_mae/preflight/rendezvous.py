@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
 from scale_mae.config import UserError
-from scale_mae.distributed.launcher import expand_host_list, get_rank_and_world_size, tasks_on_node
+from scale_mae.distributed.launcher import count_tasks_on_node, expand_host_list, get_rank_and_world_size
 from scale_mae.preflight import typed_json
 
 D = TypeVar("D")
@@ -172,6 +172,6 @@ def get_expected_tasks() -> dict[str, int]:
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
     try:
         names = expand_host_list(nodes) if nodes else []
-        return {name: tasks_on_node(tasks, number) if tasks else 1 for number, name in enumerate(names)}
+        return {name: count_tasks_on_node(tasks, number) if tasks else 1 for number, name in enumerate(names)}
     except (UserError, ValueError, IndexError):
         return {}

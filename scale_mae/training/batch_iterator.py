@@ -1,4 +1,4 @@
-"""Batches for all processes in lockstep, decoded by the same kind of decoder on all of them."""
+"""Batches of all processes in lockstep, with a vote on whether to continue; and the loader and decoder they come from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from scale_mae.metrics.step_timer import StepTimer
 
 
 class BatchIterator:
-    """Iterates over batches together with a vote: a process that cannot load a batch, or must stop, informs all others.
+    """Iterates over batches, with a vote on each: a process that cannot load a batch, or must stop, informs all others.
 
     The vote on the next batch is cast while the accelerator works on the current one. All processes get its result before
-    the next forward pass. At the end of the context, the loader has stopped and the pending vote is counted.
+    the next forward pass. Use it as a context manager: at the end, it stops the loader and counts the pending vote.
 
     Args:
         batches: Batches of this process.
@@ -56,7 +56,9 @@ class BatchIterator:
             self._error, vote = error, Vote.FAILED
         except Exception as error:  # a bug must not leave the other processes waiting
             traceback.print_exc()
-            self._error, vote = DataError(f"a batch cannot be loaded ({type(error).__name__}: {error})"), Vote.FAILED
+            reason = f"{type(error).__name__}: {error}"
+            self._error = DataError(f"rank {self._world.rank}: a batch cannot be loaded ({reason}). See the traceback above.")
+            vote = Vote.FAILED
         self._step_timer.mark("data")
         self._vote.cast(vote)
 

@@ -14,7 +14,7 @@ import torch
 from scale_mae import __version__
 from scale_mae.config import Config
 from scale_mae.distributed.process_group import World
-from scale_mae.engine.activation_checkpointing import recomputed_flops
+from scale_mae.engine.activation_checkpointing import count_recomputed_flops
 from scale_mae.engine.trainable import TrainableModule
 from scale_mae.metrics.calculator import MetricsCalculator
 from scale_mae.metrics.counters import Counters, restore_counters
@@ -105,7 +105,7 @@ def build_monitoring(
     return Monitoring(run, step_timer, calculator, counters, node, nvml, node.placements[world.rank][1], log)
 
 
-def start_event(monitoring: Monitoring, world: World, zero_stage: int) -> dict[str, Any]:
+def build_start_event(monitoring: Monitoring, world: World, zero_stage: int) -> dict[str, Any]:
     """Return the fields of the event ``start`` in the run's history."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     return {
@@ -141,7 +141,7 @@ def _build_calculator(
         dataset_size=dataset_size,
         world_size=world.size,
         flops_per_image=flops.train,
-        recomputed_flops_per_image=recomputed_flops(
+        recomputed_flops_per_image=count_recomputed_flops(
             flops, train.activation_checkpointing, train.activation_checkpointing_every
         ),
         total_steps=total_steps,

@@ -191,7 +191,7 @@ class RollbackController:
                 history.append(self._run_dir, "rollback_failed", **fields)
             raise RollbackError(f"{cause}, and {why}. The cause may be {images}, see {self._run_dir / history.FILE}. {ADVICE}.")
         event = {"number": self.num_rollbacks + 1, "to": target_step, **fields}
-        self._set_aside_after(checkpoint)
+        self._rename_later_checkpoints(checkpoint)
         try:
             history.append(self._run_dir, "rollback", **event)
         except OSError as error:
@@ -211,7 +211,7 @@ class RollbackController:
         checkpoint = None
         try:
             checkpoint = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=last_step)
-            # later checkpoints were set aside, so the newest one is the target of the last rollback or newer
+            # Each rollback renames all checkpoints after its target. So the run has saved none since if the target is the newest.
             if checkpoint and self._past and step_of(checkpoint) == self._past[-1]["to"]:
                 earlier = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=step_of(checkpoint) - 1)
                 checkpoint = earlier or checkpoint
@@ -219,11 +219,11 @@ class RollbackController:
             self._log_message(str(error))
         return checkpoint
 
-    def _set_aside_after(self, checkpoint: Path) -> None:
+    def _rename_later_checkpoints(self, checkpoint: Path) -> None:
         """Rename all later checkpoints, so that a resumed run does not find them."""
         for later in list_checkpoints(self._run_dir):
             if later.name > checkpoint.name and rename_as_damaged(later) is None:
-                raise RollbackError(f"{later}: contains the anomaly, but cannot be renamed. Delete it and start the run again.")
+                raise RollbackError(f"{later}: cannot be renamed, but contains the anomaly. Delete it and start the run again.")
 
 
 def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:

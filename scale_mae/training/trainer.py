@@ -29,7 +29,7 @@ from scale_mae.runs.run_index import check_index_unchanged, find_or_build_index
 from scale_mae.training.anomaly_detector import Anomaly
 from scale_mae.training.batch_iterator import BatchIterator, build_loader
 from scale_mae.training.metrics_logger import MetricsLogger
-from scale_mae.training.monitoring import build_monitoring, describe_settings, start_event
+from scale_mae.training.monitoring import build_monitoring, build_start_event, describe_settings
 from scale_mae.training.result import TrainingResult
 from scale_mae.training.rollback import RollbackController
 from scale_mae.training.tasks import build_task
@@ -274,7 +274,7 @@ class Trainer:
     def _log_start(self, messages: Sequence[str], checkpoint: Path | None) -> None:
         """Record the start in the history, and log the messages and the settings of the run."""
         zero_stage, total_steps = self.engine.zero_stage, self.schedule.total_steps
-        self.metrics_logger.record_event("start", step=self.step, **start_event(self.monitoring, self.world, zero_stage))
+        self.metrics_logger.record_event("start", step=self.step, **build_start_event(self.monitoring, self.world, zero_stage))
         start = f"Resumed from {checkpoint} at step" if checkpoint else f"Starting in {self.run_dir} from step"
         settings = describe_settings(self.config, self.world, self.task.description, zero_stage)
         for message in [*messages, f"{start} {self.step} of {total_steps}: {settings}."]:

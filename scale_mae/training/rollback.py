@@ -211,7 +211,7 @@ class RollbackController:
         checkpoint = None
         try:
             checkpoint = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=last_step)
-            # Each rollback renames all checkpoints after its target. So the run has saved none since if the target is the newest.
+            # A rollback renames all later checkpoints. If its target is the newest again, the run has saved none since.
             if checkpoint and self._past and step_of(checkpoint) == self._past[-1]["to"]:
                 earlier = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=step_of(checkpoint) - 1)
                 checkpoint = earlier or checkpoint

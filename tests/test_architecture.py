@@ -69,8 +69,8 @@ def test_a_module_imports_only_from_its_own_layer_and_lower_ones(path):
 
 def test_no_modules_import_each_other():
     graph = {name_of(p): set(runtime_imports(p)) - {"scale_mae"} for p in MODULES}
-    while free := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:
-        for name in free:
+    while independent := [name for name, imported in graph.items() if not imported & graph.keys() - {name}]:
+        for name in independent:
             del graph[name]
     assert not graph, f"these modules import each other: {sorted(graph)}"
 

@@ -1,4 +1,4 @@
-"""The shipped recipes: their names, their files, and the facts that the comments at the top of a file state."""
+"""The shipped recipes: their names, their files, and the headers of the files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from scale_mae.config.schema import SHIPPED_CONFIGS
 
-FOLDER = SHIPPED_CONFIGS / "recipes"
-FACT = re.compile(r"^#   (command|hardware|time|result) +(\S.*)$", re.MULTILINE)
+RECIPES = SHIPPED_CONFIGS / "recipes"
+HEADER_LINE = re.compile(r"^#   (command|hardware|time|result) +(\S.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class RecipeHeader:
 
 def recipe_names() -> list[str]:
     """Return the names of the shipped recipes."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_path(recipe: str) -> Path:
     """Return the file of a shipped recipe, or ``recipe`` itself as a path if no shipped recipe has this name."""
-    shipped = FOLDER / f"{recipe}.yaml"
+    shipped = RECIPES / f"{recipe}.yaml"
     return shipped if recipe in recipe_names() else Path(recipe)
 
 
@@ -43,4 +43,4 @@ def read_header(name: str) -> RecipeHeader:
     """Read the header of a shipped recipe."""
     text = recipe_path(name).read_text()
     summary = text.partition("\n")[0].removeprefix("# ")
-    return RecipeHeader(summary=summary, **dict(FACT.findall(text)))
+    return RecipeHeader(summary=summary, **dict(HEADER_LINE.findall(text)))

@@ -49,18 +49,17 @@ class Command:
     """Runs the command and returns the exit code. Imports heavy packages only when called."""
 
 
-def add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], command: Command) -> argparse.ArgumentParser:
+def add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], command: Command) -> None:
     """Add the parser of a command. Parsed arguments carry the function that runs the command as ``run_command``."""
     text = f"{command.summary} {command.description}".strip()
     parser = subparsers.add_parser(
         command.name,
-        description=textwrap.fill(text, WIDTH),
+        description=textwrap.fill(text, WIDTH, break_on_hyphens=False),
         epilog=f"example:\n  {command.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
     parser.set_defaults(run_command=command.run)
-    return parser
 
 
 def list_commands(commands: Sequence[Command]) -> str:

@@ -102,7 +102,7 @@ class Trainer:
         self._log_start([*messages, loader_message], checkpoint)
 
     def train(self) -> TrainingResult:
-        """Train until the schedule ends or the run must stop. A checkpoint is the last thing that is written."""
+        """Train until the schedule ends or the run must stop, and save a checkpoint of the last step."""
         total_steps, stopped, vote = self.schedule.total_steps, "", Vote.CONTINUE
         with self.log, ExitStack() as at_exit, self.saver:
             at_exit.push(lambda _, error, __: self.metrics_logger.record_stop(self.step, stopped or str(error or "finished")))

@@ -80,16 +80,16 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     assert "nano, 32 x 32 pixels, patches of 8 x 8" in text
     assert text.count("verified") == 2
     flip_bit(next((run_dir / "checkpoints" / checkpoint_name(9)).glob("deepspeed/*optim_states.pt")))
-    text = inspect_damaged(run_dir, capsys, "1 of 2 checkpoints damaged; ")
+    text = inspect_damaged(run_dir, capsys, "damaged checkpoints: 1 of 2. ")
     assert [line.split()[-1] for line in text.splitlines() if "MB" in line] == ["verified", "damaged"]
     (run_dir / "checkpoints" / checkpoint_name(9)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(9)}")
     assert main(["inspect", "--json", str(run_dir)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["resumes from"] == checkpoint_name(3)
-    assert report["set aside"] == [f"damaged-{checkpoint_name(9)}"]
+    assert report["renamed as damaged"] == [f"damaged-{checkpoint_name(9)}"]
     assert [(c["step"], c["problem"]) for c in report["checkpoints"]] == [(3, None)]
     (run_dir / "checkpoints" / checkpoint_name(3)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(3)}")
-    inspect_damaged(run_dir, capsys, "all checkpoints (2) are damaged and set aside")
+    inspect_damaged(run_dir, capsys, "no intact checkpoint. Damaged: damaged-step-")
 
 
 def test_for_the_checkpoints_folder_the_error_names_the_run_directory(run_dir, capsys):

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to inference weights: write them aside, verify them against the checkpoint, move them into place."""
+"""Converts a checkpoint to inference weights: write them to a hidden folder, verify them, move them into place."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def format_size(size: Iterable[int]) -> str:
 
 
 def count_tensors(tensors: Mapping[str, torch.Tensor]) -> Report:
-    """Return the number of tensors, their number of values, and the number of tensors of each dtype."""
+    """Return the number of tensors, of parameters, and of tensors by dtype."""
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     return {
         "tensors": len(tensors),

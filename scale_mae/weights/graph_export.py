@@ -24,7 +24,7 @@ INSTALL_HINT = "Install it: pip install 'scale-mae[export]'."
 
 
 class _GraphModule(nn.Module):
-    """The model to trace. Input and outputs are fp32, whatever the dtype of the weights.
+    """The model to trace. Input and outputs are fp32 for every dtype of the weights.
 
     An encoder returns ``tokens`` and ``embedding``, a classifier ``logits``.
     """

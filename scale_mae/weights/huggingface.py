@@ -107,9 +107,9 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: A key belongs to none of these models, or a query, key or value is missing.
     """
-    top_level = {theirs: own for own, theirs in _TOP_LEVEL_KEYS.items() if own != "head"}
-    block_keys = {theirs: own for own, theirs in _BLOCK_KEYS.items()}
-    stacks = {theirs: own for own, theirs in _STACKS.items()}
+    top_level = {hf_key: key for key, hf_key in _TOP_LEVEL_KEYS.items() if key != "head"}
+    block_keys = {hf_key: key for key, hf_key in _BLOCK_KEYS.items()}
+    stacks = {hf_key: key for key, hf_key in _STACKS.items()}
     renamed: dict[str, Tensor] = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for original, tensor in weights.items():

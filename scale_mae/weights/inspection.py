@@ -58,17 +58,17 @@ def _inspect_run(run_dir: Path) -> Report:
     rows = [_checkpoint_row(checkpoint) for checkpoint in list_checkpoints(run_dir)]
     valid = [row["name"] for row in rows if not row[PROBLEM]]
     problems = [row[PROBLEM] for row in rows if row[PROBLEM]]
-    set_aside = sorted(p.name for p in (run_dir / CHECKPOINTS_FOLDER).glob(f"{DAMAGED_PREFIX}*"))
-    problem = f"{run_dir}: {len(problems)} of {len(rows)} checkpoints damaged; {problems[-1]}" if problems else None
-    if set_aside and not rows:
-        problem = f"{run_dir}: all checkpoints ({len(set_aside)}) are damaged and set aside."
+    renamed = sorted(p.name for p in (run_dir / CHECKPOINTS_FOLDER).glob(f"{DAMAGED_PREFIX}*"))
+    problem = f"{run_dir}: damaged checkpoints: {len(problems)} of {len(rows)}. {problems[-1]}" if problems else None
+    if renamed and not rows:
+        problem = f"{run_dir}: no intact checkpoint. Damaged: {', '.join(renamed)}."
     return {
         "kind": "run directory",
         "path": str(run_dir),
         **(_model_report(config) if config else {}),
         "checkpoints": rows,
         "resumes from": valid[-1] if valid else None,
-        "set aside": set_aside,
+        "renamed as damaged": renamed,
         PROBLEM: problem,
     }
 

@@ -61,7 +61,7 @@ class ParityBatch:
 
 @contextmanager
 def streamed_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a model on the meta device compute in fp32. Read the weights of a module anew each time that it computes.
+    """Let a model on the meta device compute in fp32. Read the weights of a module again each time it computes.
 
     Args:
         model: A model on the meta device. The tensors of its outermost module stay in memory within the context.

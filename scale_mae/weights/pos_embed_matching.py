@@ -1,6 +1,6 @@
 """Matches the position embeddings of imported weights to a model with another grid of patches.
 
-A fixed sine-cosine embedding is computed anew, so that it is exact. A learned embedding is kept. Both are interpolated if the
+A fixed sine-cosine embedding is recomputed, so that it is exact. A learned embedding is kept. Both are interpolated if the
 grid differs.
 """
 

@@ -2,9 +2,9 @@
 
 DALI decodes plain JPEG files only, and only the box of the crop. Pillow decodes all other images.
 
-PyTorch resizes, not DALI, for three reasons. At the borders of a box, DALI repeats pixels where Pillow ignores them. DALI does
-not round and clip between the two passes as Pillow does, which changes photographs with overexposed parts by up to 20 of 255.
-On a CPU, DALI takes seven times as long as PyTorch.
+PyTorch resizes, not DALI, for three reasons. At the borders of a box, DALI repeats pixels where Pillow ignores them. Pillow
+rounds and clips between the two passes, but DALI does not; in overexposed parts of photographs this is a difference of up to
+20 of 255. On a CPU, DALI takes seven times as long as PyTorch.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class DaliDecoder:
 
 
 def define_graph(pipeline: Pipeline, device: str) -> None:
-    """Add the decoder to an empty pipeline. Its inputs are encoded images and boxes; its output is the decoded boxes.
+    """Add the decoder to an empty pipeline: encoded images and boxes are its inputs, decoded boxes its output.
 
     Args:
         pipeline: A pipeline with an empty graph.
@@ -265,7 +265,7 @@ def _resize_on_cpu(box_hw3: NDArray[np.uint8], jpeg: Jpeg, size: tuple[int, int]
 
 
 def resize_on_gpu(boxes: Sequence[Tensor], jpegs: Sequence[Jpeg], size: tuple[int, int]) -> Tensor:
-    """Crop, resize and turn decoded boxes as on the CPU, with few kernels.
+    """Crop, resize and turn decoded boxes like :func:`_resize_on_cpu`, with few kernels.
 
     The arithmetic is floating point, because PyTorch has no uint8 resizing kernel for GPUs.
 

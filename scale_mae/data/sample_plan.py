@@ -2,8 +2,8 @@
 
 A run consumes the positions 0, 1, 2, ...: row ``r`` of step ``s`` is position ``s * global_batch + r``. Everything random
 about a position is computed from (seed, position). A run therefore resumes from its step number alone, and the number of
-processes and micro-batches does not change the data. An epoch is ``dataset_size`` positions: a permutation of the data set.
-A batch may contain the end of one epoch and the start of the next.
+processes and micro-batches does not change the data. An epoch consists of ``dataset_size`` positions and contains every image
+once. A batch may contain the end of one epoch and the start of the next.
 
 After a rollback, a run skips the positions that led to the anomaly. Later steps then read later positions.
 """
@@ -118,8 +118,8 @@ class SamplePlan:
             strength: Strength of brightness, contrast and saturation.
 
         Returns:
-            ``[n, 6]``: the three factors, uniform in [max(0, 1 - strength), 1 + strength], and three numbers. The order of
-            the numbers is the order in which the factors are applied.
+            ``[n, 6]``: the three factors, uniform in [max(0, 1 - strength), 1 + strength], and three numbers. Sorting the
+            numbers gives the order in which the factors are applied.
         """
         u = self._uniforms(_JITTER, positions, 6)
         low = np.maximum(0, 1 - np.array(strength))
@@ -202,7 +202,7 @@ def _mix(x: Words) -> Words:
 
 
 def _add(x: Words, random: Words, modulus: np.uint64) -> Words:
-    """Add a random number in [0, ``modulus``) to ``x``, modulo ``modulus``, which is below 2^32."""
+    """Add a random number to ``x``, modulo ``modulus``. ``modulus`` is below 2^32."""
     total: Words = x + ((random >> np.uint64(32)) * modulus >> np.uint64(32))
     total -= modulus * (total >= modulus)
     return total

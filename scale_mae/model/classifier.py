@@ -22,9 +22,10 @@ from scale_mae.model.losses import soft_target_cross_entropy
 from scale_mae.model.sizes import LAYER_NORM_EPS, PROBE_EPS, EncoderSize
 
 Pool = Literal["mean", "token"]
-POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # our name -> timm's name
-HEAD_STD = 2e-5  # standard deviation of the initial weights of a head that is fine-tuned; He et al. 2022, code
-PROBE_STD = 0.01  # standard deviation of the initial weights of a linear probe; He et al. 2022, code
+POOLS: dict[Pool, Literal["avg", "token"]] = {"mean": "avg", "token": "token"}  # name in scale_mae -> name in timm
+# Standard deviations of initial weights, from the code of He et al. 2022.
+HEAD_STD = 2e-5  # of a head that is fine-tuned with its encoder
+PROBE_STD = 0.01  # of a linear probe
 
 
 class ClassifierOutput(NamedTuple):
@@ -103,7 +104,8 @@ class Classifier(VisionTransformer):  # type: ignore[misc]
         )
         self.size, self.drop_path = size, drop_path
         self.lr_multipliers: tuple[float, ...] = (1.0,)
-        self.frozen, self._frozen_fraction = False, 0.0  # the fraction of the blocks, to count operations
+        self.frozen = False
+        self._frozen_fraction = 0.0  # of the blocks, to count operations
 
     def freeze(self, trainable_blocks: float) -> None:
         """Freeze everything except the last blocks, the norm after them, and the head.

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.loader import BatchShard, Loader

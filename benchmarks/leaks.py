@@ -19,7 +19,7 @@ import psutil
 import torch
 from report import save
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders
 from scale_mae.data.index import Index
 from scale_mae.data.loader import BatchShard, Loader

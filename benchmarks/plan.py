@@ -21,7 +21,7 @@ import torch
 from report import save
 
 from scale_mae.config import load_config
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.model.mae import MAE
 from scale_mae.weights.model_builder import build_mae_from_config

@@ -30,7 +30,7 @@ from PIL import Image
 from report import save
 from torchvision import datasets
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.index import ENTRY_DTYPE, Index, ShardPaths, write_index
 from scale_mae.data.index_builder import build_index

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_mae.config import Config
-from scale_mae.config.sections import OptimConfig
+from scale_mae.config.schema import OptimConfig
 from scale_mae.model.mae import MAE
 
 LR = 1.5e-4

@@ -250,7 +250,7 @@ def sizes() -> str:
     """Return the encoder sizes with their parameters and their cost."""
     import torch
 
-    from scale_mae.config.sections import ModelConfig
+    from scale_mae.config.schema import ModelConfig
     from scale_mae.model.mae import build_mae
     from scale_mae.model.sizes import SIZES
 

@@ -9,7 +9,7 @@ from ranks import RankError, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_mae.config import Config, ConfigError, load_config
-from scale_mae.config.sections import OptimConfig
+from scale_mae.config.schema import OptimConfig
 from scale_mae.engine.optimizer import build_optimizer, build_parameter_groups
 from scale_mae.engine.schedule import LRSchedule
 from scale_mae.model.mae import build_mae

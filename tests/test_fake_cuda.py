@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
-from scale_mae.config.sections import ClassifyConfig
+from scale_mae.config.schema import ClassifyConfig
 from scale_mae.data import transforms
 from scale_mae.data.mixup import BatchAugmentation
 from scale_mae.data.transforms import denormalize, normalize

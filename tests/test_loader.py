@@ -19,7 +19,7 @@ from images import jpeg, make_folders
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as tvf
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders, loader, storage
 from scale_mae.data.decoders import PillowDecoder
 from scale_mae.data.errors import DataError, ImageError, ImageStatus

@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from scale_mae.config import ConfigError, load_config
-from scale_mae.config.sections import ClassifyConfig
+from scale_mae.config.schema import ClassifyConfig
 from scale_mae.data.mixup import BatchAugmentation, derive_seeds
 from scale_mae.data.transforms import normalize
 

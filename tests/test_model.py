@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scale_mae.config.sections import OptimConfig
+from scale_mae.config.schema import OptimConfig
 from scale_mae.engine.optimizer import build_optimizer
 from scale_mae.model.mae import MAE, build_mae
 from scale_mae.model.masking import num_visible_patches, random_masking

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from trainable_models import SmallClassifier
 
-from scale_mae.config.sections import OptimConfig
+from scale_mae.config.schema import OptimConfig
 from scale_mae.engine.lars import LARS
 from scale_mae.engine.optimizer import build_optimizer, build_parameter_groups, set_lr
 from scale_mae.engine.schedule import LRSchedule

@@ -16,7 +16,7 @@ from test_loader import damage_images, make_loader
 from timm.data import auto_augment
 
 from scale_mae.config import ConfigError, load_config
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders, loader
 from scale_mae.data.errors import DataError
 from scale_mae.data.index_builder import open_index

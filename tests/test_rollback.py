@@ -20,7 +20,7 @@ from test_trainer import log, train, train_until
 from test_trainer import make_config as make_run
 
 from scale_mae.config import ConfigError, UserError
-from scale_mae.config.sections import RollbackConfig
+from scale_mae.config.schema import RollbackConfig
 from scale_mae.runs import history
 from scale_mae.training import rollback
 from scale_mae.training.anomaly_detector import Anomaly, AnomalyDetector

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data.crop_boxes import fixed_size_crops, random_resized_crops
 from scale_mae.data.sample_plan import NUM_SUBSTITUTES, SamplePlan
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gpu_stages import feed_training
 from gpu_stages.photographs import make_jpegs
 from gpu_stages.stage import Stage
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import decoders, pillow
 from scale_mae.data.errors import DataError
 from scale_mae.data.index import Index

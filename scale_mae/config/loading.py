@@ -12,9 +12,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from scale_mae.config.config_tree import Config
 from scale_mae.config.errors import ConfigError
 from scale_mae.config.recipes import recipe_names, recipe_path
-from scale_mae.config.schema import Config
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_mae.config.schema import SHIPPED_CONFIGS
+from scale_mae.config.config_tree import SHIPPED_CONFIGS
 
 RECIPES = SHIPPED_CONFIGS / "recipes"
 HEADER_LINE = re.compile(r"^#   (command|hardware|time|result) +(\S.*)$", re.MULTILINE)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import storage
 from scale_mae.data.crop_boxes import Ints
 from scale_mae.data.decoders import Decoder

@@ -15,7 +15,7 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from scale_mae.config.sections import ClassifyConfig
+from scale_mae.config.schema import ClassifyConfig
 
 
 class BatchAugmentation:

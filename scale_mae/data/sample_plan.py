@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data.crop_boxes import NUM_UNIFORMS, Floats, Ints, clipped_crops, fixed_size_crops, random_resized_crops
 from scale_mae.data.pillow import Crop
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scale_mae.config.sections import DataConfig
+from scale_mae.config.schema import DataConfig
 from scale_mae.data import pillow, storage
 from scale_mae.data.crop_boxes import Ints
 from scale_mae.data.errors import DataError, ImageError, ImageStatus

@@ -18,7 +18,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from scale_mae.config.sections import TrainConfig
+from scale_mae.config.schema import TrainConfig
 from scale_mae.model.flops import Flops
 
 _aten = torch.ops.aten

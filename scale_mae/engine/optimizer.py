@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from scale_mae.config.sections import OptimConfig
+from scale_mae.config.schema import OptimConfig
 from scale_mae.engine.ema import EMA_KEY
 from scale_mae.engine.lars import LARS, MOMENTUM_KEY
 from scale_mae.engine.trainable import TrainableModule

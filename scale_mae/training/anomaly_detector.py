@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from scale_mae.config.sections import RollbackConfig
+from scale_mae.config.schema import RollbackConfig
 
 STD_PER_MAD = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 # The least deviation, as a share of the median. Without it, every change of a constant loss would be a spike.

@@ -18,7 +18,7 @@ from scale_mae.checkpoint.discovery import latest_valid, rename_as_damaged
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.paths import list_checkpoints, step_of
 from scale_mae.config import UserError
-from scale_mae.config.sections import RollbackConfig
+from scale_mae.config.schema import RollbackConfig
 from scale_mae.data.index import Index
 from scale_mae.data.sample_plan import SamplePlan
 from scale_mae.distributed.process_group import World

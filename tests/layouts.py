@@ -9,7 +9,7 @@ from ranks import run_ranks
 from test_trainer import make_config
 
 from scale_mae.checkpoint.manifest import read_manifest
-from scale_mae.checkpoint.paths import MANIFEST_FILE, checkpoint_name
+from scale_mae.checkpoint.paths import MANIFEST_FILE, format_checkpoint_name
 
 LAYOUTS = [(stage, precision) for stage in ("zero0", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
 
@@ -54,6 +54,6 @@ def make_runs(folder):
 
 def copy_as(checkpoint, step):
     """Copy a checkpoint to the name and the manifest of another step."""
-    copy = Path(shutil.copytree(checkpoint, checkpoint.with_name(checkpoint_name(step))))
+    copy = Path(shutil.copytree(checkpoint, checkpoint.with_name(format_checkpoint_name(step))))
     (copy / MANIFEST_FILE).write_text(replace(read_manifest(checkpoint), step=step).to_json())
     return copy

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from test_trainer import make_config, train
 
 from scale_mae import UserError, load_encoder
-from scale_mae.checkpoint.discovery import latest_valid, locate_checkpoint
+from scale_mae.checkpoint.discovery import find_latest_valid, locate_checkpoint
 from scale_mae.checkpoint.errors import CheckpointError
 from scale_mae.checkpoint.manifest import read_config, read_manifest
-from scale_mae.checkpoint.paths import checkpoint_name, list_checkpoints
-from scale_mae.checkpoint.retention import retained_steps
+from scale_mae.checkpoint.paths import format_checkpoint_name, list_checkpoints
+from scale_mae.checkpoint.retention import select_retained_steps
 from scale_mae.checkpoint.verification import verify
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
@@ -117,7 +117,7 @@ def run_dir(runs, tmp_path):
     source, _ = runs["zero2", "fp32"]
     shutil.copytree(source, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
-    copy_as(folder / checkpoint_name(3), 9)
+    copy_as(folder / format_checkpoint_name(3), 9)
     return tmp_path / "run"
 
 
@@ -134,14 +134,14 @@ def flip_bit(path):
 @pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink, lambda p: p.write_bytes(b"")])
 @pytest.mark.parametrize("victim", ["deepspeed/*_optim_states.pt", "deepspeed/*_model_states.pt", "config.yaml"])
 def test_damage_is_detected_and_the_checkpoint_before_is_used(run_dir, damage, victim):
-    newest = run_dir / "checkpoints" / checkpoint_name(9)
+    newest = run_dir / "checkpoints" / format_checkpoint_name(9)
     verify(newest)
     path = sorted(newest.glob(victim))[0]
     damage(path)
     with pytest.raises(CheckpointError, match=path.name):
         verify(newest)
     warnings = []
-    assert latest_valid(run_dir, warnings.append).name == checkpoint_name(3)
+    assert find_latest_valid(run_dir, warnings.append).name == format_checkpoint_name(3)
     assert path.name in warnings[0]
     with pytest.raises(CheckpointError, match=path.name):
         locate_checkpoint(newest, print)
@@ -159,7 +159,7 @@ def negate_weights(path):
 
 @pytest.mark.parametrize("damage", [truncate, flip_bit, negate_weights])
 def test_a_damaged_checkpoint_is_not_exported(run_dir, tmp_path, damage):
-    newest = run_dir / "checkpoints" / checkpoint_name(9)
+    newest = run_dir / "checkpoints" / format_checkpoint_name(9)
     damage(sorted(newest.glob("deepspeed/*_optim_states.pt"))[0])
     out, warnings = tmp_path / "out" / "e.safetensors", []
     out.parent.mkdir()
@@ -175,15 +175,15 @@ def test_a_damaged_checkpoint_is_not_exported(run_dir, tmp_path, damage):
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3}', "[" * 100_000, "\xff", "1" * 5000])
 def test_a_damaged_manifest_is_detected(run_dir, content):
-    manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
+    manifest = run_dir / "checkpoints" / format_checkpoint_name(9) / "manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError, match="manifest.json"):
         verify(manifest.parent)
-    assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
+    assert find_latest_valid(run_dir, lambda _: None).name == format_checkpoint_name(3)
 
 
 def test_a_flip_of_any_bit_of_a_manifest_is_detected(run_dir):
-    manifest = run_dir / "checkpoints" / checkpoint_name(9) / "manifest.json"
+    manifest = run_dir / "checkpoints" / format_checkpoint_name(9) / "manifest.json"
     intact = manifest.read_bytes()
     for position in range(len(intact)):
         for bit in range(8):
@@ -214,7 +214,7 @@ def test_a_flip_of_any_bit_of_a_manifest_is_detected(run_dir):
     ],
 )
 def test_a_manifest_with_a_valid_checksum_but_wrong_contents_is_rejected(run_dir, changes):
-    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    checkpoint = run_dir / "checkpoints" / format_checkpoint_name(9)
     content = replace(read_manifest(checkpoint), **changes)
     (checkpoint / "manifest.json").write_text(content.to_json())
     with pytest.raises(CheckpointError, match="manifest.json: damaged"):
@@ -224,7 +224,7 @@ def test_a_manifest_with_a_valid_checksum_but_wrong_contents_is_rejected(run_dir
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENAMETOOLONG])
 def test_a_file_that_the_disk_cannot_read_counts_as_damaged(run_dir, monkeypatch, number):
     """Even the size of a file of the latest checkpoint cannot be read."""
-    real, victim = Path.stat, run_dir / "checkpoints" / checkpoint_name(9) / "config.yaml"
+    real, victim = Path.stat, run_dir / "checkpoints" / format_checkpoint_name(9) / "config.yaml"
 
     def stat(self, **options):
         if self == victim:
@@ -234,11 +234,11 @@ def test_a_file_that_the_disk_cannot_read_counts_as_damaged(run_dir, monkeypatch
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(CheckpointError, match=f"config.yaml: cannot be read .{os.strerror(number)}"):
         verify(victim.parent)
-    assert latest_valid(run_dir, lambda _: None).name == checkpoint_name(3)
+    assert find_latest_valid(run_dir, lambda _: None).name == format_checkpoint_name(3)
 
 
 def test_a_bit_flip_in_any_file_is_detected(run_dir):
-    checkpoint, generator = run_dir / "checkpoints" / checkpoint_name(9), random.Random(0)
+    checkpoint, generator = run_dir / "checkpoints" / format_checkpoint_name(9), random.Random(0)
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     assert len(files) >= 6
     for path in files:
@@ -257,8 +257,8 @@ def test_all_checkpoints_damaged_is_an_error_but_no_checkpoint_is_not(run_dir, t
     for checkpoint in list_checkpoints(run_dir):
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        latest_valid(run_dir, print)
-    assert latest_valid(tmp_path / "new", print) is None
+        find_latest_valid(run_dir, print)
+    assert find_latest_valid(tmp_path / "new", print) is None
     with pytest.raises(CheckpointError, match="no such run directory or checkpoint"):
         locate_checkpoint(tmp_path / "new", print)
 
@@ -266,7 +266,7 @@ def test_all_checkpoints_damaged_is_an_error_but_no_checkpoint_is_not(run_dir, t
 @pytest.mark.parametrize("lost", ["manifest.json", "manifest.json config.yaml"])
 @pytest.mark.parametrize("use", ["convert", "load", "init"])
 def test_a_checkpoint_without_its_manifest_is_not_read_as_a_third_party_checkpoint(run_dir, tmp_path, lost, use):
-    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    checkpoint = run_dir / "checkpoints" / format_checkpoint_name(9)
     for name in lost.split():
         (checkpoint / name).unlink()
     uses = {
@@ -288,20 +288,24 @@ def test_a_checkpoint_without_its_manifest_is_not_read_as_a_third_party_checkpoi
 def test_the_latest_checkpoints_are_kept_and_the_pointer_names_the_last(tmp_path):
     config = make_config(tmp_path, **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     run_ranks(2, train, config)
-    assert [p.name for p in list_checkpoints(tmp_path)] == [checkpoint_name(8), checkpoint_name(10)]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == checkpoint_name(10)
-    manifest = verify(tmp_path / "checkpoints" / checkpoint_name(10))
+    assert [p.name for p in list_checkpoints(tmp_path)] == [format_checkpoint_name(8), format_checkpoint_name(10)]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == format_checkpoint_name(10)
+    manifest = verify(tmp_path / "checkpoints" / format_checkpoint_name(10))
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (10, 2, 2)
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_retention_keeps_the_latest_checkpoints_and_the_first_of_each_interval():
-    assert retained_steps([10, 20, 30, 40, 50, 60], keep_latest=2, keep_interval=25) == {30, 50, 60}
-    assert retained_steps([10, 20, 30], keep_latest=2, keep_interval=None) == {20, 30}
+    assert select_retained_steps([10, 20, 30, 40, 50, 60], keep_latest=2, keep_interval=25) == {30, 50, 60}
+    assert select_retained_steps([10, 20, 30], keep_latest=2, keep_interval=None) == {20, 30}
     kept = set()
     for step in range(10, 510, 10):  # applied after every save, it keeps the same
-        kept = retained_steps([*kept, step], keep_latest=2, keep_interval=100)
-    assert kept == retained_steps(list(range(10, 510, 10)), keep_latest=2, keep_interval=100) == {100, 200, 300, 400, 490, 500}
+        kept = select_retained_steps([*kept, step], keep_latest=2, keep_interval=100)
+    assert (
+        kept
+        == select_retained_steps(list(range(10, 510, 10)), keep_latest=2, keep_interval=100)
+        == {100, 200, 300, 400, 490, 500}
+    )
 
 
 def test_a_pickle_that_would_run_code_is_rejected_without_running_it(runs, tmp_path):

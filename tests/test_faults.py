@@ -19,9 +19,9 @@ from images import demo_index
 from ranks import RankError, collect, run_ranks, start_ranks
 from test_trainer import log, make_config, train, weights
 
-from scale_mae.checkpoint.discovery import latest_valid, rename_as_damaged
+from scale_mae.checkpoint.discovery import find_latest_valid, rename_as_damaged
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.paths import checkpoint_name, list_checkpoints, step_of
+from scale_mae.checkpoint.paths import format_checkpoint_name, get_step, list_checkpoints
 from scale_mae.checkpoint.zero_reader import ZeroReader
 from scale_mae.config import load_config
 
@@ -163,8 +163,8 @@ def with_local(config, folder):
 
 
 def latest_step(run_dir):
-    checkpoint = latest_valid(run_dir, lambda text: pytest.fail(f"a checkpoint is damaged: {text}"))
-    return step_of(checkpoint) if checkpoint else 0
+    checkpoint = find_latest_valid(run_dir, lambda text: pytest.fail(f"a checkpoint is damaged: {text}"))
+    return get_step(checkpoint) if checkpoint else 0
 
 
 def check_equal(run_dir, undisturbed):
@@ -245,7 +245,7 @@ def test_damaged_checkpoints_are_renamed_and_the_run_resumes_from_the_one_before
         for pattern in DAMAGED_FILES:
             name = f"{damage.__name__} {pattern.partition('/')[2] or pattern}"
             runs[name] = shutil.copytree(undisturbed, tmp_path / name.replace("*", ""))
-            damage(sorted((runs[name] / "checkpoints" / checkpoint_name(STEPS)).glob(pattern))[0])
+            damage(sorted((runs[name] / "checkpoints" / format_checkpoint_name(STEPS)).glob(pattern))[0])
     for name, content in (("no latest", None), ("garbage latest", b"\0garbage"), ("wrong latest", b"step-00000099")):
         runs[name] = shutil.copytree(undisturbed, tmp_path / name)
         latest = runs[name] / "checkpoints" / "latest"
@@ -259,7 +259,7 @@ def test_damaged_checkpoints_are_renamed_and_the_run_resumes_from_the_one_before
         assert log(run_dir, "loss", "lr", "grad_norm") == ({STEPS: expected_log[STEPS]} if is_damaged else {}), name
         assert (f"Renamed it to {run_dir}/checkpoints/damaged-" in (run_dir / "log.txt").read_text()) == is_damaged, name
         assert [p.name for p in (run_dir / "checkpoints").glob("damaged-*")] == [
-            f"damaged-{checkpoint_name(STEPS)}"
+            f"damaged-{format_checkpoint_name(STEPS)}"
         ] * is_damaged
         assert latest_step(run_dir) == STEPS
         for key, tensor in weights(undisturbed, STEPS).items():
@@ -290,7 +290,9 @@ def test_a_config_that_a_power_cut_damaged_is_restored_from_the_latest_checkpoin
     with pytest.raises(RankError, match=r"contains a run with another configuration \(run\.seed: 0 -> 3\)"):
         run_ranks(2, train, train_config(run_dir, **{"run.seed": 3}))
     assert run_ranks(2, train, train_config(run_dir))[0].finished
-    message = f"config.yaml was missing, empty or damaged. Restored it from {run_dir}/checkpoints/{checkpoint_name(STEPS)}."
+    message = (
+        f"config.yaml was missing, empty or damaged. Restored it from {run_dir}/checkpoints/{format_checkpoint_name(STEPS)}."
+    )
     assert message in (run_dir / "log.txt").read_text()
     assert load_config(config) == train_config(run_dir)
 
@@ -343,7 +345,7 @@ def train_with_a_failing_commit(config, step, bad_image):
 def test_a_checkpoint_stores_the_number_of_failed_saves_including_the_last_one(tmp_path):
     config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
     assert run_ranks(2, train_with_a_failing_commit, config, 4, False)[0].finished
-    reader = ZeroReader(tmp_path / "run" / "checkpoints" / checkpoint_name(8) / "deepspeed")
+    reader = ZeroReader(tmp_path / "run" / "checkpoints" / format_checkpoint_name(8) / "deepspeed")
     assert reader.state["failed_saves"] == 1
 
 
@@ -362,7 +364,7 @@ def train_with_a_bit_flip(config):
     real = commit.flush
 
     def flush(path):
-        if path.name.endswith("optim_states.pt") and checkpoint_name(8) in str(path):
+        if path.name.endswith("optim_states.pt") and format_checkpoint_name(8) in str(path):
             flip_bit(path)
         real(path)
 
@@ -373,7 +375,7 @@ def train_with_a_bit_flip(config):
 def test_a_checkpoint_that_differs_from_its_local_copy_is_not_committed(tmp_path):
     config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
     assert run_ranks(2, train_with_a_bit_flip, config)[0].finished
-    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
+    assert [get_step(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
     assert "differs from the file that it was copied from" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -419,7 +421,7 @@ def test_a_pointer_that_cannot_be_updated_loses_no_checkpoint(tmp_path, local):
     config = make_config(tmp_path / "run", **{"checkpoint.interval": "2 steps", "checkpoint.keep_latest": 2})
     config = with_local(config, tmp_path / "local") if local else config
     assert run_ranks(2, train, config)[0].finished
-    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [8, 10]
+    assert [get_step(c) for c in list_checkpoints(tmp_path / "run")] == [8, 10]
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "Checkpoint not saved" not in text
     assert text.count("latest: not updated (Directory not empty)") == 5
@@ -430,7 +432,7 @@ def test_a_pointer_that_cannot_be_updated_loses_no_checkpoint(tmp_path, local):
 def test_an_empty_folder_in_the_place_of_the_pointer_is_replaced(tmp_path, name):
     (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
     assert run_ranks(1, train, make_config(tmp_path / "run", **{"train.micro_batch": 16}))[0].finished
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == format_checkpoint_name(10)
 
 
 # ---------------------------------------------------------------- a local folder that fails on one rank
@@ -462,7 +464,7 @@ def test_a_rank_that_cannot_start_a_local_save_does_not_block_the_others(tmp_pat
     config = with_local(make_config(tmp_path / "run"), tmp_path / "local")
     results = run_ranks(2, train_with_a_blocked_folder, config, rank, timeout=60)
     assert [result.finished for result in results] == [True] * 2
-    assert [step_of(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
+    assert [get_step(c) for c in list_checkpoints(tmp_path / "run")] == [4, 10]
     assert log(tmp_path / "run", "checkpoint_failures")[9] == (1,)
     assert "File exists" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -506,7 +508,7 @@ def run_in_mount_namespace(function, folder, *args):
 
 
 def checkpoint_bytes(run_dir):
-    return sum(p.stat().st_size for p in (run_dir / "checkpoints" / checkpoint_name(STEPS)).rglob("*"))
+    return sum(p.stat().st_size for p in (run_dir / "checkpoints" / format_checkpoint_name(STEPS)).rglob("*"))
 
 
 def train_with_a_small_local_disk(folder, index, nbytes):

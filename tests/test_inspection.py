@@ -13,7 +13,7 @@ from third_party_checkpoints import AwkwardModel
 
 from scale_mae.checkpoint.discovery import locate_checkpoint
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.paths import checkpoint_name
+from scale_mae.checkpoint.paths import format_checkpoint_name
 from scale_mae.cli import main
 from scale_mae.model.mae import build_mae
 from scale_mae.weights.convert import convert
@@ -27,7 +27,7 @@ SUFFIX = {"timm": ".safetensors", "mae": ".pth", "onnx": ".onnx", "torch_export"
 def run_dir(runs, tmp_path):
     """A copy of a run directory with two checkpoints."""
     folder = shutil.copytree(runs["zero3", "bf16"][0], tmp_path / "run") / "checkpoints"
-    copy_as(folder / checkpoint_name(3), 9)
+    copy_as(folder / format_checkpoint_name(3), 9)
     return tmp_path / "run"
 
 
@@ -79,16 +79,20 @@ def test_a_run_directory_lists_its_checkpoints(run_dir, capsys):
     text = capsys.readouterr().out
     assert "nano, 32 x 32 pixels, patches of 8 x 8" in text
     assert text.count("verified") == 2
-    flip_bit(next((run_dir / "checkpoints" / checkpoint_name(9)).glob("deepspeed/*optim_states.pt")))
+    flip_bit(next((run_dir / "checkpoints" / format_checkpoint_name(9)).glob("deepspeed/*optim_states.pt")))
     text = inspect_damaged(run_dir, capsys, "damaged checkpoints: 1 of 2. ")
     assert [line.split()[-1] for line in text.splitlines() if "MB" in line] == ["verified", "damaged"]
-    (run_dir / "checkpoints" / checkpoint_name(9)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(9)}")
+    (run_dir / "checkpoints" / format_checkpoint_name(9)).rename(
+        run_dir / "checkpoints" / f"damaged-{format_checkpoint_name(9)}"
+    )
     assert main(["inspect", "--json", str(run_dir)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["resumes from"] == checkpoint_name(3)
-    assert report["renamed as damaged"] == [f"damaged-{checkpoint_name(9)}"]
+    assert report["resumes from"] == format_checkpoint_name(3)
+    assert report["renamed as damaged"] == [f"damaged-{format_checkpoint_name(9)}"]
     assert [(c["step"], c["problem"]) for c in report["checkpoints"]] == [(3, None)]
-    (run_dir / "checkpoints" / checkpoint_name(3)).rename(run_dir / "checkpoints" / f"damaged-{checkpoint_name(3)}")
+    (run_dir / "checkpoints" / format_checkpoint_name(3)).rename(
+        run_dir / "checkpoints" / f"damaged-{format_checkpoint_name(3)}"
+    )
     inspect_damaged(run_dir, capsys, "no intact checkpoint. Damaged: damaged-step-")
 
 
@@ -100,7 +104,7 @@ def test_for_the_checkpoints_folder_the_error_names_the_run_directory(run_dir, c
 
 @pytest.mark.parametrize("victim", ["manifest.json", "config.yaml", "deepspeed/zero_pp_rank_1_mp_rank_00_model_states.pt"])
 def test_a_damaged_checkpoint_is_reported_as_far_as_possible(run_dir, victim, capsys):
-    checkpoint = run_dir / "checkpoints" / checkpoint_name(9)
+    checkpoint = run_dir / "checkpoints" / format_checkpoint_name(9)
     (checkpoint / victim).unlink()
     text = inspect_damaged(
         checkpoint, capsys, f"{victim}: missing" if victim != "manifest.json" else "manifest.json is missing or unreadable"

@@ -109,10 +109,10 @@ def check_weights(engine, folder):
 
 def check_padding(engine, ranks):
     """Check that all padding is zero, and that the ranks together hold each value of a parameter once."""
-    from scale_mae.checkpoint.partitions import local_partitions
+    from scale_mae.checkpoint.partitions import iterate_local_partitions
 
     held = []
-    for partition, slices in local_partitions(engine._engine, ranks.rank):
+    for partition, slices in iterate_local_partitions(engine._engine, ranks.rank):
         state = engine._engine.basic_optimizer.state[partition]
         for values in (partition, *(state[key] for key in KEYS[1:] if state)):
             padding = values.detach().clone().view(-1)

@@ -27,10 +27,10 @@ from scale_mae.training.anomaly_detector import Anomaly, AnomalyDetector
 
 
 def test_a_second_rollback_to_the_same_checkpoint_returns_to_the_one_before(tmp_path, monkeypatch):
-    def latest_valid(run_dir, warn, *, rename_damaged, max_step):
+    def find_latest_valid(run_dir, warn, *, rename_damaged, max_step):
         return next((tmp_path / f"step-{step:08d}" for step in (30, 15) if step <= max_step), None)
 
-    monkeypatch.setattr(rollback, "latest_valid", latest_valid)
+    monkeypatch.setattr(rollback, "find_latest_valid", find_latest_valid)
     controller = object.__new__(rollback.RollbackController)
     controller._run_dir, controller._log_message = tmp_path, [].append
     for past, chosen in (

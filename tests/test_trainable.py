@@ -53,10 +53,10 @@ def build_engine(config, world):
 
 def copies(engine, world, key=None):
     """Copy the master weights of this process, or one of the optimizer's states."""
-    from scale_mae.checkpoint.partitions import local_partitions
+    from scale_mae.checkpoint.partitions import iterate_local_partitions
 
     states = engine._engine.basic_optimizer.state
-    return [(states[p][key] if key else p).detach().clone() for p, _ in local_partitions(engine._engine, world.rank)]
+    return [(states[p][key] if key else p).detach().clone() for p, _ in iterate_local_partitions(engine._engine, world.rank)]
 
 
 def weights(engine):

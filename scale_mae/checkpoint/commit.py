@@ -18,7 +18,7 @@ from typing import Any
 from scale_mae.checkpoint.discovery import rename_as_damaged
 from scale_mae.checkpoint.errors import CheckpointError, convert_os_errors
 from scale_mae.checkpoint.manifest import Manifest, read_manifest
-from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, MANIFEST_FILE, STEP_PREFIX, checkpoint_name, list_checkpoints
+from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, MANIFEST_FILE, STEP_PREFIX, format_checkpoint_name, list_checkpoints
 from scale_mae.checkpoint.retention import delete_old_checkpoints
 from scale_mae.config import Config
 from scale_mae.distributed.process_group import World
@@ -46,7 +46,7 @@ class Committer:
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
-        return self.run_dir / CHECKPOINTS_FOLDER / checkpoint_name(step)
+        return self.run_dir / CHECKPOINTS_FOLDER / format_checkpoint_name(step)
 
     def commit(self, world: World, step: int, write: WriteFiles, *, keep_all: bool) -> tuple[int, list[str]]:
         """Write the checkpoint of a step and commit it.
@@ -70,7 +70,7 @@ class Committer:
             written = dict(world.run_on_all(lambda: convert_os_errors(lambda: write(staging), final)))
             if world.is_main:
                 written[staging / "config.yaml"] = None
-            own_entries = world.run_on_all(lambda: convert_os_errors(lambda: _entries(written, staging), final))
+            own_entries = world.run_on_all(lambda: convert_os_errors(lambda: _build_entries(written, staging), final))
             entries = {name: entry for part in world.all_gather(own_entries) for name, entry in part.items()}
             manifest = Manifest(step, world.size, self.zero_stage, self.config.digest(), package_versions(), entries)
             world.run_on_main(lambda: convert_os_errors(lambda: _rename_staging(manifest, staging, final), final))
@@ -117,7 +117,7 @@ class Committer:
         return messages
 
 
-def _entries(written: Mapping[Path, str | None], staging: Path) -> dict[str, dict[str, Any]]:
+def _build_entries(written: Mapping[Path, str | None], staging: Path) -> dict[str, dict[str, Any]]:
     """Flush files and return their manifest entries, by path inside the checkpoint."""
     entries = {}
     for path, expected_checksum in written.items():

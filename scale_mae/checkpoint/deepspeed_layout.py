@@ -91,9 +91,9 @@ class Stage12Layout(Layout):
                 self.shapes[name], self._starts[name] = tuple(shape), (group, start)
                 end = start + math.prod(shape)
                 start = end + padding
-            self._part_sizes.append(self._part_size(group, end))
+            self._part_sizes.append(self._compute_part_size(group, end))
 
-    def _part_size(self, group: int, end: int) -> int:
+    def _compute_part_size(self, group: int, end: int) -> int:
         """Return the size of each process's part of a group with ``end`` values, including the padding after the last value."""
         stored = [self.masters(rank, group).numel() for rank in range(self.files.world_size)]
         is_trimmed = "zero_stage" in self.files.optimizers[0]  # BF16_Optimizer of DeepSpeed stores the padding as well
@@ -183,9 +183,9 @@ class Stage0Layout(Layout):
         names: list[str] = [name for group in stored_names or [] for name in group]
         if groups:
             self._masters: list[Tensor] = [master for group in groups for master in group]
-            names = names or _names_from_values(groups, module, folder)
+            names = names or _match_names_by_value(groups, module, folder)
         else:
-            names = names or self._names_in_order(module)
+            names = names or self._take_names_in_order(module)
             self._masters = [module[name] for name in names]
         super().__init__(files, folder, len(names))
         # with fp32, frozen parameters are in the list as well; they never have a state
@@ -194,7 +194,7 @@ class Stage0Layout(Layout):
             if group in trained_groups:
                 self.shapes[name], self._starts[name] = tuple(master.shape), (group, 0)
 
-    def _names_in_order(self, module: dict[str, Tensor]) -> list[str]:
+    def _take_names_in_order(self, module: dict[str, Tensor]) -> list[str]:
         """Return the module's names if the optimizer has a single group with all parameters, else nothing."""
         groups, state = self._optimizer.get("param_groups", []), self._optimizer.get("state", {})
         moments = [state.get(group, {}).get("exp_avg", weight) for group, weight in enumerate(module.values())]
@@ -213,7 +213,7 @@ class Stage0Layout(Layout):
         return self._optimizer
 
 
-def _names_from_values(groups: list[list[Tensor]], module: dict[str, Tensor], folder: Path) -> list[str]:
+def _match_names_by_value(groups: list[list[Tensor]], module: dict[str, Tensor], folder: Path) -> list[str]:
     """Return the names of master weights, found by their values.
 
     If several parameters have equal weights, their masters must be in one group. They are then in the order of the module.

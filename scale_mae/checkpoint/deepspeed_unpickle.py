@@ -66,24 +66,24 @@ def load_file(path: Path) -> dict[str, Any]:
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        replacements: list[Any] = [(_replacement(name), name) for name in names]
+        replacements: list[Any] = [(_find_replacement(name), name) for name in names]
         with torch.serialization.safe_globals(replacements):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the pickle of a damaged file can raise anything
-        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read ({describe_load_error(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: cannot be read (DeepSpeed did not write it)")
     return content
 
 
-def load_error_reason(error: Exception) -> str:
+def describe_load_error(error: Exception) -> str:
     """Return in one line why torch could not load a file, without its advice to lift the restriction."""
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     text = re.split(r"Check the documentation|Please use `torch.serialization|, and we don't|[^.]*weights_only", text)[0]
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def _replacement(name: str) -> Any:
+def _find_replacement(name: str) -> Any:
     """Return the object that replaces the class or function ``name`` of a pickle.
 
     Raises:
@@ -102,7 +102,7 @@ def _replacement(name: str) -> Any:
 
 def find_memory_maps(path: Path, content: Any) -> Iterator[tuple[int, int]]:
     """Yield (address, size in bytes) of the memory map of ``path`` that contains the tensors of ``content``. Linux only."""
-    address_inside = next((t.untyped_storage().data_ptr() for t in _tensors(content) if t.numel()), 0)
+    address_inside = next((t.untyped_storage().data_ptr() for t in _iterate_tensors(content) if t.numel()), 0)
     if sys.platform != "linux" or not address_inside:
         return
     mapped_file = os.path.realpath(path)
@@ -114,13 +114,13 @@ def find_memory_maps(path: Path, content: Any) -> Iterator[tuple[int, int]]:
                 yield start, end - start
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _iterate_tensors(tree: Any) -> Iterator[Tensor]:
     """Yield all tensors in nested dictionaries, lists and tuples."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (dict, list, tuple)):
         for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)
+            yield from _iterate_tensors(value)
 
 
 def release_memory_maps(maps: Iterable[tuple[int, int]]) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, DAMAGED_PREFIX, list_checkpoints, step_of
+from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, DAMAGED_PREFIX, get_step, list_checkpoints
 from scale_mae.checkpoint.verification import Verification, verify
 
 
-def latest_valid(
+def find_latest_valid(
     run_dir: Path,
     warn: Callable[[str], None],
     *,
@@ -34,7 +34,7 @@ def latest_valid(
     Raises:
         CheckpointError: All checkpoints are damaged. None is renamed then.
     """
-    candidates = [path for path in list_checkpoints(run_dir) if max_step is None or step_of(path) <= max_step]
+    candidates = [path for path in list_checkpoints(run_dir) if max_step is None or get_step(path) <= max_step]
     skipped = []
     for checkpoint in reversed(candidates):
         try:
@@ -87,7 +87,7 @@ def locate_checkpoint(path: str | Path, warn: Callable[[str], None], *, checksum
     """
     path = Path(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
-        checkpoint = latest_valid(path, warn, checksums=checksums)
+        checkpoint = find_latest_valid(path, warn, checksums=checksums)
         if checkpoint is None:
             raise CheckpointError(f"{path}: this run has no checkpoint yet. Wait for the first one, or give another run.")
         return checkpoint

@@ -2,7 +2,7 @@
 
 DeepSpeed's own loader supports only the layout that wrote the checkpoint, and it unpickles arbitrary objects. Here two parts
 work together. :class:`ZeroReader` returns any slice of a parameter's master weight or moments by name.
-:func:`local_partitions` lists the slices that this process holds. Each process reads only its own slices.
+:func:`iterate_local_partitions` lists the slices that this process holds. Each process reads only its own slices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.partitions import local_partitions
+from scale_mae.checkpoint.partitions import iterate_local_partitions
 from scale_mae.checkpoint.zero_reader import ZeroReader
 
 # Attributes of DeepSpeed's loss scalers. A scaler may lack some of them.
@@ -43,7 +43,7 @@ def open_matching_checkpoint(engine: Any, folder: Path, state_keys: Sequence[str
     for name in reader.parameters:
         if name not in shapes:
             raise CheckpointError(f"{folder}: contains {name}, but the model does not have it. {_ADVICE}")
-    for name, buffer in _stored_buffers(engine, reader):
+    for name, buffer in _iterate_stored_buffers(engine, reader):
         _check_shape(reader, name, tuple(buffer.shape))
     if "engine" not in reader.state:
         raise CheckpointError(
@@ -69,7 +69,7 @@ def _check_shape(reader: ZeroReader, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _stored_buffers(engine: Any, reader: ZeroReader) -> Iterator[tuple[str, Tensor]]:
+def _iterate_stored_buffers(engine: Any, reader: ZeroReader) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers of the model that a checkpoint contains."""
     return ((name, buffer) for name, buffer in engine.module.named_buffers() if name in reader)
 
@@ -90,7 +90,7 @@ def load_local_partitions(engine: Any, reader: ZeroReader, rank: int, state_keys
     step = reader.optimizer_step(reader.parameters[0])
     states = engine.basic_optimizer.state
     states.clear()
-    for partition, slices in local_partitions(engine, rank):
+    for partition, slices in iterate_local_partitions(engine, rank):
         targets = {"fp32": partition.detach()}
         if step is not None:  # there are no states before the first update
             targets |= {key: torch.zeros_like(targets["fp32"]) for key in state_keys}
@@ -101,14 +101,14 @@ def load_local_partitions(engine: Any, reader: ZeroReader, rank: int, state_keys
             for key, target in targets.items():
                 part.view(target).copy_(reader.flat(part.name, key, part.start, part.stop))
             reader.release()
-    for name, buffer in _stored_buffers(engine, reader):
+    for name, buffer in _iterate_stored_buffers(engine, reader):
         buffer.copy_(reader[name])
     _restore_counters(engine, reader.state["engine"])
 
 
 def read_counters(engine: Any) -> dict[str, Any]:
     """Return DeepSpeed's counters and the state of its loss scaler as plain numbers. All ZeRO stages use the same keys."""
-    scaler = _loss_scaler(engine)
+    scaler = _get_loss_scaler(engine)
     return {
         "global_steps": engine.global_steps,
         "skipped_steps": engine.skipped_steps,
@@ -120,11 +120,11 @@ def _restore_counters(engine: Any, counters: dict[str, Any]) -> None:
     engine.global_steps, engine.skipped_steps = counters["global_steps"], counters["skipped_steps"]
     engine.global_samples = engine.global_steps * engine.train_batch_size()
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    scaler = _loss_scaler(engine)
+    scaler = _get_loss_scaler(engine)
     for name, value in counters["loss_scaler"].items():
         if hasattr(scaler, name):  # another ZeRO stage may have a scaler without hysteresis
             setattr(scaler, name, value)
 
 
-def _loss_scaler(engine: Any) -> Any:
+def _get_loss_scaler(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scaler", getattr(engine.optimizer, "loss_scale_config", None))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.paths import MANIFEST_FILE, is_checkpoint_name, is_checkpoints_folder, step_of
+from scale_mae.checkpoint.paths import MANIFEST_FILE, get_step, is_checkpoint_name, is_checkpoints_folder
 from scale_mae.config import Config, UserError, load_config
 
 
@@ -81,7 +81,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{checkpoint}: not a complete checkpoint ({MANIFEST_FILE} is missing or unreadable)") from None
     except Exception:  # damaged JSON can raise anything
         raise CheckpointError(f"{path}: damaged") from None
-    if is_checkpoint_name(checkpoint.name) and step_of(checkpoint) != manifest.step:
+    if is_checkpoint_name(checkpoint.name) and get_step(checkpoint) != manifest.step:
         raise CheckpointError(f"{path}: damaged (it belongs to step {manifest.step})")
     return manifest
 

@@ -43,7 +43,7 @@ class Slice:
         return partition.detach().view(-1).narrow(0, self.offset, self.stop - self.start)
 
 
-def local_partitions(engine: Any, rank: int) -> Iterator[tuple[Tensor, list[Slice]]]:
+def iterate_local_partitions(engine: Any, rank: int) -> Iterator[tuple[Tensor, list[Slice]]]:
     """Yield each fp32 tensor that this process's optimizer updates, with its contents. Values in no slice are padding.
 
     Args:
@@ -61,7 +61,7 @@ def local_partitions(engine: Any, rank: int) -> Iterator[tuple[Tensor, list[Slic
             ]
             yield flat, [part for part in slices if part.start < part.stop]
     elif stage:
-        for group, offsets, flat in _groups_of_stage_1_and_2(optimizer):
+        for group, offsets, flat in _iterate_groups_of_stage_1_and_2(optimizer):
             first, last = rank * flat.numel(), (rank + 1) * flat.numel()
             slices = []
             for p, offset in zip(group, offsets, strict=True):
@@ -76,7 +76,7 @@ def local_partitions(engine: Any, rank: int) -> Iterator[tuple[Tensor, list[Slic
                 yield master, [Slice(names[p], 0, p.numel(), 0)]
 
 
-def _groups_of_stage_1_and_2(optimizer: Any) -> Iterator[tuple[list[Any], list[int], Tensor]]:
+def _iterate_groups_of_stage_1_and_2(optimizer: Any) -> Iterator[tuple[list[Any], list[int], Tensor]]:
     """Yield each group's parameters in their order, their offsets in the group, and this process's part of the masters."""
     if hasattr(optimizer, "bf16_groups"):  # stage 1 with bf16 and fp32 gradient accumulation
         for group, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
@@ -98,7 +98,7 @@ def clear_padding(engine: Any, rank: int) -> None:
         engine: DeepSpeed's engine.
         rank: Rank of this process.
     """
-    for partition, slices in local_partitions(engine, rank):
+    for partition, slices in iterate_local_partitions(engine, rank):
         values, begin = partition.detach().view(-1), 0
         for part in slices:
             values[begin : part.offset].zero_()
@@ -124,7 +124,7 @@ def copy_masters_to_model(engine: Any, rank: int) -> None:
     elif stage:
         optimizer._hp_optimizer_states_linked = False  # the links point to moments that no longer exist
         weights = getattr(optimizer, "bf16_partitioned_groups", None) or optimizer.parallel_partitioned_bit16_groups
-        for parts, (_, _, masters) in zip(weights, _groups_of_stage_1_and_2(optimizer), strict=True):
+        for parts, (_, _, masters) in zip(weights, _iterate_groups_of_stage_1_and_2(optimizer), strict=True):
             parts[rank].copy_(masters)
             for source, part in enumerate(parts):
                 # broadcast works in place; DeepSpeed's all-gather would need another copy of the group under gloo
@@ -153,7 +153,7 @@ def swap_masters_with_state(engine: Any, rank: int, key: str) -> None:
         key: The optimizer's name of the state, for instance that of the EMA.
     """
     states = engine.basic_optimizer.state
-    for partition, _ in local_partitions(engine, rank):
+    for partition, _ in iterate_local_partitions(engine, rank):
         if partition in states:
             weights, values = partition.detach().view(-1), states[partition][key].detach().view(-1)
             for weight_block, value_block in zip(

@@ -19,12 +19,12 @@ DEEPSPEED_TAG = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoi
 MANIFEST_FILE = "manifest.json"
 
 
-def checkpoint_name(step: int) -> str:
+def format_checkpoint_name(step: int) -> str:
     """Return the folder name of a checkpoint, such as ``step-00000100``."""
     return f"{STEP_PREFIX}{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int:
+def get_step(checkpoint: Path) -> int:
     """Return the step of a checkpoint, read from its folder name."""
     return int(checkpoint.name.removeprefix(STEP_PREFIX))
 

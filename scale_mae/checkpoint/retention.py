@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scale_mae.checkpoint.paths import list_checkpoints, step_of
+from scale_mae.checkpoint.paths import get_step, list_checkpoints
 
 
-def retained_steps(steps: list[int], keep_latest: int, keep_interval: int | None) -> set[int]:
+def select_retained_steps(steps: list[int], keep_latest: int, keep_interval: int | None) -> set[int]:
     """Return the steps of the checkpoints to keep.
 
     These are the latest ``keep_latest`` checkpoints, and the first checkpoint at or after each multiple of ``keep_interval``.
@@ -35,11 +35,11 @@ def delete_old_checkpoints(run_dir: Path, newest: Path, keep_latest: int, keep_i
     Args:
         run_dir: The run directory.
         newest: The checkpoint that was saved last.
-        keep_latest: See :func:`retained_steps`.
-        keep_interval: See :func:`retained_steps`.
+        keep_latest: See :func:`select_retained_steps`.
+        keep_interval: See :func:`select_retained_steps`.
     """
-    checkpoints = {step_of(path): path for path in list_checkpoints(run_dir) if path.name <= newest.name}
-    for step in checkpoints.keys() - retained_steps(list(checkpoints), keep_latest, keep_interval):
+    checkpoints = {get_step(path): path for path in list_checkpoints(run_dir) if path.name <= newest.name}
+    for step in checkpoints.keys() - select_retained_steps(list(checkpoints), keep_latest, keep_interval):
         # rename first: a checkpoint that is deleted in part must not have the name of a checkpoint
         hidden = checkpoints[step].with_name(f".{checkpoints[step].name}.tmp")
         try:

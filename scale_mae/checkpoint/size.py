@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def checkpoint_size(parameters: int, precision: str, zero_stage: int) -> tuple[int, int]:
+def estimate_checkpoint_size(parameters: int, precision: str, zero_stage: int) -> tuple[int, int]:
     """Return the largest size of a checkpoint, and the part of it that only rank 0 writes, in bytes.
 
     Args:

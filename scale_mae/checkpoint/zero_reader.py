@@ -78,7 +78,7 @@ class ZeroReader(Mapping[str, Tensor]):
         if self.stage == 0:
             untied: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
             for name in (n for n in self._module if n not in buffers):
-                untied.setdefault(_storage_key(self._module[name]), (name, self._module[name]))
+                untied.setdefault(_get_storage_key(self._module[name]), (name, self._module[name]))
             return Stage0Layout(self._files, self.folder, dict(untied.values()))
         return Stage3Layout(self._files, self.folder) if self.stage == 3 else Stage12Layout(self._files, self.folder)
 
@@ -87,13 +87,15 @@ class ZeroReader(Mapping[str, Tensor]):
 
         Tied parameters share storage in the file. DeepSpeed's own list of them lacks modules that have two names.
         """
-        names = {_storage_key(self._module[n]): n for n in (*self._frozen_shapes, *self._layout.shapes) if n in self._module}
+        names = {
+            _get_storage_key(self._module[n]): n for n in (*self._frozen_shapes, *self._layout.shapes) if n in self._module
+        }
         tied_to = {}
         for name, tensor in self._module.items():
             if name in buffers or name in self._layout.shapes or name in self._frozen_shapes:
                 continue
-            if _storage_key(tensor) in names:
-                tied_to[name] = names[_storage_key(tensor)]
+            if _get_storage_key(tensor) in names:
+                tied_to[name] = names[_get_storage_key(tensor)]
             elif self.stage == 3:
                 raise CheckpointError(
                     f"{self.folder}: DeepSpeed stored no values of {name}, because the optimizer did not have it. "
@@ -235,7 +237,7 @@ class ZeroReader(Mapping[str, Tensor]):
                 begin += size
 
 
-def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+def _get_storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tied parameters.
 
     Under ZeRO-3 the module contains an empty tensor for each parameter, which tied parameters still share.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from scale_mae.checkpoint.paths import list_checkpoints, step_of
+from scale_mae.checkpoint.paths import get_step, list_checkpoints
 from scale_mae.config import Config, UserError
 
 FOLDER = "reconstructions"
@@ -131,7 +131,7 @@ def _missing_pictures(run: Path, percents: Sequence[int], existing: Sequence[Pic
     """Return the percentages that are missing for each checkpoint."""
     known = {(picture.step, picture.mask_percent) for picture in existing}
     missing = {
-        checkpoint: [percent for percent in percents if (step_of(checkpoint), percent) not in known]
+        checkpoint: [percent for percent in percents if (get_step(checkpoint), percent) not in known]
         for checkpoint in list_checkpoints(run)
     }
     return {checkpoint: missing_percents for checkpoint, missing_percents in missing.items() if missing_percents}

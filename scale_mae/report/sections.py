@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scale_mae.checkpoint.paths import list_checkpoints, step_of
+from scale_mae.checkpoint.paths import get_step, list_checkpoints
 from scale_mae.config import Config
 from scale_mae.report.chart import Chart, EventMarker, format_number
 from scale_mae.report.html_elements import Markup, description_list, details, note, section, table, tag
@@ -232,7 +232,7 @@ def files(record: RunRecord) -> Markup:
     event_of_step = {event.get("step"): event for event in events}
     rows = []
     for path in list_checkpoints(record.dir):
-        step = step_of(path)
+        step = get_step(path)
         try:
             size, written = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), path.stat().st_mtime
         except FileNotFoundError:  # the run has just deleted it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from scale_mae.checkpoint.discovery import latest_valid
+from scale_mae.checkpoint.discovery import find_latest_valid
 from scale_mae.checkpoint.manifest import read_config
 from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.config import Config, UserError, saved_config
@@ -30,7 +30,7 @@ def prepare_run_directory(run_dir: Path, config: Config, messages: list[str]) ->
     """
     saved = run_dir / "config.yaml"
     try:
-        previous = _previous_config(run_dir, messages)
+        previous = _read_previous_config(run_dir, messages)
         differences = previous.differences(config) if previous else []
         if differences and list_checkpoints(run_dir):
             more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -52,15 +52,15 @@ def prepare_run_directory(run_dir: Path, config: Config, messages: list[str]) ->
                 flush(folder)
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written ({error.strerror}). Set another run.dir.") from None
-    return latest_valid(run_dir, messages.append, rename_damaged=True)
+    return find_latest_valid(run_dir, messages.append, rename_damaged=True)
 
 
-def _previous_config(run_dir: Path, messages: list[str]) -> Config | None:
+def _read_previous_config(run_dir: Path, messages: list[str]) -> Config | None:
     """Return the configuration that the run in a directory started with. ``None`` if no run has started there."""
     path = run_dir / "config.yaml"
     if config := saved_config(path):
         return config
-    checkpoint = latest_valid(run_dir, lambda _: None)
+    checkpoint = find_latest_valid(run_dir, lambda _: None)
     if checkpoint:
         messages.append(f"{path} was missing, empty or damaged. Restored it from {checkpoint}.")
         return read_config(checkpoint)

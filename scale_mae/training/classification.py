@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.paths import step_of
+from scale_mae.checkpoint.paths import get_step
 from scale_mae.config import Config, UserError
 from scale_mae.data.crop_boxes import reference_crop_pct
 from scale_mae.data.image_list import NO_LABEL
@@ -106,7 +106,7 @@ class ClassificationTask:
         """Add the digest of the weights to the result file, if the checkpoint contains the evaluated weights."""
         with suppress(UserError):
             result = Result.read(self._result_path)
-            if result.model["step"] == step_of(checkpoint):
+            if result.model["step"] == get_step(checkpoint):
                 digest = read_weights(checkpoint).digest()
                 replace(result, model=result.model | {"sha256": digest}).write(self._result_path)
 

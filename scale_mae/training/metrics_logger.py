@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_mae.checkpoint.manifest import read_manifest
-from scale_mae.checkpoint.paths import MANIFEST_FILE, step_of
+from scale_mae.checkpoint.paths import MANIFEST_FILE, get_step
 from scale_mae.checkpoint.saver import Saver, SaveResult
 from scale_mae.data.decoders import Decoder
 from scale_mae.data.errors import ImageStatus
@@ -39,7 +39,7 @@ class NewestCheckpoint:
         """Read the step, time and size of a checkpoint from its manifest."""
         files = read_manifest(checkpoint).files.values()
         modified = (checkpoint / MANIFEST_FILE).stat().st_mtime
-        return cls(step_of(checkpoint), modified, None, sum(int(file["bytes"]) for file in files))
+        return cls(get_step(checkpoint), modified, None, sum(int(file["bytes"]) for file in files))
 
 
 class MetricsLogger:

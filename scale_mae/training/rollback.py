@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.discovery import latest_valid, rename_as_damaged
+from scale_mae.checkpoint.discovery import find_latest_valid, rename_as_damaged
 from scale_mae.checkpoint.errors import CheckpointError
-from scale_mae.checkpoint.paths import list_checkpoints, step_of
+from scale_mae.checkpoint.paths import get_step, list_checkpoints
 from scale_mae.config import UserError
 from scale_mae.config.schema import RollbackConfig
 from scale_mae.data.index import Index
@@ -169,7 +169,7 @@ class RollbackController:
         checkpoint = self._choose_checkpoint(anomaly.first_step - 1) if is_allowed else None
         # The step before the first bad step may have damaged the weights, so it is skipped as well. It is not skipped if the
         # checkpoint contains it, because then the step was good.
-        target_step = step_of(checkpoint) if checkpoint else 0
+        target_step = get_step(checkpoint) if checkpoint else 0
         first_skipped = max(anomaly.first_step - 1, target_step + 1)
         num_images = (anomaly.last_step - first_skipped + 1) * self.plan.global_batch
         positions = self.plan.positions(first_skipped - 1, 0, 1, 0, num_images)
@@ -210,10 +210,12 @@ class RollbackController:
         """
         checkpoint = None
         try:
-            checkpoint = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=last_step)
+            checkpoint = find_latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=last_step)
             # A rollback renames all later checkpoints. If its target is the newest again, the run has saved none since.
-            if checkpoint and self._past and step_of(checkpoint) == self._past[-1]["to"]:
-                earlier = latest_valid(self._run_dir, self._log_message, rename_damaged=True, max_step=step_of(checkpoint) - 1)
+            if checkpoint and self._past and get_step(checkpoint) == self._past[-1]["to"]:
+                earlier = find_latest_valid(
+                    self._run_dir, self._log_message, rename_damaged=True, max_step=get_step(checkpoint) - 1
+                )
                 checkpoint = earlier or checkpoint
         except CheckpointError as error:
             self._log_message(str(error))

@@ -12,7 +12,7 @@ import torch
 
 from scale_mae.checkpoint.paths import list_checkpoints
 from scale_mae.checkpoint.saver import Saver
-from scale_mae.checkpoint.size import checkpoint_size
+from scale_mae.checkpoint.size import estimate_checkpoint_size
 from scale_mae.config import Config, UserError
 from scale_mae.data.errors import DataError
 from scale_mae.data.failure_counter import FailureCounter
@@ -78,7 +78,7 @@ class Trainer:
         state = self._load_checkpoint(checkpoint) if checkpoint else {}
 
         # Saver, and the time that its saves need at the end of the job
-        max_bytes, main_only_bytes = checkpoint_size(num_parameters, config.train.precision, self.engine.zero_stage)
+        max_bytes, main_only_bytes = estimate_checkpoint_size(num_parameters, config.train.precision, self.engine.zero_stage)
         keep_interval = config.steps(config.checkpoint.keep_interval, dataset_size) if config.checkpoint.keep_interval else None
         self.saver = Saver(
             self.run_dir,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scale_mae.checkpoint.discovery import locate_checkpoint, start_verification
 from scale_mae.checkpoint.lazy_tensor import LazyTensor
-from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, is_run_or_checkpoint, step_of
+from scale_mae.checkpoint.paths import CHECKPOINTS_FOLDER, get_step, is_run_or_checkpoint
 from scale_mae.checkpoint.verification import Verification
 from scale_mae.config import UserError
 from scale_mae.runs import history
@@ -114,7 +114,7 @@ def _record_export(checkpoint: Path, to: str, out: Path, warn: Callable[[str], N
     if checkpoint.parent.name == CHECKPOINTS_FOLDER:
         run_dir = checkpoint.parent.parent
         try:
-            history.append(run_dir, "export", format=to, path=str(out.resolve()), step=step_of(checkpoint))
+            history.append(run_dir, "export", format=to, path=str(out.resolve()), step=get_step(checkpoint))
         except OSError as error:
             warn(f"{run_dir / history.FILE}: the export was not recorded ({error.strerror})")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_mae.checkpoint.deepspeed_unpickle import load_error_reason
+from scale_mae.checkpoint.deepspeed_unpickle import describe_load_error
 from scale_mae.checkpoint.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
@@ -70,6 +70,6 @@ def _unpickle(path: Path) -> Any:
                 f"{path}: refused, because unpickling it would call {forbidden[1]}; "
                 "only tensors and plain values are allowed. Save the state dict alone."
             ) from None
-        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)}).") from None
+        raise CheckpointError(f"{path}: cannot be read ({describe_load_error(error)}).") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({load_error_reason(error)}).") from None
+        raise CheckpointError(f"{path}: cannot be read ({describe_load_error(error)}).") from None

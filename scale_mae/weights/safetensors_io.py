@@ -38,7 +38,7 @@ _DTYPE_NAMES = {
 }
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
+def compute_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and values as hexadecimal text."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -28,7 +28,7 @@ from scale_mae.weights.classifier_heads import read_head, to_linear_head
 from scale_mae.weights.huggingface import from_huggingface
 from scale_mae.weights.metadata import build_metadata, is_classifier
 from scale_mae.weights.provenance import Provenance, detect_provenance, provenance_from_metadata
-from scale_mae.weights.safetensors_io import digest_of
+from scale_mae.weights.safetensors_io import compute_digest
 from scale_mae.weights.weight_files import WeightFiles, open_weights
 
 HEAD_PREFIXES = ("head.", "fc_norm.", "classifier.", "pooler.")
@@ -154,7 +154,7 @@ def _read_checkpoint(checkpoint: Path) -> ImportedWeights:
         tensors = LazyTensorReader(to_linear_head({key: reader.lazy(key) for key in reader}, head))
     provenance = provenance_from_metadata(build_metadata(config, manifest.step, head=head), "scale-mae checkpoint")
     split = _split_timm_keys(tensors, checkpoint)
-    return ImportedWeights(checkpoint, *split, provenance=provenance, digest=lambda: digest_of(tensors))
+    return ImportedWeights(checkpoint, *split, provenance=provenance, digest=lambda: compute_digest(tensors))
 
 
 def _is_anchor(key: str, anchor: str) -> bool:

@@ -121,7 +121,7 @@ def test_a_folder_of_plain_deepspeed_is_reported(runs, tmp_path, capsys):
     (tmp_path / "latest").write_text("global_step3")
     assert inspect(tmp_path) == report
     next(folder.glob("*rank_1*optim_states.pt")).unlink()
-    inspect_damaged(folder, capsys, "1 of 2 *_optim_states.pt files are missing")
+    inspect_damaged(folder, capsys, "1 of 2 *_optim_states.pt files is missing")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The configuration of a run: one immutable tree, read from a recipe and overrides, and checked before anything starts.
 
-``schema`` declares every key. ``config_tree`` joins the sections and checks them against each other. ``loading`` reads a recipe and
-overrides. ``recipes`` lists the shipped recipes.
+``schema`` declares every key. ``config_tree`` joins the sections and checks them against each other. ``loading`` reads a recipe
+and overrides. ``recipes`` lists the shipped recipes.
 """
 
 from scale_mae.config.config_tree import PACKAGE_DIR as PACKAGE_DIR

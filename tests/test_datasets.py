@@ -433,7 +433,7 @@ def test_mce_on_its_folders(corrupted, tmp_path):
     result, issues = measure("imagenet_c", corrupted)
     mce = sum(error[name] / ALEXNET_ERROR[name] for name in CORRUPTIONS) / 15
     assert result.scores["mce"] == pytest.approx(mce, abs=1e-12)
-    assert result.scores["error_19_unnormalised"] == pytest.approx(sum(error.values()) / 19, abs=1e-12)
+    assert result.scores["error_19_unnormalized"] == pytest.approx(sum(error.values()) / 19, abs=1e-12)
     assert abs(mce - sum(error.values()) / 19) > 0.05  # two quantities, not one under two names
     assert result.data["images"] == 95 * 10
     assert result.parts["fog/3"]["images"] == 10
@@ -455,7 +455,7 @@ def test_what_is_missing_of_imagenet_c(corrupted, tmp_path):
         measure("imagenet_c", root)
     (root / "snow" / "6").rename(root / "snow" / "4")
     result, _ = measure("imagenet_c", root)
-    assert "error_19_unnormalised" not in result.scores
+    assert "error_19_unnormalized" not in result.scores
     with pytest.raises(Exception, match="center crops already"):
         measure("imagenet_c", root, crop_pct=0.875)
     assert Result(**vars(result)).scores["mce"] > 0

@@ -105,11 +105,11 @@ def test_nothing_there(tmp_path):
 def test_published_figures_stand_beside_a_model_that_may_be_compared():
     unlike = differences("ViT-base/16, 224 px", True, 50_000, True, (1000, 1000))
     assert unlike == []
-    table = comparison_table("imagenet_c", "ViT-base/16, 224 px", {"mce": 0.517, "error_19_unnormalised": 0.38}, unlike)
+    table = comparison_table("imagenet_c", "ViT-base/16, 224 px", {"mce": 0.517, "error_19_unnormalized": 0.38}, unlike)
     lines = {(row[0], row[1]): row for row in table.rows}
     assert lines["ours", "mce"][2:6] == ["51.70", "", "", ""]
     assert lines["MAE", "mce"][2:6] == ["51.7", "41.8", "33.8", "36.8"]
-    assert lines["MAE measured by a user", "error_19_unnormalised"][2] == "37.98"
+    assert lines["MAE measured by a user", "error_19_unnormalized"][2] == "37.98"
     assert not table.note
 
 

@@ -1,4 +1,7 @@
-"""Computes crop boxes for many images at once, from uniform random numbers that are given as arguments."""
+"""Computes crop boxes for many images at once, from uniform random numbers that are given as arguments.
+
+The sample plan draws these numbers and chooses the kind of crop: :meth:`scale_mae.data.sample_plan.SamplePlan.crops`.
+"""
 
 from __future__ import annotations
 

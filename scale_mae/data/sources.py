@@ -1,7 +1,8 @@
 """Lists the images of a source: class folders, tar shards, file lists, annotation files, or the layout of a known data set.
 
 To add a kind of source, add it to :func:`_list` and :func:`~scale_mae.data.source_check.check_source`. To add a known data
-set, add it to :data:`scale_mae.data.dataset_layouts.LAYOUTS`.
+set, add it to :data:`scale_mae.data.dataset_layouts.LAYOUTS`. ``scale-mae sources``
+prints ``SOURCE_KINDS`` of ``data/command.py``.
 """
 
 from __future__ import annotations

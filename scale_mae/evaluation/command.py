@@ -31,7 +31,13 @@ FORMS = ("terminal", "markdown", "latex")
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"weights with a classification head: {WEIGHTS_HELP}")
-    add("--on", required=True, choices=SET_NAMES, help="the data set; folder: any labelled image source")
+    add(
+        "--on",
+        required=True,
+        choices=SET_NAMES,
+        metavar="NAME",
+        help=f"one of {', '.join(SET_NAMES)} (folder: any labeled source)",
+    )
     add("--root", required=True, metavar="DIR", help="folder of the data set")
     add("--size", type=positive_int, metavar="N", help="side of the images in pixels (default: that of the weights)")
     add(
@@ -75,8 +81,8 @@ def _add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_encoder_and_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("encoder", metavar="WEIGHTS", help=WEIGHTS_HELP)
-    parser.add_argument("--train", required=True, metavar="SOURCE", help="labelled images to fit on (`scale-mae sources`)")
-    parser.add_argument("--val", required=True, metavar="SOURCE", help="labelled images to classify")
+    parser.add_argument("--train", required=True, metavar="SOURCE", help="labeled images to fit on (`scale-mae sources`)")
+    parser.add_argument("--val", required=True, metavar="SOURCE", help="labeled images to classify")
     _add_measurement_arguments(parser)
 
 

@@ -142,8 +142,8 @@ def _scores(name: str, found: dict[str, Score]) -> dict[str, float]:
     top1 = {part: each.top1 for part, each in found.items()}
     common = [each for part, each in found.items() if part.split("/")[0] in CORRUPTIONS]
     scores = {"mce": mean_corruption_error(top1)}
-    if (unnormalised := unnormalized_error(top1)) is not None:
-        scores["error_19_unnormalised"] = unnormalised
+    if (unnormalized := unnormalized_error(top1)) is not None:
+        scores["error_19_unnormalized"] = unnormalized
     scores |= {f"{key}_15": fmean(getattr(each, key) for each in common) for key in ("top1", "top5", "loss")}
     return scores
 

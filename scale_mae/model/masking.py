@@ -1,6 +1,7 @@
 """Random masking: selects the patches that the encoder sees. The random numbers are an argument and are never drawn here.
 
 To add a mask strategy, add a function that returns a :class:`Masking`, and call it in :meth:`scale_mae.model.mae.MAE.forward`.
+A strategy that users select needs a key in ``config/schema.py``.
 The sample plan draws the noise: :meth:`scale_mae.data.sample_plan.SamplePlan.mask_noise`.
 """
 

@@ -1,6 +1,7 @@
 """Defines the export formats: how each is written, and how it is verified with the library that its users load it with.
 
-To add a format, write its functions and add an entry to ``FORMATS`` and to ``WEIGHT_FORMATS`` (``weights/command.py``).
+To add a format, write its functions and add an entry to ``FORMATS`` and to ``WEIGHT_FORMATS`` (``weights/command.py``). If it
+supports classifiers, also add it to ``CLASSIFIER_FORMATS`` (``weights/export_source.py``).
 """
 
 from __future__ import annotations

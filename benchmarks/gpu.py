@@ -157,7 +157,7 @@ def _reason(result: dict[str, Any]) -> str:
 
 
 def save_result(out: Path, *, rehearse: bool) -> None:
-    """Write the one file with all tables and all samples. It is named after the device once a stage has told its name."""
+    """Write the one file with all tables and all samples. It is named after the device once a stage has reported the device."""
     results = read_results(out)
     machine = next((result["machine"] for result in results.values() if "machine" in result), {})
     versions = next((result["versions"] for result in results.values() if "versions" in result), {})

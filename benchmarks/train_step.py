@@ -175,7 +175,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--batch", type=int, default=16, help="of --peer; else where the search begins")
-    parser.add_argument("--max-batch", type=int, help="where the search ends; on a CPU it does not search unless told")
+    parser.add_argument("--max-batch", type=int, help="where the search ends; on a CPU it searches only if this is set")
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each variant")
     parser.add_argument("--peak-tflops", type=float, help="the device's bf16 peak, for MFU")
     parser.add_argument("--out", type=Path, help="result file (JSON)")

@@ -247,13 +247,13 @@ def test_sets_as_they_are_handed_out(tmp_path):
     (kaggle / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\n{rows}")
     inat = tmp_path / "inat"
     copy_folder(images, inat / "val")
-    told = {
+    reported = {
         "images": [{"id": i, "file_name": f"val/{i}.jpg"} for i in labels],
         "annotations": [{"image_id": i, "category_id": c} for i, c in labels.items()],
         "categories": [{"id": c, "name": f"species {c}"} for c in range(10)],
     }
     for year in (2017, 2018, 2019):
-        (inat / f"val{year}.json").write_text(json.dumps(told))
+        (inat / f"val{year}.json").write_text(json.dumps(reported))
     places = tmp_path / "places"
     copy_folder(images, places / "images256")
     copy_folder(images, places / "val_256")
@@ -295,7 +295,7 @@ def test_unlabelled_unknown_and_unusable_images(tmp_path):
 
 @pytest.mark.parametrize("where", ["list", "index"])
 def test_files_that_are_told_of_and_absent_are_found_before_anything_is_scored(tmp_path, where):
-    places, told = tmp_path / "places", []
+    places, reported = tmp_path / "places", []
     for i, (_, image) in enumerate(fashion(1)):
         write_image(places / "val_256" / f"{i}.jpg", image)
     (places / "places365_val.txt").write_text("".join(f"{i}.jpg {i}\n" for i in range(10)))
@@ -306,9 +306,9 @@ def test_files_that_are_told_of_and_absent_are_found_before_anything_is_scored(t
     for i in (3, 7):
         (places / "val_256" / f"{i}.jpg").unlink()
     with pytest.raises(DataError, match=r"val_256/3.jpg is missing .2 of 10 listed files are missing") as caught:
-        measure(name, root, progress=lambda *done: told.append(done))
+        measure(name, root, progress=lambda *done: reported.append(done))
     assert str(root) in str(caught.value)
-    assert not told
+    assert not reported
 
 
 # ---------------------------------------------------------------- ImageNet's classes
@@ -338,17 +338,17 @@ def lines(name):
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
 def test_the_published_classes_compete_also_where_a_folder_is_missing(tmp_path, thousand, name):
     competing = [int(number) for number in lines(f"{name}_indices")]
-    wnids, told = [lines("imagenet_synsets")[number] for number in competing], []
+    wnids, reported = [lines("imagenet_synsets")[number] for number in competing], []
     assert wnids == list(synsets(name))
     root = real_folders(tmp_path / name.replace("_", "-"), wnids[1:])
     logits = outputs(sorted(root.glob("*/*")), standard(), thousand)[:, competing]
-    result, issues = measure(name, tmp_path, thousand, told.append)
+    result, issues = measure(name, tmp_path, thousand, reported.append)
     assert result.data["images"] == 199
     labels = torch.arange(1, 200)
     assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item() == 4 / 199
     assert issues[-2:] == ["199 images are not the published set", f"199 of 200 classes: {wnids[0]} missing"]
-    assert told == [f"{name}: 199 of 200 classes: {wnids[0]} missing"]
+    assert reported == [f"{name}: 199 of 200 classes: {wnids[0]} missing"]
     write_image(root / "n01440764" / "0.JPEG", fashion(1)[0][1])  # a class of ImageNet that both leave out, or one has
     (root / wnids[5]).rename(root / "moved")
     (root / "moved").rename(root / wnids[0])
@@ -462,24 +462,24 @@ def test_what_is_missing_of_imagenet_c(corrupted, tmp_path):
 
 
 def test_an_empty_part_ends_it_before_anything_is_scored(corrupted, tmp_path):
-    root, told = copy_folder(corrupted, tmp_path / "c"), []
+    root, reported = copy_folder(corrupted, tmp_path / "c"), []
     for image in (root / "jpeg_compression" / "5").glob("*/*"):
         image.unlink()
     with pytest.raises(DataError, match="jpeg_compression/5: no images found") as caught:
-        measure("imagenet_c", root, report=told.append)
+        measure("imagenet_c", root, report=reported.append)
     assert "\n" not in str(caught.value)
-    assert not told
+    assert not reported
 
 
 def test_a_part_that_is_unlike_the_others_is_named(corrupted, tmp_path):
-    root, told = copy_folder(corrupted, tmp_path / "c"), []
+    root, reported = copy_folder(corrupted, tmp_path / "c"), []
     classes = classes_file(tmp_path / "classes.txt")
     (root / "fog" / "3" / WNIDS[4] / "4.JPEG").unlink()
     (root / "fog" / "3" / WNIDS[4]).rmdir()
-    result, issues = measure("imagenet_c", root, report=told.append, classes=classes)
+    result, issues = measure("imagenet_c", root, report=reported.append, classes=classes)
     assert issues[-1] == f"fog/3: 9 images, others 10; {WNIDS[4]} missing"
-    assert told[0] == f"imagenet_c: {issues[-1]}"
-    assert told[1].startswith("gaussian_noise/1: top-1")
+    assert reported[0] == f"imagenet_c: {issues[-1]}"
+    assert reported[1].startswith("gaussian_noise/1: top-1")
     assert result.parts["fog/3"]["images"] == 9
     (root / "snow" / "1" / WNIDS[2] / "2.JPEG").rename(root / "snow" / "1" / WNIDS[4] / "2.JPEG")
     (root / "pixelate" / "5" / WNIDS[2] / "2.JPEG").rename(root / "pixelate" / "5" / WNIDS[2] / "2.txt")
@@ -500,13 +500,15 @@ def test_two_processes_are_told_the_same_of_what_deviates(tmp_path):
 
 
 def deviating_in_rank(model, root, classes):
-    told = []
+    reported = []
     with process_group() as ranks:
         try:
-            result, issues = evaluate(load_classifier(model), "imagenet_r", root, ranks, classes=classes, report=told.append)
+            result, issues = evaluate(
+                load_classifier(model), "imagenet_r", root, ranks, classes=classes, report=reported.append
+            )
         except DataError as error:
             return str(error)
-    return result.data["images"], told, issues, result.scores
+    return result.data["images"], reported, issues, result.scores
 
 
 def test_through_the_command_line(tmp_path, capsys):

@@ -44,9 +44,9 @@ def write(model, source, out, stop_after=None, **options):
 
 
 def test_features_of_a_folder_with_names_and_labels(model, data, tmp_path):
-    told = write(model, data, tmp_path / "f.npy")
-    assert "f.npy: 30 images;" in told
-    assert told.endswith("images/s")
+    lines = write(model, data, tmp_path / "f.npy")
+    assert "f.npy: 30 images;" in lines
+    assert lines.endswith("images/s")
     values = np.load(tmp_path / "f.npy")
     assert (values.shape, values.dtype) == ((30, 32), np.float32)
     subject, index = load_frozen_encoder(model), list_source(str(data))

@@ -71,7 +71,7 @@ def test_the_penalty_is_chosen_on_images_held_out():
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A MAE, and its encoder as an export of ours."""
+    """A MAE, and its exported encoder."""
     config = load_config("debug")
     model = build_mae_from_config(config)
     path = tmp_path_factory.mktemp("encoder") / "e.safetensors"
@@ -130,9 +130,9 @@ def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
     with progress.ProgressBar("images") as bar:
         for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
             bar.update(done, total)
-    told = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
-    told += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
-    assert capsys.readouterr().err.splitlines() == told
+    lines = ["64 of 256 images", "128 of 256 images, 128/s", "64 of 66 images", "66 of 66 images, 0.5/s"]
+    lines += ["66 of 128 images", "128 of 128 images, 31/s", "63 of 63 images"]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def measuring(command, encoder, out):

@@ -147,7 +147,7 @@ def test_a_bad_stage_is_told_and_the_next_one_runs(tree, tmp_path):
     assert found["broken"]["output"][-1] == "ModuleNotFoundError: No module named 'not_there'"
     for name in ("killed", "runs_out"):
         assert [case.get("error", "")[:17] for case in found[name]["cases"]] == ["OutOfMemoryError:", ""]
-        assert found[name]["table"] == [{"table": "KeyError: 'missing'"}]  # a mistake in a table is told
+        assert found[name]["table"] == [{"table": "KeyError: 'missing'"}]  # the table reports a mistake in a table
     assert found["good"]["table"] == [{"number": "0"}, {"number": "1"}]
     for line in ("timed out: ", "ValueError: no such luck", "OutOfMemoryError: CUDA out of memory", "not_there"):
         assert line in done.stdout

@@ -84,7 +84,7 @@ def load_images(index: Index, rows: Sequence[int], view: ImageTransform, batch: 
             data = index.read(row)
             return view.decode(data), content_hash(data, int(labels[row]))
         except ImageError as error:
-            raise DataError(f"{index.location(row)}: {error}; it belongs to the set, so nothing is told without it") from None
+            raise DataError(f"{index.location(row)}: {error}; a score needs every image of the data set") from None
 
     starts = iter(range(0, len(rows), batch))
 

@@ -128,7 +128,7 @@ def on_small_data(command, folder):
         keys["train.micro_batch"] = 1  # divides over any number of processes
     words = " ".join(shlex.quote(f"{key}={json.dumps(value) if value is None else value}") for key, value in keys.items())
     dry_run = " --dry-run" if task == "submit" and "--dry-run" not in command else ""
-    return command.replace(f"{task} {recipe}", f"{task} {recipe} {words}") + dry_run
+    return f"{command} {words}{dry_run}"
 
 
 def load_config_task(recipe, folder):

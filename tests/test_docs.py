@@ -37,6 +37,8 @@ REPLACED = {
     "demo:train": "{folder}/data/demo/train",
     "demo:val": "{folder}/data/demo/val",
     "--nproc-per-node 8": "--nproc-per-node 2",
+    "3, 224, 224": "3, 32, 32",
+    "side = 224": "side = 32",
     '"demo", train={"duration": "1 epochs"}': '"debug", train={"duration": "2 steps"}',
 }
 # Config keys that are added to the commands of these tasks, so that they take a second.
@@ -117,7 +119,7 @@ def on_small_data(command, folder):
     """The command with its paths replaced and its training made small."""
     for old, new in REPLACED.items():
         command = re.sub(rf"(?<![\w.}}]){re.escape(old)}", new.replace("{folder}", str(folder)), command)
-    found = re.search(r"(?:scale-mae|scale_mae) (pretrain|finetune|linprobe|submit) (\S+)", command)
+    found = re.search(r"(?:scale-mae|scale_mae) (pretrain|finetune|linprobe|submit|init \S+) (\S+)", command)
     if not found or "pretrain photos.yaml --dry-run" in command:
         return command
     task, recipe = found.groups()
@@ -191,6 +193,7 @@ def prepared(server, tmp_path_factory):
         "scale-mae pretrain vit_large data.source=/shared/imagenet.index run.dir=/shared/runs/vit_large",
         "scale-mae finetune finetune_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
         "scale-mae linprobe linprobe_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
+        "scale-mae finetune supervised_base data.source=/data/imagenet/train classify.val_source=null",
         "scale-mae finetune finetune_demo classify.val_source=demo:val",
         "scale-mae convert runs/vit_base --to timm --out vit_base.safetensors",
         "scale-mae convert runs/vit_base --to timm --out timm_folder",

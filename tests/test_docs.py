@@ -193,7 +193,7 @@ def prepared(server, tmp_path_factory):
         "scale-mae pretrain vit_large data.source=/shared/imagenet.index run.dir=/shared/runs/vit_large",
         "scale-mae finetune finetune_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
         "scale-mae linprobe linprobe_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
-        "scale-mae finetune supervised_base data.source=/data/imagenet/train classify.val_source=null",
+        "scale-mae finetune supervised_base data.source=/data/imagenet/train classify.val_source=",
         "scale-mae finetune finetune_demo classify.val_source=demo:val",
         "scale-mae convert runs/vit_base --to timm --out vit_base.safetensors",
         "scale-mae convert runs/vit_base --to timm --out timm_folder",
@@ -291,6 +291,10 @@ def test_every_file_in_the_documentation_exists():
     for page, text in texts():
         for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
             assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
+        for path in re.findall(r"`([a-z_]+/[a-z_0-9]+\.py)`", text):
+            assert any((ROOT / folder / path).exists() for folder in ("", "scale_mae")), (
+                f"{page.relative_to(ROOT)} names {path}"
+            )
 
 
 def test_every_python_name_in_the_documentation_exists():

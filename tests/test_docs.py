@@ -160,7 +160,7 @@ def run_shell(server, command, folder):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | server.environment
     environment |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder / ".config"), "SLURM_CONF": "/nowhere"}
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 

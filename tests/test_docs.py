@@ -51,7 +51,7 @@ SMALL = {
     "optim.warmup": "1 steps",
     "train.duration": "2 steps",
     "train.global_batch": 32,
-    "train.micro_batch": 32,
+    "train.micro_batch": 16,
     "train.precision": "fp32",
     "engine.compile": False,
     "engine.deepspeed": "zero0",
@@ -73,6 +73,8 @@ NOT_RUN = {
     "promtool": "tests/test_monitoring.py runs it",
     "prometheus": "serves until it is stopped; tests/test_monitoring_live.py runs it",
     "srun -N 4": "needs pyxis",
+    "srun --nodes=2": "preflight needs several nodes and 20 GB of disk; tests/test_preflight.py runs it",
+    "srun scale-mae preflight": "needs several nodes and 20 GB of disk; tests/test_preflight.py runs it",
     "scale-mae cancel": "needs a running job; tests/test_submit.py cancels some",
     "scale-mae convert checkpoints/of_other_code": "needs a checkpoint of other code; tests/test_export.py converts some",
 }
@@ -123,11 +125,13 @@ def on_small_data(command, folder):
     if not found or "pretrain photos.yaml --dry-run" in command:
         return command
     task, recipe = found.groups()
-    keys = SMALL | (DECODER if load_config_task(recipe, folder) == "pretrain" else {})
+    pretrains = load_config_task(recipe, folder) == "pretrain"
+    keys = SMALL | (DECODER if pretrains else {})
     if recipe.endswith("demo"):
         keys["data.source"] = f"{folder}/data/demo/train"
+        keys |= {} if pretrains else {"classify.val_source": f"{folder}/data/demo/val"}
     if task == "submit":
-        keys["train.micro_batch"] = 1  # divides over any number of processes
+        keys["train.micro_batch"] = 1 if pretrains else 2  # mixup needs pairs; divides over 32 or 16 processes
     words = " ".join(shlex.quote(f"{key}={json.dumps(value) if value is None else value}") for key, value in keys.items())
     dry_run = " --dry-run" if task == "submit" and "--dry-run" not in command else ""
     return f"{command} {words}{dry_run}"
@@ -180,7 +184,7 @@ def prepared(server, tmp_path_factory):
     for name in ("a", "b"):
         (folder / f"{name}.jpg").write_bytes(jpeg(64, 64))
     (folder / "data" / "a.jpg").write_bytes(jpeg(64, 64))
-    for name in ("shared", "fast"):
+    for name in ("shared", "fast", "etc"):
         (folder / name).mkdir()
     (folder / "cluster").symlink_to(ROOT / "cluster")
     (folder / ".config" / "scale_mae").mkdir(parents=True)
@@ -194,7 +198,7 @@ def prepared(server, tmp_path_factory):
         "scale-mae finetune finetune_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
         "scale-mae linprobe linprobe_base data.source=/data/imagenet/train classify.val_source=/data/imagenet/val",
         "scale-mae finetune supervised_base data.source=/data/imagenet/train classify.val_source=",
-        "scale-mae finetune finetune_demo classify.val_source=demo:val",
+        "scale-mae finetune finetune_demo model.init_from=runs/demo",
         "scale-mae convert runs/vit_base --to timm --out vit_base.safetensors",
         "scale-mae convert runs/vit_base --to timm --out timm_folder",
         "scale-mae convert runs/vit_base --to mae --out vit_base.pth",
@@ -349,3 +353,15 @@ def test_code_that_names_a_page_of_the_documentation_names_one_that_exists():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+def test_every_extra_in_the_documentation_exists():
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = set(
+        re.findall(
+            r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[project")[0], re.MULTILINE
+        )
+    )
+    for page, text in texts():
+        for named in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", text):
+            assert set(named.split(",")) <= extras, f"{page.relative_to(ROOT)} names the extras {named}"

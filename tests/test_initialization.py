@@ -634,7 +634,7 @@ def train_several(configs, stops):
                 def metrics(values, original=original, request=request, stop=stop):
                     original(values)
                     if values["step"] >= stop:
-                        request.ask("the test")
+                        request.request("the test")
 
                 run.log.write_metrics = metrics
                 run.train()

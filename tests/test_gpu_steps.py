@@ -199,7 +199,13 @@ def test_waits_that_torch_warns_of_are_told_with_their_place(monkeypatch):
     import warnings
 
     modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode):
+        modes.append(mode)
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(text, stacklevel=1)  # as torch does
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
     def training_step():
         for _ in range(3):

@@ -32,6 +32,7 @@ from gpu_stages import STAGES
 RESERVE = 8.0  # seconds kept for the table
 TOO_LATE = 10.0  # a stage with fewer seconds does not start: it could not even import torch
 LINES = 60  # of the printed table
+EVERY = 5.0  # seconds after which the result of all stages is written again while a stage runs
 TAIL = 40  # lines of output that are kept of a stage that fails
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -89,9 +90,7 @@ def examine(name: str, seconds: float, options: argparse.Namespace) -> None:
         )
         status = "stopped"
         try:
-            status = "done" if process.wait(seconds) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "timed out"
+            status = _wait(process, began + seconds, options)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the stage, and all that it has started
@@ -106,6 +105,16 @@ def examine(name: str, seconds: float, options: argparse.Namespace) -> None:
                 facts["output"] = _tail(output, start)
             result = _record(options.out, name, status=status, **facts)
     print(f"{name}: {result['status']} in {result['seconds']:.0f} s, {len(result['cases'])} cases", flush=True)
+
+
+def _wait(process: subprocess.Popen[bytes], until: float, options: argparse.Namespace) -> str:
+    """Wait for a stage; how it ended. The file of all stages follows its cases, for nobody may be there to write it later."""
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return "done" if process.wait(min(EVERY, left)) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            save_result(options.out, rehearse=options.rehearse)
+    return "timed out"
 
 
 def _record(out: Path, name: str, *, status: str, **facts: Any) -> dict[str, Any]:
@@ -155,6 +164,8 @@ def errors(results: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 def _reason(result: dict[str, Any]) -> str:
     """The line of the output that says most: where a stage hangs, or the error at the end."""
+    if result["status"] == "running":
+        return "it was cut off, or has not ended yet"
     lines = [line.strip() for line in result.get("output", []) if line.strip()]
     if result["status"] == "timed out":
         stacks = [number for number, line in enumerate(lines[:-1]) if line.endswith("(most recent call first):")]

@@ -32,6 +32,7 @@ from gpu_stages import STAGES
 RESERVE = 8.0  # seconds kept for the table
 TOO_LATE = 10.0  # a stage with fewer seconds does not start: it could not even import torch
 LINES = 60  # of the printed table
+EVERY = 5.0  # seconds after which the result of all stages is written again while a stage runs
 TAIL = 40  # lines of output that are kept of a stage that fails
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -41,29 +42,31 @@ class Stopped(BaseException):
 
 
 def main() -> int:
+    began = time.monotonic()  # before torch is imported, which takes many seconds on a machine that has just started
     options = _options()
     if options.stage:
         from gpu_stages.child import run_stage
 
         return run_stage(options.stage, options.out, options.folder, until=options.until, rehearse=options.rehearse)
-    options.out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * options.minutes - RESERVE
+    until = began + 60 * options.minutes - RESERVE
     with _signals():
         try:
             for name in options.stages:
                 (options.out / f"{name}.json").unlink(missing_ok=True)
-            (options.out / "log.txt").unlink(missing_ok=True)
+            for path in (options.out / "log.txt", *options.out.glob("*.partial")):  # the latter of a command that was killed
+                path.unlink(missing_ok=True)
             for name in options.stages:
                 left = until - time.monotonic()
                 if left < TOO_LATE:
-                    _record(options.out, name, status="cut", error=f"{max(0, left):.0f} s were left")
+                    facts = {"rehearse": options.rehearse, "error": f"{max(0, left):.0f} s were left"}
+                    _record(options.out, name, status="cut", **facts)
                 else:
                     examine(name, min(STAGES[name][0], left), options)
                 save_result(options.out, rehearse=options.rehearse)
         except Stopped as stop:
             print(f"stopped by {stop}", flush=True)
     save_result(options.out, rehearse=options.rehearse)
-    results = read_results(options.out)
+    results = read_results(options.out, rehearse=options.rehearse)
     print(as_lines(results), flush=True)
     return 0 if all(_good(results.get(name)) for name in options.stages) else 1
 
@@ -87,19 +90,31 @@ def examine(name: str, seconds: float, options: argparse.Namespace) -> None:
         )
         status = "stopped"
         try:
-            status = "done" if process.wait(seconds) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "timed out"
+            status = _wait(process, began + seconds, options)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the stage, and all that it has started
             code = process.wait()
             process.stdin.close()
-            facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "exit_code": code}
+            facts: dict[str, Any] = {
+                "seconds": round(time.monotonic() - began, 1),
+                "exit_code": code,
+                "rehearse": options.rehearse,
+            }
             if status != "done":
                 facts["output"] = _tail(output, start)
             result = _record(options.out, name, status=status, **facts)
     print(f"{name}: {result['status']} in {result['seconds']:.0f} s, {len(result['cases'])} cases", flush=True)
+
+
+def _wait(process: subprocess.Popen[bytes], until: float, options: argparse.Namespace) -> str:
+    """Wait for a stage; how it ended. The file of all stages follows its cases, for nobody may be there to write it later."""
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return "done" if process.wait(min(EVERY, left)) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            save_result(options.out, rehearse=options.rehearse)
+    return "timed out"
 
 
 def _record(out: Path, name: str, *, status: str, **facts: Any) -> dict[str, Any]:
@@ -127,10 +142,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_results(out: Path) -> dict[str, dict[str, Any]]:
-    """The results of all stages in the folder, of this call and of others."""
+def read_results(out: Path, *, rehearse: bool) -> dict[str, dict[str, Any]]:
+    """The results of all stages in the folder, of this call and of others; either those of rehearsals or those of a GPU."""
     found = {name: _read(out / f"{name}.json") for name in STAGES}
-    return {name: result for name, result in found.items() if result}
+    return {name: result for name, result in found.items() if result and result.get("rehearse", rehearse) == rehearse}
 
 
 def _good(result: dict[str, Any] | None) -> bool:
@@ -149,6 +164,8 @@ def errors(results: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 def _reason(result: dict[str, Any]) -> str:
     """The line of the output that says most: where a stage hangs, or the error at the end."""
+    if result["status"] == "running":
+        return "it was cut off, or has not ended yet"
     lines = [line.strip() for line in result.get("output", []) if line.strip()]
     if result["status"] == "timed out":
         stacks = [number for number, line in enumerate(lines[:-1]) if line.endswith("(most recent call first):")]
@@ -158,7 +175,7 @@ def _reason(result: dict[str, Any]) -> str:
 
 def save_result(out: Path, *, rehearse: bool) -> None:
     """Write the one file with all tables and all samples. It is named after the device once a stage has reported the device."""
-    results = read_results(out)
+    results = read_results(out, rehearse=rehearse)
     machine = next((result["machine"] for result in results.values() if "machine" in result), {})
     versions = next((result["versions"] for result in results.values() if "versions" in result), {})
     device = "rehearsal" if rehearse else machine.get("gpu", "unknown")
@@ -227,6 +244,11 @@ def _options() -> argparse.Namespace:
 
         if not torch.cuda.is_available():
             _refuse("torch finds no GPU; --rehearse runs the examination on a CPU")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        _refuse(f"--out {options.out}: cannot be written ({error.strerror})")
     return options
 
 

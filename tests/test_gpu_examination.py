@@ -17,7 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))  # its modules import each other as scripts 
 
 import gpu  # noqa: E402
 import report  # noqa: E402
-from gpu_stages import STAGES, tests  # noqa: E402
+from gpu_stages import STAGES, pytest_lines, tests  # noqa: E402
 from gpu_stages.stage import OutOfTime, Stage  # noqa: E402
 
 GOOD = """
@@ -208,6 +208,8 @@ def test_it_ends_in_time_and_a_second_call_keeps_other_stages(tree, tmp_path):
         (["--minutes", "0.4"], "gpu.py: --minutes 0.4: at least 0.5"),
         (["--minutes", "nan"], "gpu.py: --minutes nan: at least 0.5"),
         (["--out", __file__], f"gpu.py: --out {__file__}: is not a folder"),
+        (["--rehearse", "--out", f"{__file__}/x"], f"gpu.py: --out {__file__}/x: cannot be written (Not a directory)"),
+        (["--rehearse", "--out", "/proc/x"], "gpu.py: --out /proc/x: cannot be written (No such file or directory)"),
         *((["--stages", name], "gpu.py: torch finds no GPU; --rehearse runs the examination on a CPU") for name in STAGES),
     ],
 )
@@ -285,6 +287,21 @@ def test_no_tests_are_no_success(tmp_path):
     stage = Stage("tests", tmp_path / "tests.json", tmp_path, seconds=60, rehearse=True)
     with pytest.raises(RuntimeError, match="there are no tests to run"):
         tests.examine(stage, [str(tmp_path)])
+
+
+def test_the_order_names_tests_that_exist():
+    """A test of another name would run last."""
+    for beginning in pytest_lines.ORDER:
+        file, _, test = beginning.partition("::")
+        assert f"def {test or 'test_'}" in (BENCHMARKS.parent / file).read_text(), beginning
+
+
+def test_results_of_a_rehearsal_are_not_those_of_a_gpu(tmp_path):
+    for name, rehearse in (("smoke", True), ("tests", False)):
+        result = {"stage": name, "status": "done", "seconds": 1.0, "cases": [], "rehearse": rehearse}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    for rehearse, name in ((True, "smoke"), (False, "tests")):
+        assert list(gpu.read_results(tmp_path, rehearse=rehearse)) == [name]
 
 
 def test_the_printed_tables_lose_rows_and_not_each_other():

@@ -62,6 +62,38 @@ def test_the_largest_and_the_fastest_batch(tmp_path, fits, largest, failures):
     assert found["fastest_batch"] == examination.fastest["large"] == 256
 
 
+def test_the_estimate_of_the_largest_batch_where_memory_hardly_grows():
+    """The peak of small batches may be that of the optimizer."""
+    peaks = [{"batch": 64, "peak_bytes": 20 * GIB}, {"batch": 128, "peak_bytes": 20 * GIB}]
+    assert step.largest_batch(peaks, 10 * GIB, 80 * GIB) == step.MOST * 128
+    peaks[1]["peak_bytes"] += 1
+    assert step.largest_batch(peaks, 10 * GIB, 80 * GIB) == step.MOST * 128
+    peaks[1]["peak_bytes"] = 30 * GIB
+    assert step.largest_batch(peaks, 10 * GIB, 80 * GIB) == 128 + 5 * 64
+
+
+def test_long_steps_are_timed_less_often(tmp_path):
+    examination = SmallGpu(stage(tmp_path))
+    examination.rounds = 5
+    assert examination.rounds_of(64, []) == 5
+    assert examination.rounds_of(128, [{"batch": 64, "step_s": [0.01]}]) == 5
+    assert examination.rounds_of(1024, [{"batch": 512, "step_s": [0.08]}]) == 3
+    assert examination.rounds_of(2048, [{"batch": 1024, "step_s": [1.0]}]) == 2
+
+
+def test_a_batch_that_does_not_fit_with_the_peer_is_not_tried_again(tmp_path, monkeypatch):
+    def compared(self, case, trial, batch, tried):
+        if batch > 64:
+            raise torch.OutOfMemoryError("no memory")
+        return {"batch": batch}
+
+    monkeypatch.setattr(SmallGpu, "compared", compared)
+    examination, found, trial = SmallGpu(stage(tmp_path)), {"fastest_batch": 256, "batches": []}, FakeTrial(10_000)
+    examination.fastest["large"] = 256
+    examination.compare(step.Case("large", amp="bf16"), trial, found)
+    assert (found["peer"], trial.closed, examination.fastest["large"]) == ({"batch": 64}, 2, 64)
+
+
 def test_a_case_without_search_takes_the_fastest_batch_of_its_size(tmp_path):
     examination = SmallGpu(stage(tmp_path))
     examination.fastest["large"] = 256
@@ -167,7 +199,13 @@ def test_waits_that_torch_warns_of_are_told_with_their_place(monkeypatch):
     import warnings
 
     modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode):
+        modes.append(mode)
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(text, stacklevel=1)  # as torch does
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
     def training_step():
         for _ in range(3):

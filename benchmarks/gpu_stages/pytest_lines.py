@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ORDER = (  # how test ids begin, the quickest and most informative first; what is not here runs last
-    *("tests/test_metrics.py", "tests/test_preflight.py::test_a_gpu_is_looked_at", "tests/test_mixup.py"),
+    *("tests/test_metrics.py", "tests/test_preflight.py::test_gpu_is_visible", "tests/test_mixup.py"),
     *("tests/test_gpu.py::test_losses", "tests/test_gpu.py::test_the_host", "tests/test_dali.py", "tests/test_randaugment.py"),
     *("tests/test_gpu.py::test_activation", "tests/test_preflight.py", "tests/test_gpu.py::test_a_run", "tests/test_gpu.py"),
 )

@@ -102,6 +102,8 @@ def train(stage: Stage, jpegs: Path, decoder: str) -> Path | None:
         case.update(decoder=decoder, finished=result.finished, log=_steps(folder))
         losses = [line["loss"] for line in case["log"]]
         assert result.finished, result.stopped
+        fallbacks = case["log"][-1].get("decoder_fallbacks") or 0
+        assert not fallbacks, f"Pillow decoded {fallbacks} images in place of {decoder}"
         assert len(losses) == STEPS, f"{len(losses)} steps are logged, not {STEPS}"
         assert losses[-1] < losses[0], f"the loss does not fall: {losses}"
         return folder
@@ -187,7 +189,9 @@ def _finding(case: dict[str, Any], result: dict[str, Any]) -> str:
             return f"{case['bytes'] / 1e6:.1f} MB"
         case "train" if "log" in case:
             losses = [line["loss"] for line in case["log"]]
-            return f"decoder {result['decoder']}; loss {losses[0]:.3f} to {losses[-1]:.3f}"
+            chosen = result["decoder"]  # with the reason; Pillow takes over where it fails
+            decoder = chosen if chosen.startswith(f"{case['decoder']}:") else f"{case['decoder']}, in place of {chosen}"
+            return f"decoder {decoder}; loss {losses[0]:.3f} to {losses[-1]:.3f}"
         case "resume" if "steps" in case:
             return f"steps {case['steps'][0]} to {case['steps'][-1]}, losses differ by {case['largest_difference']:.1e} at most"
         case "convert" if "bytes" in case:

@@ -44,6 +44,7 @@ class Stage:
         """
         if self.left() < needs:
             raise OutOfTime(f"{name} needs {needs:.0f} s, {self.left():.0f} s are left")
+        self._free()  # once more: at the end of a case that fails, its error still holds memory
         began = time.monotonic()
         case: dict[str, Any] = {"case": name}
         self.result["cases"].append(case)
@@ -57,9 +58,12 @@ class Stage:
         finally:
             case["seconds"] = round(time.monotonic() - began, 2)
             self.save()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self) -> None:
         """Write the result file."""

@@ -23,6 +23,9 @@ from scale_mae.model.mae import MAE, build_mae
 BATCHES = (64, 128, 256, 512, 1024, 2048)
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RESERVE = 0.97  # of the free memory; the rest is lost between the allocator's blocks
+ALIKE = 0.97  # of the highest speed: the smallest batch this fast serves the later cases; it takes less time and memory
+MOST = 4  # the largest estimate of a batch, in batches that have run: a peak may hardly grow with the batch
+SECONDS = 2.0  # of the timed steps of a batch, about
 EAGER_NEEDS, COMPILED_NEEDS = 20.0, 75.0  # seconds of a case; of a compiled one until the first has been measured
 
 
@@ -35,7 +38,9 @@ class Case:
     policy: str = "none"
     zero: str = "zero1"
     amp: str | None = None
-    search: bool = False  # try all batches and the largest one that fits; else the fastest one of the size's first case
+    search: bool = (
+        False  # try all batches and the largest one that fits; else one as fast as the fastest of the size's first case
+    )
 
     @property
     def name(self) -> str:
@@ -134,7 +139,8 @@ class Examination:
             raise torch.OutOfMemoryError(f"a batch of {first} does not fit")
         found["fastest_batch"] = max(found["batches"], key=lambda tried: tried["batch"] / median(tried["step_s"]))["batch"]
         if not case.compiled and case.policy == "none" and case.search:
-            self.fastest[case.size] = found["fastest_batch"]
+            speeds = {tried["batch"]: tried["batch"] / median(tried["step_s"]) for tried in found["batches"]}
+            self.fastest[case.size] = min(batch for batch in speeds if speeds[batch] >= ALIKE * max(speeds.values()))
         if case.search:
             found["largest_batch"] = self.largest(trial, found, static)
 
@@ -156,7 +162,7 @@ class Examination:
         """Whether a batch fits; its speed and memory are added to the result."""
         fits = True
         try:
-            found["batches"].append(trial.measure(batch, rounds or self.rounds))
+            found["batches"].append(trial.measure(batch, rounds or self.rounds_of(batch, found["batches"])))
         except torch.OutOfMemoryError:
             fits = False
         if not fits:  # outside of the handler, where the traceback still holds the activations
@@ -164,20 +170,28 @@ class Examination:
         self.stage.save()
         return fits
 
+    def rounds_of(self, batch: int, tried: list[dict[str, Any]]) -> int:
+        """How often to time a batch, by the speed of the last one: less often where a step is long. A round is four steps."""
+        if not tried:
+            return self.rounds
+        seconds = 4 * median(tried[-1]["step_s"]) * batch / tried[-1]["batch"]
+        return min(self.rounds, max(2, round(SECONDS / seconds)))
+
     def compare(self, case: Case, trial: Trial, found: dict[str, Any]) -> None:
-        """Ours and the peer in turns, at our fastest batch or at the largest half of it that fits both."""
-        batch = found["fastest_batch"]
+        """Ours and the peer in turns, at our fastest batch, or one about as fast, or the largest half of it that fits both."""
+        batch = self.fastest.get(case.size, found["fastest_batch"])
         while batch:
             compared = None
             with suppress(torch.OutOfMemoryError):
-                compared = self.compared(case, trial, batch)
+                compared = self.compared(case, trial, batch, found["batches"])
             if compared:
                 found["peer"] = compared
+                self.fastest[case.size] = batch  # a compiled case would compile in vain for one that does not fit
                 return
             trial.close()
             batch //= 2
 
-    def compared(self, case: Case, trial: Trial, batch: int) -> dict[str, Any]:
+    def compared(self, case: Case, trial: Trial, batch: int, tried: list[dict[str, Any]]) -> dict[str, Any]:
         before = self.allocated()
         with self.device:
             peer = peer_of(trial.model).to(self.device)
@@ -194,7 +208,7 @@ class Examination:
             step(images, noise)
         times: dict[str, list[float]] = {name: [] for name in steps}
         peaks = {}
-        for turn in range(self.rounds):
+        for turn in range(min(self.rounds, 1 + self.rounds_of(batch, tried))):
             for name in list(steps)[:: -1 if turn % 2 else 1]:
                 self.reset_peak()
                 times[name] += times_of(partial(steps[name], images, noise), self.device, 1)
@@ -236,9 +250,13 @@ class Examination:
 
 
 def largest_batch(tried: list[dict[str, Any]], static: int, memory: int) -> int:
-    """The largest batch by a straight line through the peaks of the last two batches, or through ``static`` bytes at 0."""
+    """The largest batch by a straight line through the peaks of the last two batches, or through ``static`` bytes at 0.
+
+    Small batches may all have the peak of the optimizer, so that the line says nothing.
+    """
     (low, less), (high, more) = [(0, static), *((each["batch"], each["peak_bytes"]) for each in tried)][-2:]
-    return int(high + (memory - more) * (high - low) / (more - less))
+    slope = (more - less) / (high - low)
+    return int(min(MOST * high, high + (memory - more) / slope)) if slope > 0 else MOST * high
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, str]]:

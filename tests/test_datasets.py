@@ -113,7 +113,7 @@ def test_class_folders_score_as_a_loop_with_torchvision_does(tmp_path):
     assert result.scores["top5"] == (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     assert result.scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
     assert 0.15 < result.scores["top1"] < 1  # else the test would compare nothing
-    assert "ViT-32x3/8, 32 px is none of the published models" in issues
+    assert "no published model is a ViT-32x3/8, 32 px" in issues
     cropped, _ = measure("folder", root, crop_pct=1.0)
     assert cropped.scores["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(outputs(paths, standard(1.0)), labels).item(), abs=1e-5
@@ -518,7 +518,7 @@ def test_through_the_command_line(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "(10 images, ViT-32x3/8, 32 px)" in text
     assert "paper, table 13" in text
-    assert "not comparable: ViT-32x3/8, 32 px is none of the published models; 10 images are not the published set" in text
+    assert "not comparable: no published model is a ViT-32x3/8, 32 px; 10 images are not the published set" in text
     written = Result.read(tmp_path / "results" / "r.json")
     assert (written.model["seed"], written.data["root"]) == (4, str(root.parent))
     assert len(written.model["sha256"]) == 64

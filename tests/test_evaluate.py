@@ -43,7 +43,7 @@ def test_votes_follow_an_independent_implementation(monkeypatch):
     labels = torch.randint(0, 5, (300,), generator=generator)
     # for unit vectors the Euclidean distance d gives the cosine similarity 1 - d**2 / 2
     theirs = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
-    theirs.fit_logistic_regression(train.numpy(), labels.numpy())
+    theirs.fit(train.numpy(), labels.numpy())
     wanted = theirs.predict(queries.numpy()).tolist()
     assert vote(*find_nearest(train, labels, queries, 20), 5).tolist() == wanted
     monkeypatch.setattr(knn, "QUERIES", 7)
@@ -56,7 +56,7 @@ def test_logistic_regression_follows_an_independent_implementation():
     x = torch.randn(200, 6, generator=generator)
     y = (x[:, :3] + torch.randn(200, 3, generator=generator)).argmax(1)
     ours = fit_logistic_regression(x, y, 3, l2=0.01)
-    theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-8, max_iter=5000).fit_logistic_regression(x.numpy(), y.numpy())
+    theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-8, max_iter=5000).fit(x.numpy(), y.numpy())
     probabilities = torch.softmax(logits(ours, x), dim=1).numpy()
     assert np.abs(probabilities - theirs.predict_proba(x.numpy())).max() < 1e-3
 
@@ -126,7 +126,7 @@ def test_a_linear_classifier_of_features(encoder):
 def test_a_rate_is_that_of_one_source(capsys, monkeypatch):
     now = iter([0.0, 0.5, 100.0, 104.0, 104.0, 106.0, 1000.0])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    monkeypatch.setattr(progress, "EVERY", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
     with progress.ProgressBar("images") as bar:
         for done, total in ((64, 256), (128, 256), (64, 66), (66, 66), (66, 128), (128, 128), (63, 63)):
             bar.update(done, total)

@@ -525,4 +525,4 @@ def test_through_the_command_line(tmp_path, capsys):
     assert main(["results", str(tmp_path / "results")]) == 0
     assert "imagenet_r" in capsys.readouterr().out
     assert main([*words, "--crop-pct", "2"]) == 2
-    assert "--crop-pct 2.0: a share above 0 and up to 1" in capsys.readouterr().err
+    assert "--crop-pct 2.0: must be above 0 and at most 1" in capsys.readouterr().err

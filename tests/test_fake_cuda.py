@@ -116,7 +116,7 @@ def test_a_classifier(device):
     classify(made(partial(classifier, "whole"), device, torch.bfloat16), device)
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # autocast knows no other fake one
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # autocast rejects the fake device "lazy"
 @pytest.mark.parametrize("setting", ["last blocks", "probes"])
 def test_a_classifier_with_frozen_parts(device, setting):
     classify(made(partial(classifier, setting), device, torch.bfloat16), device)
@@ -157,7 +157,7 @@ def test_lars(device):
     updated(device, LARS(parameters(device), lr=0.1, weight_decay=0.1), torch.ones((), device=device))
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # fused AdamW knows no other fake one
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # fused AdamW rejects the fake device "lazy"
 @pytest.mark.parametrize("norm", ["of the device", "of the host"])
 def test_adamw_with_guard_and_average(device, norm):
     of = torch.ones((), device=device) if norm == "of the device" else 1.0

@@ -414,7 +414,7 @@ def test_the_names_of_all_folders_and_the_config_are_flushed(tmp_path):
 
 @pytest.mark.parametrize("local", [False, True])
 def test_a_pointer_that_cannot_be_updated_loses_no_checkpoint(tmp_path, local):
-    """A folder that is not empty is in the place of ``latest``."""
+    """``latest`` is a folder that is not empty."""
     pointer = tmp_path / "run" / "checkpoints" / "latest"
     pointer.mkdir(parents=True)
     (pointer / "file").write_text("")
@@ -439,7 +439,7 @@ def test_an_empty_folder_in_the_place_of_the_pointer_is_replaced(tmp_path, name)
 
 
 def train_with_a_blocked_folder(config, rank):
-    """Train. During the second save, a file is in the place of this rank's local folder."""
+    """Train. During the second save, this rank's local folder is a file."""
     from scale_mae.checkpoint.saver import Saver
 
     real = Saver.save

@@ -398,7 +398,7 @@ def test_variables_of_an_outer_job_or_launcher_do_not_reach_the_job(cluster, her
     outer |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "5", "SLURM_JOB_END_TIME": "1", "SLURM_EXPORT_ENV": "NONE"}
     for name, value in outer.items():
         monkeypatch.setenv(name, value)
-    # if squeue fails, the job knows no end time; the outer job's end time must not replace it
+    # if squeue fails, the job has no end time; the outer job's end time must not replace it
     (here / "bin").mkdir()
     (here / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
     (here / "bin" / "squeue").chmod(0o755)

@@ -81,9 +81,8 @@ def evaluate(
         _parts(name, found),
         measurement_metadata(world.size, str(world.device.type), time.monotonic() - began),
     )
-    return result, _comparability_issues(
-        name, evaluated, found, protocol["crop_pct"] in (None, reference_crop_pct(evaluated.size))
-    ) + deviating
+    reference_crop = protocol["crop_pct"] in (None, reference_crop_pct(evaluated.size))
+    return result, _comparability_issues(name, evaluated, found, reference_crop) + deviating
 
 
 def _list_parts(
